@@ -1,0 +1,87 @@
+"""The command line: parse, load, call, print.
+
+The only place that imports inside functions: `lorafit --help` and `lorafit validate` must answer without torch.
+"""
+
+import errno
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Annotated, Any
+
+import click
+import typer
+
+from lorafit import __version__
+from lorafit.errors import DiskError, LorafitError, RecipeError
+
+app = typer.Typer(
+    name="lorafit",
+    help="One validated YAML recipe in, a LoRA or QLoRA adapter out.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorafit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One validated YAML recipe in, a LoRA or QLoRA adapter out."""
+
+
+def _print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """The result on stdout: JSON for scripts, `text` for people."""
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def _report(error: LorafitError) -> int:
+    """Print every problem as one line on stderr; the exit code."""
+    for problem in error.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return error.exit_code
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        return app(arguments, prog_name="lorafit", standalone_mode=False) or 0
+    except LorafitError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
+    except click.ClickException as error:
+        return _report(RecipeError(f"{error.format_message()} (see `lorafit {' '.join(arguments[:1])} --help`)"))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        return _report(
+            DiskError(
+                f"{error.strerror}; free some space or choose another output_dir", where=str(error.filename or "")
+            )
+        )
+
+
+def main() -> None:
+    """Entry point of the `lorafit` command."""
+    sys.exit(_exit_code(sys.argv[1:]))

@@ -1,0 +1,49 @@
+"""The whole recipe: what one YAML file may say."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lorafit.recipe.sections import (
+    AdaLoraSection,
+    CheckpointsSection,
+    DataSection,
+    EarlyStoppingSection,
+    HealthSection,
+    LaunchSection,
+    LoraSection,
+    ModelSection,
+    OptimizerSection,
+    QuantizationSection,
+    Section,
+    TrainingSection,
+)
+from lorafit.recipe.sections.base import Names
+
+
+class Recipe(Section):
+    """One training run. Frozen: nothing changes a recipe after it is loaded.
+
+    Paths are absolute here: `load` resolves them against the file they were written in.
+    """
+
+    output_dir: str | None = Field(default=None, min_length=1)
+    """Run directory, relative to where the command is run. null means `runs/<name of the recipe>`."""
+
+    task: Literal["causal_lm"] = "causal_lm"
+    """What is trained: `causal_lm`, next-token prediction."""
+
+    model: ModelSection
+    quantization: QuantizationSection | None = None
+    lora: LoraSection = LoraSection()
+    adalora: AdaLoraSection | None = None
+    data: DataSection
+    training: TrainingSection = TrainingSection()
+    optimizer: OptimizerSection = OptimizerSection()
+    early_stopping: EarlyStoppingSection | None = None
+    checkpoints: CheckpointsSection = CheckpointsSection()
+    health: HealthSection = HealthSection()
+    launch: LaunchSection = LaunchSection()
+
+    silence: Names = ()
+    """Advice not to print again, by the name each piece of advice ends with."""

@@ -1,0 +1,31 @@
+"""The sections of a recipe: one frozen model each, keys spelt as the library spells them."""
+
+from lorafit.recipe.sections.base import Section
+from lorafit.recipe.sections.data import DataSection, Source
+from lorafit.recipe.sections.lora import AdaLoraSection, LoraSection
+from lorafit.recipe.sections.model import ModelSection
+from lorafit.recipe.sections.quantization import QuantizationSection
+from lorafit.recipe.sections.run import (
+    CheckpointsSection,
+    EarlyStoppingSection,
+    HealthSection,
+    LaunchSection,
+    OptimizerSection,
+)
+from lorafit.recipe.sections.training import TrainingSection
+
+__all__ = [
+    "AdaLoraSection",
+    "CheckpointsSection",
+    "DataSection",
+    "EarlyStoppingSection",
+    "HealthSection",
+    "LaunchSection",
+    "LoraSection",
+    "ModelSection",
+    "OptimizerSection",
+    "QuantizationSection",
+    "Section",
+    "Source",
+    "TrainingSection",
+]

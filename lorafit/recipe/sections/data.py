@@ -1,0 +1,69 @@
+"""`data`: where the rows come from, how they become text, which tokens are trained."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, Strict
+
+from lorafit.recipe.sections.base import Section
+
+Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
+
+
+class Source(Section):
+    """One file, directory, glob or Hub data set."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """File (`.jsonl .json .csv .parquet .txt`, each also `.gz`), directory or glob, relative to the recipe. Exactly one
+    of `path` and `hub`."""
+
+    hub: str | None = Field(default=None, min_length=1)
+    """Hub data set id (`openai/gsm8k`), read through `datasets`."""
+
+    name: str | None = None
+    """Configuration of the Hub data set (`main`). null means its only one."""
+
+    split: str = "train"
+    """Split of the Hub data set."""
+
+    revision: str = "main"
+    """Branch, tag or commit of the Hub data set."""
+
+    format: Format | None = None
+    """Shape of a row. null means detected from the columns; a row that fits two formats is refused, never guessed."""
+
+    columns: dict[str, str] = {}
+    """Names of the file's columns for the format's own: `{prompt: question, completion: answer}`."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Read only the first so many rows. null means all."""
+
+    weight: float = Field(default=1.0, gt=0)
+    """How often the rows of this source are seen per epoch: 2.0 twice, 0.5 a random half (by `training.seed`)."""
+
+
+class DataSection(Section):
+    """Training and held-out rows, and how they become tokens and labels."""
+
+    train: Annotated[tuple[Source, ...], Strict(False)] = Field(min_length=1)
+    """Sources of the training rows."""
+
+    eval: Annotated[tuple[Source, ...], Strict(False)] = ()
+    """Sources of the held-out rows. Empty means none, unless `eval_fraction` is set."""
+
+    eval_fraction: float | None = Field(default=None, gt=0, lt=1)
+    """Hold out this share of the training rows (by `training.seed`; duplicates stay on one side) instead of `eval`."""
+
+    template: str = "chat"
+    """How a row becomes text: `chat` (the tokenizer's chat template), `alpaca`, `plain`, or the path of a Jinja file."""
+
+    template_kwargs: dict[str, Any] = {}
+    """Variables handed to the chat template, e.g. `{enable_thinking: false}`."""
+
+    train_on: Literal["answers", "all"] = "answers"
+    """Which tokens are trained: the answers with their stop token, or every token."""
+
+    over_length: Literal["error", "drop", "truncate"] = "error"
+    """What happens to rows longer than `training.max_length`; always counted."""
+
+    max_lost_rows: float = Field(default=0.01, ge=0, le=1)
+    """Stop (exit 3) when more than this share of the rows has no trainable answer left."""

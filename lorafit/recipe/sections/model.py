@@ -1,0 +1,34 @@
+"""`model`: the base model, passed to `AutoModelForCausalLM.from_pretrained`."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from lorafit.recipe.sections.base import Extra, Section
+
+
+class ModelSection(Section):
+    """The base model the adapter is trained on."""
+
+    model_name_or_path: str = Field(min_length=1)
+    """Hub id (`Qwen/Qwen3-4B`) or directory. What looks like a path (`./base`, `/models/x`, an existing directory) never
+    reaches the Hub; a relative path is relative to the recipe."""
+
+    revision: str = "main"
+    """Branch, tag or commit of a Hub model. A commit hash pins the weights. Default: the Hub's own."""
+
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type the base weights are held in. `auto` is the type they were saved in (transformers' own meaning). 2 bytes a
+    parameter for the 16-bit types, 4 for float32."""
+
+    attn_implementation: Literal[
+        "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"
+    ] = "auto"
+    """How attention is computed. `auto` lets transformers choose (sdpa where the model has it). Hub kernels
+    (`org/repo`) are refused: they run code downloaded at start."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Default false: the code of a model repository is a stranger's."""
+
+    extra: Extra = {}
+    """Further arguments of `from_pretrained`, e.g. `subfolder`, `cache_dir`."""

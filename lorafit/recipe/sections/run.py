@@ -1,0 +1,58 @@
+"""lorafit's own small sections: how the run is optimised, watched, saved and launched."""
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from lorafit.recipe.sections.base import Section
+
+
+class OptimizerSection(Section):
+    """Beyond `training.optim`."""
+
+    loraplus_lr_ratio: float | None = Field(default=None, ge=1)
+    """LoRA+ (arXiv 2402.12354): B learns this many times faster than A; 16 is the paper's. null means the same rate."""
+
+
+class EarlyStoppingSection(Section):
+    """Stop when the held-out loss no longer falls; the best adapter is kept."""
+
+    patience: int = Field(default=3, ge=1)
+    """Evaluations in a row without improvement before training stops."""
+
+    min_delta: float = Field(default=0.0, ge=0)
+    """Nats by which the loss must fall to count as an improvement."""
+
+
+def _is_interval(text: str) -> str:
+    if not re.fullmatch(r"(100|[1-9]?\d(\.\d+)?)%|[1-9]\d*(s|min|h)", text):
+        raise ValueError("write a share of the run (10%), a number of steps (200) or a time (30s, 10min, 2h)")
+    return text
+
+
+class CheckpointsSection(Section):
+    """When checkpoints are written and how many stay."""
+
+    every: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(_is_interval)] = "10%"
+    """A share of the run (`10%`), a number of steps (`200`), or a time (`30s`, `10min`, `2h`)."""
+
+    keep: int = Field(default=2, ge=1)
+    """Checkpoints kept; the best is kept besides when the best adapter is wanted."""
+
+
+class HealthSection(Section):
+    """What is done when training goes wrong."""
+
+    on_nan: Literal["stop", "warn"] = "stop"
+    """A non-finite loss or gradient norm: `stop` ends the run with exit 6, naming step and rows; `warn` says so and goes on."""
+
+
+class LaunchSection(Section):
+    """How many processes train, and how they share the work."""
+
+    num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Processes, one per GPU. `auto`: every GPU of this machine, one process without GPUs."""
+
+    strategy: str = "ddp"
+    """`ddp`, `fsdp2`, `zero2`, `zero3`, or the path of an accelerate config file."""

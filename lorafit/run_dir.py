@@ -1,0 +1,71 @@
+"""The names on disk of one run, and whether a directory may become one."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RunDirError
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One run directory: the only thing commands share."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe; its relative paths are relative to this directory."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, seed, hashes, times, outcome."""
+        return self.path / "manifest.json"
+
+    @property
+    def metrics(self) -> Path:
+        """Every logged step, one JSON object a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoints of the trainer."""
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The plain PEFT adapter."""
+        return self.path / "adapter"
+
+    def refuse_used(self) -> None:
+        """A run directory is never overwritten: it must be absent, or an empty directory, and writable.
+
+        Raises RunDirError.
+        """
+        where = str(self.path)
+        if self.path.is_symlink() and not self.path.exists():
+            raise RunDirError("is a broken link; choose another output_dir", where=where)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirError("is a file; choose another output_dir", where=where)
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise RunDirError(
+                "already holds a run or other files; choose another output_dir (`--set output_dir=...`)", where=where
+            )
+        parent = self.path
+        while not parent.exists():
+            parent = parent.parent
+        if not parent.is_dir():
+            raise RunDirError(f"{parent} is a file; choose another output_dir", where=where)
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise RunDirError(f"{parent} is not writable; choose another output_dir", where=where)
+
+    def write_manifest(self, facts: dict[str, Any]) -> None:
+        """Replace the manifest in one step, so that a reader sees the old one or the new one."""
+        stage = self.manifest.with_suffix(".tmp")
+        stage.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(stage, self.manifest)
