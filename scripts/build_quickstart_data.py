@@ -16,19 +16,29 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-# Tests are not documentation, site-packages is not Python's, lib-dynload and config-3.11-* (and _sysconfigdata*.py, below)
-# belong to one build of Python, and the code pages in encodings are tables of numbers.
-LEFT_OUT_FOLDERS = {"__pycache__", "encodings", "ensurepip", "idle_test", "lib-dynload", "site-packages", "test", "tests"}
+# Tests are not documentation, site-packages is not Python's, the code pages in encodings are tables of numbers, and
+# lib-dynload, config-3.11-* and _sysconfigdata*.py belong to one build of Python.
+LEFT_OUT_FOLDERS = {
+    "__pycache__",
+    "encodings",
+    "ensurepip",
+    "idle_test",
+    "lib-dynload",
+    "site-packages",
+    "test",
+    "tests",
+}
 LEFT_OUT_PREFIXES = ("_sysconfigdata", "config-")
-HELD_OUT_MODULES = frozenset(
-    "calendar configparser csv difflib filecmp fractions gzip ipaddress netrc random sched selectors shelve shutil "
-    "statistics textwrap wave webbrowser zipfile".split()
-)
+HELD_OUT_MODULES = {
+    *("calendar", "configparser", "csv", "difflib", "filecmp", "fractions", "gzip", "ipaddress", "netrc", "random"),
+    *("sched", "selectors", "shelve", "shutil", "statistics", "textwrap", "wave", "webbrowser", "zipfile"),
+}
 LONGEST_PROMPT = 240  # characters; a signature beyond this would only pad the batches of a two-minute run
 LONGEST_SENTENCE = 160
 SENTENCE_END = re.compile(r"(?<!e\.g)(?<!i\.e)(?<!etc)(?<!vs)\.(?=\s|$)")
 
 Row = dict[str, str]
+Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def stdlib_files(stdlib: Path = STDLIB) -> list[Path]:
@@ -58,21 +68,21 @@ def first_sentence(docstring: str) -> str | None:
     sentence = paragraph[: end.start()] if end else paragraph
     is_clean = (
         re.match(r"[A-Z]", sentence)
-        and sentence[-1:].isalnum() | (sentence[-1:] in "`'\")")
-        and 3 <= len(sentence.split())
+        and (sentence[-1].isalnum() or sentence[-1] in "`'\")")
+        and len(sentence.split()) >= 3
         and len(sentence) < LONGEST_SENTENCE
         and sentence.isascii()
-        and not re.search(r"<\||->|>>>|:: |\.\.\.", sentence)
+        and not re.search(r"<\||->|>>>|:: | --|e\.g\.|\.\.\.", sentence)
     )
     return sentence + "." if is_clean else None
 
 
-def functions_of(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, ast.FunctionDef | ast.AsyncFunctionDef]]:
+def functions_of(body: list[ast.stmt], prefix: str = "") -> Iterator[tuple[str, Function]]:
     """Functions and methods with their qualified names; functions inside functions are nobody's interface."""
     for node in body:
         if isinstance(node, ast.ClassDef):
             yield from functions_of(node.body, f"{prefix}{node.name}.")
-        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        elif isinstance(node, Function):
             yield prefix + node.name, node
 
 
@@ -85,16 +95,19 @@ def rows_of(module: str, source: str) -> Iterator[Row]:
 
 
 def train_and_eval_rows(files: Iterable[Path], stdlib: Path = STDLIB) -> tuple[list[Row], list[Row]]:
-    """Rows of both files, each prompt once, and no eval row whose prompt or completion a train row has."""
+    """Rows of both files, each prompt once, and no eval row whose sentence stands outside the held-out modules."""
     train: dict[str, Row] = {}
     held_out: dict[str, Row] = {}
+    seen_text = ""
     for path in files:
-        module = module_name(path, stdlib)
+        module, source = module_name(path, stdlib), path.read_text(encoding="utf-8")
+        if not is_held_out(module):
+            seen_text += " ".join(source.split()) + "\n"
         rows = held_out if is_held_out(module) else train
-        for row in rows_of(module, path.read_text(encoding="utf-8")):
+        for row in rows_of(module, source):
             rows.setdefault(row["prompt"], row)
-    trained_completions = {row["completion"] for row in train.values()}
-    return list(train.values()), [row for row in held_out.values() if row["completion"] not in trained_completions]
+    new = [row for row in held_out.values() if row["completion"].split("Summary: ")[1][:-1] not in seen_text]
+    return list(train.values()), new
 
 
 def main() -> None:
