@@ -1,0 +1,6 @@
+"""What the user wrote: sections, rules between fields, loading with line numbers. Never torch, environment, network."""
+
+from lorafit.recipe.load import LoadedRecipe, load
+from lorafit.recipe.recipe import Recipe
+
+__all__ = ["LoadedRecipe", "Recipe", "load"]

@@ -27,7 +27,7 @@ class EarlyStoppingSection(Section):
 
 def _is_interval(text: str) -> str:
     if not re.fullmatch(r"(100|[1-9]?\d(\.\d+)?)%|[1-9]\d*(s|min|h)", text):
-        raise ValueError("write a share of the run (10%), a number of steps (200) or a time (30s, 10min, 2h)")
+        raise ValueError("a share of the run (10%), a number of steps (200) or a time (30s, 10min, 2h)")
     return text
 
 

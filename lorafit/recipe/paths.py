@@ -1,0 +1,63 @@
+"""The four kinds of recipe values that may be paths: made absolute on loading, relative again on writing."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from lorafit.recipe.yaml_reader import KeyPath
+
+TEMPLATES = ("chat", "alpaca", "plain")
+STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+
+
+def resolved(value: Any, base: Path, *, at: KeyPath = ()) -> Any:
+    """`value` with every path in it absolute; relative ones start at `base`."""
+    return _mapped(value, at, lambda text, key: _absolute(text, base) if _is_path(text, key, base) else text)
+
+
+def relative(value: Any, base: Path) -> Any:
+    """`value` of a whole loaded recipe with every path in it relative to `base`, so that both can move together."""
+    return _mapped(value, (), lambda text, key: _from(text, base, key) if os.path.isabs(text) else text)
+
+
+def looks_local(name: str, base: Path) -> bool:
+    """Whether a model name is a directory, not a Hub id (`name` or `org/name`)."""
+    return (
+        name.startswith((".", "/", "~", "\\"))
+        or name.endswith("/")
+        or name.count("/") > 1
+        or os.path.lexists(base / name)
+    )
+
+
+def _mapped(value: Any, at: KeyPath, change: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _mapped(entry, (*at, key), change) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_mapped(entry, (*at, index), change) for index, entry in enumerate(value)]
+    return change(value, at) if isinstance(value, str) and value and _may_be_path(at) else value
+
+
+def _may_be_path(at: KeyPath) -> bool:
+    match at:
+        case ("model", "model_name_or_path") | ("data", "template") | ("launch", "strategy"):
+            return True
+        case ("data", "train" | "eval", int(), "path"):
+            return True
+    return False
+
+
+def _is_path(text: str, at: KeyPath, base: Path) -> bool:
+    if at[0] == "model":
+        return looks_local(text, base)
+    return not (at == ("data", "template") and text in TEMPLATES or at == ("launch", "strategy") and text in STRATEGIES)
+
+
+def _absolute(text: str, base: Path) -> str:
+    return os.path.abspath(base / os.path.expanduser(text))
+
+
+def _from(text: str, base: Path, at: KeyPath) -> str:
+    short = os.path.relpath(text, os.path.abspath(base))
+    is_bare = at[0] != "data" or at[1] == "template"  # a bare name would be read as a Hub id or a built-in name
+    return f"./{short}" if is_bare and not short.startswith(".") else short
