@@ -7,6 +7,8 @@ import errno
 import json
 import sys
 import traceback
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,11 +58,42 @@ def _print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:
     print(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
 
 
+def _say(*, quiet: bool) -> Callable[[str], None]:
+    """Takes one line for people at a time; on stderr, so that stdout holds the result alone."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
 def _report(error: LorafitError) -> int:
     """Print every problem as one line on stderr; the exit code."""
     for problem in error.problems:
         print(f"error: {problem}", file=sys.stderr)
     return error.exit_code
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Audit the data, train an adapter, leave a run directory."""
+    from lorafit.recipe import load
+
+    loaded = load(recipe, overrides=set_ or ())
+    from lorafit.preflight import cache_directory
+    from lorafit.training.train import train as train_adapter
+
+    result = train_adapter(
+        loaded,
+        say=_say(quiet=quiet),
+        show_progress=sys.stderr.isatty() and not quiet,
+        cache_dir=cache_directory(),
+    )
+    from lorafit.report.tables import train_table
+
+    _print_result(asdict(result), as_json=as_json, text=train_table(result))
 
 
 def _exit_code(arguments: list[str]) -> int:

@@ -1,0 +1,127 @@
+"""The base model with its adapter attached and initialised: a `peft.PeftModel`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from peft import (
+    AdaLoraConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    initialize_lora_eva_weights,
+    prepare_model_for_kbit_training,
+    replace_lora_weights_loftq,
+)
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from lorafit.errors import AdapterError
+
+Batches = Callable[[], Iterable[dict[str, torch.Tensor]]]
+
+CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda")
+"""Initialisations that move part of the base weight into the adapter; saved as a plain adapter of twice the rank."""
+
+
+@dataclass(frozen=True)
+class AdaptedModule:
+    """One row of the table of adapted modules."""
+
+    name: str
+    kind: str
+    r: int
+    alpha: float
+    scale: float
+    """Multiplier of B·A·x: alpha / r, or alpha / sqrt(r) with use_rslora."""
+
+    parameters: int
+    """Trainable parameters the adapter adds here."""
+
+
+def attach_adapter(
+    model: PreTrainedModel,
+    config: LoraConfig,
+    *,
+    init_method: bool | str,
+    seed: int,
+    gradient_checkpointing: bool,
+    autocast_adapter_dtype: bool,
+    batches: Batches,
+    base_directory: str,
+) -> PeftModel:
+    """`model` with an adapter, its base frozen.
+
+    `batches` gives a few training batches for the initialisations that look at data (eva, corda). Raises AdapterError
+    in peft's own words where it refuses this model.
+    """
+    # TRL converts the adapter of a quantised model to bfloat16, but does not prepare the base: the norms stay in 16
+    # bits and, with checkpointing, the inputs need gradients.
+    is_quantized = getattr(model, "is_quantized", False)
+    if is_quantized:
+        model = prepare_model_for_kbit_training(
+            model,
+            use_gradient_checkpointing=gradient_checkpointing,
+            gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
+        )
+    set_seed(seed)
+    try:
+        if init_method == "corda":
+            preprocess_corda(model, config, run_model=lambda: _run(model, batches))
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        if init_method == "eva":
+            initialize_lora_eva_weights(adapted, dataloader=list(batches()), show_progress_bar=False)
+        if init_method == "loftq":
+            replace_lora_weights_loftq(adapted, model_path=base_directory)
+    except (ValueError, TypeError, NotImplementedError, ImportError) as error:
+        raise AdapterError(f"peft refuses this adapter on this model: {error}", where="lora") from error
+    return adapted
+
+
+@torch.no_grad()
+def _run(model: nn.Module, batches: Batches) -> None:
+    device = next(model.parameters()).device
+    for batch in batches():
+        model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+
+
+def set_total_steps(model: PeftModel, total_steps: int) -> None:
+    """Tell AdaLoRA how many optimizer steps the run has; it shares out ranks between `tinit` and `total - tfinal`.
+
+    Raises AdapterError when that leaves no step.
+    """
+    config = model.peft_config["default"]
+    if not isinstance(config, AdaLoraConfig):
+        return
+    if config.tinit >= total_steps - config.tfinal:
+        message = (
+            f"tinit {config.tinit} + tfinal {config.tfinal} leave none of the {total_steps} steps to share out ranks"
+        )
+        raise AdapterError(f"{message}; lower them", where="adalora")
+    config.total_step = total_steps
+    model.base_model.rankallocator.set_total_step(total_steps)
+
+
+def adapted_modules(model: PeftModel) -> tuple[AdaptedModule, ...]:
+    """Every module with an adapter, in the model's order."""
+    table = []
+    for name, module in model.get_base_model().named_modules():
+        if not isinstance(module, BaseTunerLayer) or "default" not in getattr(module, "r", {}):
+            continue
+        parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+        rank = module.r["default"]
+        table.append(
+            AdaptedModule(
+                name=name,
+                kind=type(module.get_base_layer()).__name__,
+                r=rank if isinstance(rank, int) else int(rank.item()),
+                alpha=module.lora_alpha["default"],
+                scale=module.scaling["default"],
+                parameters=parameters,
+            )
+        )
+    return tuple(table)

@@ -1,0 +1,133 @@
+"""What this machine offers, and what it cannot do. Reads the machine and the environment; prints nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+from huggingface_hub.constants import HF_HOME
+
+from lorafit.errors import MachineError, Problem
+from lorafit.recipe.load import LoadedRecipe
+from lorafit.recipe.sections import TrainingSection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Choice(Generic[T]):
+    """A value lorafit chose by itself, with the reason it is printed with."""
+
+    value: T
+    reason: str
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices this process may use."""
+
+    device: str
+    """`cuda` or `cpu`."""
+
+    name: str
+    gpus: int
+    has_bf16: bool
+    """Whether bfloat16 is computed natively."""
+
+    memory_bytes: int
+    """Memory of one device."""
+
+
+def this_machine() -> Machine:
+    """The GPUs of this machine, or its CPU."""
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        return Machine(
+            device="cuda",
+            name=properties.name,
+            gpus=torch.cuda.device_count(),
+            has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            memory_bytes=properties.total_memory,
+        )
+    # No public query exists: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/cpu/__init__.py
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=has_bf16, memory_bytes=_ram_bytes())
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return "CPU"
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cache_directory() -> Path:
+    """Where prepared tokens are kept: `$LORAFIT_CACHE`, else `lorafit` beside the Hugging Face cache."""
+    if chosen := os.environ.get("LORAFIT_CACHE"):
+        return Path(chosen)
+    return Path(HF_HOME).parent / "lorafit"
+
+
+def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
+    """Whether the step runs under bfloat16 autocast."""
+    if training.bf16 != "auto":
+        return Choice(training.bf16, "training.bf16")
+    if training.fp16:
+        return Choice(False, "training.fp16 is on")
+    if machine.has_bf16:
+        return Choice(True, f"{machine.name} computes it natively")
+    return Choice(False, f"{machine.name} does not compute it natively")
+
+
+def checkpointing_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
+    """Whether activations are recomputed in the backward pass."""
+    if training.gradient_checkpointing != "auto":
+        return Choice(training.gradient_checkpointing, "training.gradient_checkpointing")
+    if machine.device == "cpu":
+        return Choice(False, "on CPU memory is rarely what runs out, and it costs about 1.45 times the FLOPs")
+    return Choice(True, "saves most activation memory; set it to false if the run fits without")
+
+
+def refuse_what_this_machine_lacks(loaded: LoadedRecipe, machine: Machine) -> None:
+    """Everything the recipe asks for that this machine does not have. Raises MachineError with all of it."""
+    problems = tuple(_missing_here(loaded, machine))
+    if problems:
+        raise MachineError(problems)
+
+
+_LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
+
+
+def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
+    recipe = loaded.recipe
+    wanted = recipe.launch.num_processes
+    if machine.gpus and isinstance(wanted, int) and wanted > machine.gpus:
+        message = f"{wanted} processes, but this machine has {machine.gpus} GPUs; write auto, or at most {machine.gpus}"
+        yield loaded.problem("launch.num_processes", message)
+    if recipe.training.fp16 and machine.device == "cpu":
+        yield loaded.problem("training.fp16", "needs a GPU; leave it out and let bf16 be auto")
+    if recipe.training.optim.startswith("paged_") and machine.device == "cpu":
+        yield loaded.problem(
+            "training.optim", f"{recipe.training.optim} pages GPU memory; on CPU use adamw_torch_fused"
+        )
+    if recipe.model.attn_implementation == "flash_attention_2" and not _has_package("flash_attn"):
+        yield loaded.problem("model.attn_implementation", "needs the package flash_attn; install it, or write sdpa")
+    for logger in recipe.training.report_to:
+        package = _LOGGER_PACKAGES.get(logger)
+        if package and not _has_package(package):
+            yield loaded.problem("training.report_to", f"{logger} is not installed; pip install {package}")
+
+
+def _has_package(name: str) -> bool:
+    return name in sys.modules or importlib.util.find_spec(name) is not None

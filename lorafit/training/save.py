@@ -1,0 +1,106 @@
+"""The trained adapter on disk: staged, compared with memory, then put under its name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
+from lorafit.errors import VerificationError
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def initial_adapter(model: PeftModel, *, init_method: bool | str) -> Iterator[Path | None]:
+    """The adapter as it was initialised, on disk for as long as the block runs; None where nothing needs it.
+
+    PiSSA, OLoRA and CorDA move part of the base weight into the adapter. With this copy peft saves the difference to
+    the original base instead: an ordinary adapter of twice the rank that every program loads.
+    """
+    if init_method not in CHANGES_BASE_WEIGHTS:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
+        config = model.peft_config["default"]
+        config.init_lora_weights = True
+        model.save_pretrained(directory)
+        config.init_lora_weights = init_method
+        yield Path(directory)
+
+
+def write_adapter(
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    target: Path,
+    base_name: str | None,
+    state_dict: dict[str, torch.Tensor] | None,
+    initial: Path | None,
+) -> None:
+    """Write a plain PEFT adapter with its tokenizer to `target`, which must not exist.
+
+    `base_name` is a Hub id, or None for a base in a directory (no path of this machine is recorded). `state_dict` is
+    the gathered one of a sharded model. Raises VerificationError when the file is not what is in memory.
+    """
+    stage = target.with_name(target.name + ".tmp")
+    shutil.rmtree(stage, ignore_errors=True)
+    stage.mkdir(parents=True)
+    config = model.peft_config["default"]
+    recorded, config.base_model_name_or_path = config.base_model_name_or_path, base_name
+    try:
+        # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
+        model.save_pretrained(
+            str(stage),
+            state_dict=state_dict,
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
+    finally:
+        config.base_model_name_or_path = recorded
+    tokenizer.save_pretrained(str(stage))
+    (stage / "README.md").unlink(missing_ok=True)  # peft's own card; the run writes a fuller one
+    if initial is None:
+        _refuse_difference(model, stage / WEIGHTS, state_dict)
+    _refuse_broken(stage)
+    _give_usual_permissions(stage)
+    stage.replace(target)
+
+
+def _refuse_difference(model: PeftModel, file: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """The file holds every trained tensor, bit for bit."""
+    expected = get_peft_model_state_dict(model, state_dict=state_dict, save_embedding_layers=False)
+    saved = load_file(file)
+    if saved.keys() != expected.keys():
+        odd = sorted(saved.keys() ^ expected.keys())
+        raise VerificationError(f"saved tensors differ from the trained ones: {', '.join(odd[:3])}", where=str(file))
+    for name, tensor in expected.items():
+        if not torch.equal(saved[name], tensor.detach().cpu().contiguous()):
+            raise VerificationError(f"{name} was not saved as it was trained", where=str(file))
+
+
+def _refuse_broken(stage: Path) -> None:
+    """What is loaded later is whole: tensors there, none empty, all finite, no Python code or pickles beside them."""
+    tensors = load_file(stage / WEIGHTS)
+    wrong = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
+    if not tensors or wrong:
+        raise VerificationError(f"empty or not finite: {', '.join(wrong[:3]) or 'no tensors at all'}", where=str(stage))
+    json.loads((stage / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def _give_usual_permissions(directory: Path) -> None:
+    """Files readable as the umask says; safetensors writes its own for the owner only."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in directory.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)

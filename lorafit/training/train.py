@@ -1,0 +1,279 @@
+"""One run, top to bottom: audit the data, load, attach, train, check, save."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lorafit import __version__
+from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
+from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.lora_config import lora_config
+from lorafit.builders.sft_config import sft_config
+from lorafit.builders.tokenizer import load_tokenizer
+from lorafit.data.prepare import PreparedData, prepare
+from lorafit.errors import LorafitError
+from lorafit.preflight import bf16_choice, checkpointing_choice, refuse_what_this_machine_lacks, this_machine
+from lorafit.recipe import LoadedRecipe
+from lorafit.run_dir import RunDir
+from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
+from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
+from lorafit.training.rows import RowFinder
+from lorafit.training.save import initial_adapter, write_adapter
+from lorafit.training.trainer import LoraTrainer, planned_steps
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What one run came to; the JSON of `lorafit train`."""
+
+    run: str
+    adapter: str
+    steps: int
+    tokens: int
+    eval_loss_before: float | None
+    eval_loss_after: float | None
+    peak_memory_bytes: int
+    seconds: float
+    outcome: str
+
+
+def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None) -> TrainResult:
+    """Train one adapter as the recipe says, and leave a run directory.
+
+    `say` takes one line for people at a time. Raises every LorafitError but RecipeError; nothing is created in the
+    run directory before all that can be checked without training has passed.
+    """
+    started = time.monotonic()
+    recipe, run = loaded.recipe, RunDir(loaded.output_dir())
+    machine = this_machine()
+    run.refuse_used()
+    refuse_what_this_machine_lacks(loaded, machine)
+    base_files = check_base_model(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare_rows(
+        loaded,
+        tokenizer,
+        stop_token_ids=base_files.stop_token_ids,
+        vocab_size=base_files.vocab_size,
+        cache_dir=cache_dir,
+    )
+    _say_data(data, say)
+
+    bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
+    say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
+    say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
+    model = _model_with_adapter(
+        loaded, data, tokenizer, checkpointing=checkpointing.value, base_directory=str(base_files.directory)
+    )
+    refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
+    table = adapted_modules(model)
+    _say_adapter(table, model, say)
+
+    arguments = sft_config(
+        recipe,
+        output_dir=run.checkpoints,
+        run_name=run.path.name,
+        bf16=bf16.value,
+        gradient_checkpointing=checkpointing.value,
+        use_cpu=machine.device == "cpu",
+        has_eval_rows=data.eval is not None,
+    )
+    metrics = MetricsFile(run.metrics)
+    trainer = LoraTrainer(
+        loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
+        on_nan=recipe.health.on_nan,
+        rows_of_batch=RowFinder(data),
+        say=say,
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=tokenizer,
+        callbacks=_callbacks(loaded, metrics, show_progress=show_progress),
+    )
+    trainer.remove_callback(PrinterCallback)
+    steps = planned_steps(trainer)
+    set_total_steps(model, steps)
+    _say_steps(loaded, trainer, steps, say)
+
+    if trainer.is_world_process_zero():
+        run.path.mkdir(parents=True, exist_ok=True)
+        run.recipe.write_text(loaded.yaml(relative_to=run.path), encoding="utf-8")
+    facts = _facts(loaded, data, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
+    before = remember(model)
+    with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
+        try:
+            trainer.train()
+        except LorafitError as error:
+            _finish(run, trainer, facts, outcome=f"stopped: {error}")
+            raise
+        stopped_early = trainer.control.should_training_stop and recipe.early_stopping is not None
+        verify_result(
+            model, before=before, steps_done=trainer.state.global_step, steps_planned=steps, stopped_early=stopped_early
+        )
+        losses = _held_out_losses(trainer, metrics)
+        if trainer.is_world_process_zero():
+            base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
+            write_adapter(model, tokenizer, target=run.adapter, base_name=base_name, state_dict=None, initial=initial)
+    result = TrainResult(
+        run=str(run.path),
+        adapter=str(run.adapter),
+        steps=trainer.state.global_step,
+        tokens=metrics.tokens,
+        eval_loss_before=losses[0],
+        eval_loss_after=losses[1],
+        peak_memory_bytes=_peak_memory_bytes(),
+        seconds=round(time.monotonic() - started, 2),
+        outcome="stopped early" if stopped_early else "finished",
+    )
+    _finish(run, trainer, facts | asdict(result), outcome=result.outcome)
+    return result
+
+
+def prepare_rows(
+    loaded: LoadedRecipe,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    stop_token_ids: frozenset[int],
+    vocab_size: int,
+    cache_dir: Path | None,
+) -> PreparedData:
+    """The recipe's rows as tokens and labels, audited. Raises DataError."""
+    return prepare(
+        loaded.recipe.data,
+        tokenizer=tokenizer,
+        max_length=loaded.recipe.training.max_length,
+        seed=loaded.recipe.training.seed,
+        stop_token_ids=stop_token_ids,
+        vocab_size=vocab_size,
+        cache_dir=cache_dir,
+    )
+
+
+def _model_with_adapter(
+    loaded: LoadedRecipe,
+    data: PreparedData,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    checkpointing: bool,
+    base_directory: str,
+) -> PeftModel:
+    recipe = loaded.recipe
+    state = PartialState()
+    device_map = {"": state.device} if state.device.type == "cuda" else None
+    base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+    config = lora_config(recipe.lora, adalora=recipe.adalora, model=base, where=loaded.problem)
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    size = recipe.training.per_device_train_batch_size
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, min(64, len(data.train)), size):
+            rows = data.train.select(range(start, min(start + size, len(data.train))))
+            yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+
+    return attach_adapter(
+        base,
+        config,
+        init_method=recipe.lora.init_lora_weights,
+        seed=recipe.training.seed,
+        gradient_checkpointing=checkpointing,
+        autocast_adapter_dtype=True,
+        batches=batches,
+        base_directory=base_directory,
+    )
+
+
+def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, show_progress: bool) -> list[Any]:
+    recipe = loaded.recipe
+    callbacks: list[Any] = [metrics, CheckpointInterval(recipe.checkpoints.every)]
+    if show_progress:
+        callbacks.append(ProgressBar(metrics))
+    if recipe.early_stopping is not None:
+        stopping = recipe.early_stopping
+        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
+    if recipe.adalora is not None:
+        callbacks.append(RankAllocation())
+    return callbacks
+
+
+def _held_out_losses(trainer: LoraTrainer, metrics: MetricsFile) -> tuple[float | None, float | None]:
+    """Held-out loss in nats per trained token, before the first step and of the adapter that is saved."""
+    if trainer.eval_dataset is None:
+        return None, None
+    before = next(entry["eval_loss"] for entry in metrics.history if "eval_loss" in entry)
+    return before, trainer.evaluate()["eval_loss"]
+
+
+def _peak_memory_bytes() -> int:
+    """Peak of the GPU allocator, or of this process's memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _say_data(data: PreparedData, say: Say) -> None:
+    say(f"data: {data.audit.summary()}")
+    for warning in data.audit.warnings:
+        say(f"warning: {warning}")
+
+
+def _say_adapter(table: tuple[AdaptedModule, ...], model: PeftModel, say: Say) -> None:
+    trained, total = model.get_nb_trainable_parameters()
+    say(f"adapter: {len(table)} modules, {trained:,} trained parameters, {trained / total:.2%} of {total:,}")
+    groups: dict[tuple[str, int, float, float], list[int]] = {}
+    for module in table:
+        key = (module.name.rpartition(".")[2], module.r, module.alpha, module.scale)
+        groups.setdefault(key, []).append(module.parameters)
+    for (name, rank, alpha, scale), sizes in groups.items():
+        say(f"  {name:<16} x{len(sizes):<4} r={rank} alpha={alpha:g} scale={scale:.3g} {sum(sizes):>12,} parameters")
+
+
+def _say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say) -> None:
+    training = loaded.recipe.training
+    per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    processes = trainer.accelerator.num_processes
+    sequences = per_device * accumulated * processes
+    unit = "packed rows" if training.packing else "sequences"
+    say(f"{sequences} {unit} per step = {per_device} per device x {accumulated} accumulated x {processes} processes")
+    say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")
+
+
+def _facts(
+    loaded: LoadedRecipe, data: PreparedData, *, machine: str, bf16: bool, table: tuple[AdaptedModule, ...], steps: int
+) -> dict[str, Any]:
+    """What the manifest says of a run before it has begun."""
+    packages = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
+    return {
+        "lorafit": __version__,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in packages},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine,
+        "world_size": PartialState().num_processes,
+        "seed": loaded.recipe.training.seed,
+        "bf16": bf16,
+        "planned_steps": steps,
+        "data": {"fingerprint": data.fingerprint, **data.audit.as_dict()},
+        "modules": [asdict(module) for module in table],
+    }
+
+
+def _finish(run: RunDir, trainer: LoraTrainer, facts: dict[str, Any], *, outcome: str) -> None:
+    if trainer.is_world_process_zero():
+        run.write_manifest(facts | {"outcome": outcome})

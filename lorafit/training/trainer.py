@@ -1,0 +1,148 @@
+"""`SFTTrainer` with what it leaves out: a held-out loss per token, a stop at the first NaN, LoRA+ and AdaLoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from transformers import PreTrainedModel
+from trl import SFTTrainer
+
+from lorafit.errors import HealthStop
+
+RowsOfBatch = Callable[[dict[str, Any]], list[str]]
+
+
+class LoraTrainer(SFTTrainer):
+    """Trains one adapter on rows that already hold `input_ids` and `labels`."""
+
+    def __init__(
+        self,
+        *,
+        loraplus_lr_ratio: float | None,
+        on_nan: str,
+        rows_of_batch: RowsOfBatch,
+        say: Callable[[str], None],
+        **sft_arguments: Any,
+    ) -> None:
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._on_nan = on_nan
+        self._rows_of_batch = rows_of_batch
+        self._say = say
+        self._batches_of_step: list[dict[str, Any]] = []
+        self._held_out: list[torch.Tensor] = []
+        super().__init__(**sft_arguments)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
+        if self._loraplus_lr_ratio is None or self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        settings.setdefault("weight_decay", self.args.weight_decay)
+        self.optimizer = create_loraplus_optimizer(
+            self.accelerator.unwrap_model(model or self.model),
+            optimizer_class,
+            loraplus_lr_ratio=self._loraplus_lr_ratio,
+            **settings,
+        )
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
+        result = super().compute_loss(model, inputs, *rest, **named)
+        config = getattr(self.accelerator.unwrap_model(model), "peft_config", {}).get("default")
+        if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:
+            return result
+        penalty = config.orth_reg_weight * _orthogonality(model) / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
+        """One forward and backward pass; a loss that is not finite ends the run before any weight is touched."""
+        self._batches_of_step.append(inputs)
+        loss = super().training_step(model, inputs, *rest, **named)
+        if not torch.isfinite(loss):
+            self._stop_or_warn(f"loss is {loss.item()}", [inputs])
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient norm before clipping; not finite ends the run before the optimizer step."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+            self._stop_or_warn(f"gradient norm is {float(norm)}", self._batches_of_step)
+        self._batches_of_step = []
+        return norm
+
+    def _stop_or_warn(self, what: str, batches: list[dict[str, Any]]) -> None:
+        rows = [row for batch in batches for row in self._rows_of_batch(batch)]
+        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        message = f"step {self.state.global_step + 1}: {what}; rows {shown}"
+        if self._on_nan == "warn":
+            self._say(f"warning: {message}")
+            return
+        mend = "lower training.learning_rate, or look at these rows; no adapter was written"
+        raise HealthStop(f"{message}; {mend}", where="training")
+
+    def evaluation_loop(self, *rest: Any, **named: Any) -> Any:
+        """`eval_loss` is the mean over held-out tokens, not over batches: the same for every batch size."""
+        self._held_out = []
+        output = super().evaluation_loop(*rest, **named)
+        if self._held_out:
+            nll, tokens = torch.cat(self._held_out).double().sum(dim=0).tolist()
+            prefix = named.get("metric_key_prefix", "eval")
+            output.metrics[f"{prefix}_loss"] = nll / max(tokens, 1)
+            output.metrics[f"{prefix}_tokens"] = int(tokens)
+        self._held_out = []
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """Negative log-likelihood and trained tokens of each document, gathered without the rows that pad a batch."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        sums = torch.stack([-outputs.log_probs, outputs.label_mask.to(outputs.log_probs.dtype)], dim=-1)
+        if "seq_idx" in inputs:
+            # One flattened row: the sums of each document, by the document its target token belongs to.
+            documents = inputs["seq_idx"][0, 1:].long()
+            count = int(inputs["seq_idx"].max()) + 1
+            per_document = sums.new_zeros(count, 2).index_add_(0, documents, sums[0])
+        else:
+            per_document = sums.sum(dim=1)
+        gathered = self.accelerator.gather_for_metrics(per_document)
+        self._held_out.append(gathered.cpu())
+        nll, tokens = per_document.sum(dim=0)
+        return nll / tokens.clamp(min=1), None, None
+
+    def create_model_card(self, *_: Any, **__: Any) -> None:
+        """None beside checkpoints: the one card of a run is written with its adapter."""
+
+    def _send_telemetry(self) -> None:
+        """None: what a user trains is theirs."""
+
+
+def _orthogonality(model: nn.Module) -> torch.Tensor:
+    """Mean of ||A·A^T - I|| and ||B^T·B - I|| (Frobenius) over all factors, as peft's AdaLoraModel computes it."""
+    terms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            terms.append(
+                torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
+            )
+    return torch.stack(terms).mean()
+
+
+def planned_steps(trainer: LoraTrainer) -> int:
+    """Optimizer steps the trainer will do, by its own arithmetic."""
+    loader = trainer.get_train_dataloader()
+    return int(trainer.set_initial_training_values(trainer.args, loader)[-1])
+
+
+def base_of(model: nn.Module) -> PreTrainedModel:
+    """The model under the adapter."""
+    return model.get_base_model()
