@@ -2,33 +2,127 @@
 
 from __future__ import annotations
 
+import difflib
+import inspect
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafit.builders.bnb_config import bnb_config
-from lorafit.builders.model_files import BaseModelFiles, read_json, stop_token_ids
-from lorafit.errors import ModelError
+from lorafit.builders.model_files import (
+    BaseModelFiles,
+    config_problems,
+    fetch_weights,
+    is_on_hub,
+    model_directory,
+    quantization_problems,
+    read_config,
+    stop_token_ids,
+    weight_problems,
+)
+from lorafit.builders.weight_files import tensor_table
+from lorafit.errors import ModelError, Problem
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
+logger = logging.getLogger(__name__)
 
-def check_base_model(section: ModelSection) -> BaseModelFiles:
-    """The files of the base model, looked at before a weight is read. Raises ModelError."""
-    directory = Path(section.model_name_or_path)
-    config = read_json(directory / "config.json")
-    known = AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
+WHERE_FILES_LIE = frozenset({"cache_dir", "local_files_only", "subfolder"})
+"""Arguments used up in finding the model's directory."""
+EXTRA_KEYS = WHERE_FILES_LIE | {
+    *("code_revision", "disable_mmap", "experts_implementation", "key_mapping", "max_memory"),
+    *("offload_buffers", "offload_folder"),
+}
+"""Arguments of `from_pretrained` that `model.extra` may hold, besides keys of the architecture's config. Left out:
+what the recipe sets elsewhere, secrets (`token`), what loads other or random weights (`ignore_mismatched_sizes`)."""
+
+
+def check_base_model(section: ModelSection, *, quantization: QuantizationSection | None = None) -> BaseModelFiles:
+    """The files of the base model, looked at before a weight is read. Raises ModelError with every problem found."""
+    directory = model_directory(section)
+    config = read_config(directory)
+    problems = [
+        *_architecture_problems(directory, config=config, section=section),
+        *config_problems(directory, config=config, section=section),
+        *quantization_problems(directory, config=config, quantization=quantization),
+    ]
+    if problems:
+        raise ModelError(problems)
+    stops = stop_token_ids(directory, config=config)
+    known = load_config(section, directory=directory)
+    if problems := list(_extra_problems(section, config=known)):
+        raise ModelError(problems)
+    fetch_weights(section, directory=directory)
+    tensors = tensor_table(directory)
+    if problems := list(weight_problems(directory, tensors=tensors, config=config)):
+        raise ModelError(problems)
     return BaseModelFiles(
         name=section.model_name_or_path,
         directory=directory,
-        revision=None,
+        revision=_commit(section, directory=directory),
         config=config,
-        tensors={},
-        total_bytes=0,
-        stop_token_ids=stop_token_ids(directory, config=config),
+        tensors=tensors,
+        stop_token_ids=stops,
         vocab_size=known.get_text_config().vocab_size,
     )
+
+
+def _commit(section: ModelSection, *, directory: Path) -> str | None:
+    """A snapshot lies in `snapshots/<commit>`."""
+    return directory.parts[directory.parts.index("snapshots") + 1] if is_on_hub(section) else None
+
+
+def load_config(section: ModelSection, *, directory: Path) -> PreTrainedConfig:
+    """The library's config object for a directory. Raises ModelError when the library does not take a value in it."""
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
+    except (*CONFIG_ERRORS, ImportError, OSError) as error:
+        where = str(directory / "config.json")
+        raise ModelError(f"transformers cannot use it: {_one_line(error)}", where=where) from error
+
+
+def _architecture_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:
+    where, kind = str(directory / "config.json"), config["model_type"]
+    own_code = config.get("auto_map")
+    if kind not in CONFIG_MAPPING_NAMES:
+        if own_code and section.trust_remote_code:
+            return
+        if own_code:
+            yield Problem(
+                where,
+                f"is a {kind!r}, which needs the Python code that comes with it: read {directory.name}/*.py, then set "
+                "model.trust_remote_code: true",
+            )
+            return
+        nearest = difflib.get_close_matches(kind, CONFIG_MAPPING_NAMES, n=1)
+        guess = f"did you mean {nearest[0]}?" if nearest else "use a model of an architecture it knows"
+        yield Problem(where, f"transformers {transformers.__version__} knows no model_type {kind!r}; {guess}")
+        return
+    name = (config.get("architectures") or [kind])[0]
+    is_other_task = re.search(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering)$", name)
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_other_task or config.get("is_encoder_decoder"):
+        yield Problem(where, f"is a {name}, not a model that predicts the next token: name a causal language model")
+
+
+def _extra_problems(section: ModelSection, *, config: PreTrainedConfig) -> Iterator[Problem]:
+    taken = set(inspect.signature(type(config).__init__).parameters) | set(config.to_dict())
+    for key in section.extra:
+        if key in ModelSection.model_fields or key == "quantization_config":
+            yield Problem("model.extra", f"{key} has its own key in the recipe; write it there")
+        elif key not in EXTRA_KEYS and key not in taken:
+            near = difflib.get_close_matches(key, [*EXTRA_KEYS, *taken], n=1)
+            hint = f"; did you mean {near[0]}?" if near else f"; lorafit passes on {', '.join(sorted(EXTRA_KEYS))}"
+            yield Problem("model.extra", f"{key} is not an argument of from_pretrained that may be set{hint}")
 
 
 def load_base_model(
@@ -38,25 +132,84 @@ def load_base_model(
     dtype: torch.dtype | str,
     device_map: Any,
 ) -> PreTrainedModel:
-    """The base model with every weight from its files. Raises ModelError where the files lack one.
+    """The base model with every weight from its files. Raises ModelError where the files lack one or another shape.
 
-    transformers starts missing tensors at random, with a warning only.
+    transformers starts missing tensors at random and only logs it. Tensors that the architecture has no place for are
+    logged: the model is whole without them.
     """
-    keys: dict[str, Any] = dict(model.extra)
+    directory = model_directory(model)
+    fetch_weights(model, directory=directory)
+    keys = {key: value for key, value in model.extra.items() if key not in WHERE_FILES_LIE}
     if model.attn_implementation != "auto":
         keys["attn_implementation"] = model.attn_implementation
-    if quantization is not None:
+    if quantization is not None and "quantization_config" not in read_config(directory):
         keys["quantization_config"] = bnb_config(quantization)
-    base, loaded = AutoModelForCausalLM.from_pretrained(
-        model.model_name_or_path,
-        revision=model.revision,
-        dtype=dtype,
-        device_map=device_map,
-        trust_remote_code=model.trust_remote_code,
-        use_safetensors=True,
-        output_loading_info=True,
-        **keys,
-    )
-    if missing := sorted(loaded["missing_keys"]):
-        raise ModelError(f"lacks {len(missing)} tensors, the first {missing[0]}", where=model.model_name_or_path)
+    with _kept_load_report() as report:
+        try:
+            base, loaded = AutoModelForCausalLM.from_pretrained(
+                directory,
+                dtype=dtype,
+                device_map=device_map,
+                trust_remote_code=model.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # so that mismatches are listed below, with their names, and refused
+                **keys,
+            )
+        except (OSError, ImportError, ValueError) as error:
+            raise ModelError(f"transformers cannot load it: {_one_line(error)}", where=str(directory)) from error
+        except RuntimeError as error:
+            if not report:
+                raise
+            raise ModelError(
+                f"its weights do not fit config.json: {_one_line(report[-1])}", where=str(directory)
+            ) from error
+    _refuse_incomplete(loaded, where=str(directory))
+    if is_on_hub(model):  # an adapter records the name of its base, not a path of this machine's cache
+        base.name_or_path = base.config.name_or_path = model.model_name_or_path
     return base
+
+
+def _refuse_incomplete(loaded: Mapping[str, Any], *, where: str) -> None:
+    problems = []
+    if missing := sorted(loaded["missing_keys"]):
+        problems.append(f"lacks {_some(missing)}: copy the whole model again, or correct config.json")
+    if mismatched := sorted(loaded["mismatched_keys"]):
+        name, stored, wanted = mismatched[0]
+        others = f" and {len(mismatched) - 1} more tensors" if len(mismatched) > 1 else ""
+        problems.append(
+            f"holds {name} as {list(stored)}, config.json makes it {list(wanted)}{others}: the weights and config.json "
+            "are not of one model"
+        )
+    if problems:
+        raise ModelError(Problem(where, problem) for problem in problems)
+    if unexpected := sorted(loaded["unexpected_keys"]):
+        logger.warning("%s: not used, the architecture has no place for them: %s", where, _some(unexpected))
+
+
+def _some(names: list[str]) -> str:
+    listed = ", ".join(names[:3])
+    return f"{len(names)} tensors ({listed}, ...)" if len(names) > 3 else f"{listed}"
+
+
+@contextmanager
+def _kept_load_report() -> Iterator[list[str]]:
+    """The table of missing and unexpected tensors that transformers logs, kept from the log: it is said in one line."""
+    reports: list[str] = []
+
+    def is_other(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        if "LOAD REPORT" in text:
+            reports.append(text)
+        return "LOAD REPORT" not in text
+
+    library = logging.getLogger("transformers.modeling_utils")
+    library.addFilter(is_other)
+    try:
+        yield reports
+    finally:
+        library.removeFilter(is_other)
+
+
+def _one_line(text: Exception | str) -> str:
+    return " ".join(str(text).split())[:300]

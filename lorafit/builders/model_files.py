@@ -1,24 +1,23 @@
-"""A base model on disk: what its files say, before a weight is read."""
+"""A base model on disk: what its files say, before a weight is read and without torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import ModelError
+from lorafit.builders.hub_snapshot import hub_snapshot
+from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
+from lorafit.errors import ModelError, Problem
+from lorafit.recipe.paths import looks_local
+from lorafit.recipe.sections import ModelSection, QuantizationSection
 
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a safetensors file."""
-
-    file: str
-    dtype: str
-    """As the file spells it: `BF16`, `F32`."""
-    shape: tuple[int, ...]
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
+    *("tekken.json", "qwen.tiktoken", "tiktoken.model", "sentencepiece.bpe.model"),
+)
 
 
 @dataclass(frozen=True)
@@ -34,30 +33,160 @@ class BaseModelFiles:
     config: Mapping[str, Any]
     """config.json."""
     tensors: Mapping[str, TensorInfo]
-    total_bytes: int
-    """Bytes of all tensors as they are stored."""
     stop_token_ids: frozenset[int]
     """What generation stops on: `eos_token_id` of generation_config.json, else of config.json."""
     vocab_size: int
     """Rows of the embedding."""
 
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
 
-def is_local_path(name: str) -> bool:
-    """Whether a model is meant as a directory: such a name never reaches the Hub."""
-    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or Path(name).is_dir()
+    def fingerprint(self) -> str:
+        """Hash of config.json, the tensors' names, types and shapes, and samples of their bytes."""
+        return fingerprint(self.directory, config=self.config, tensors=self.tensors)
+
+
+def is_on_hub(section: ModelSection) -> bool:
+    """Whether the model is a Hub id; what looks like a path never reaches the Hub."""
+    return not looks_local(section.model_name_or_path, Path())
+
+
+def model_directory(section: ModelSection) -> Path:
+    """Directory of the model's settings and tokenizer; a Hub model's are fetched into the cache, not its weights.
+
+    Raises ModelError when there is no such directory or Hub model.
+    """
+    subfolder = section.extra.get("subfolder", "")
+    if is_on_hub(section):
+        return hub_snapshot(section) / subfolder
+    directory = Path(section.model_name_or_path).expanduser()
+    if not directory.exists():
+        raise ModelError("there is no such directory: correct model.model_name_or_path", where=str(directory))
+    if not directory.is_dir():
+        raise ModelError("is a file; model.model_name_or_path names the directory it lies in", where=str(directory))
+    directory /= subfolder
+    if not directory.is_dir() or not any(directory.iterdir()):
+        raise ModelError("is empty or missing: copy the model there, or name another directory", where=str(directory))
+    return directory
+
+
+def fetch_weights(section: ModelSection, *, directory: Path) -> None:
+    """Bring the weight files of a Hub model into the cache, those that transformers reads and no others."""
+    if is_on_hub(section):
+        hub_snapshot(section, files=shard_names(directory) if (directory / INDEX).is_file() else ("model.safetensors",))
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of the model. Raises ModelError when it is not one."""
     try:
+        if is_lfs_pointer(path):
+            raise ModelError("is a git-lfs pointer: run `git lfs pull` in that directory", where=str(path))
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot be read as JSON: {error}", where=str(path)) from None
+        raise ModelError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
     if not isinstance(value, dict):
-        raise ModelError("is not a JSON object", where=str(path))
+        raise ModelError("is not a JSON object: copy the file again", where=str(path))
     return value
 
 
+def read_config(directory: Path) -> dict[str, Any]:
+    """config.json of a base model. Raises ModelError when it is missing, broken, or this is an adapter."""
+    adapter = directory / "adapter_config.json"
+    if adapter.is_file():
+        base = read_json(adapter).get("base_model_name_or_path")
+        raise ModelError(
+            f"is an adapter, not a base model: set model.model_name_or_path to its base ({base})", where=str(directory)
+        )
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ModelError("has no config.json: name the directory that from_pretrained loads", where=str(directory))
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError("has no model_type: copy the file again, or write the architecture's there", where=str(path))
+    return config
+
+
 def stop_token_ids(directory: Path, *, config: Mapping[str, Any]) -> frozenset[int]:
-    source = directory / "generation_config.json"
-    value = (read_json(source) if source.is_file() else {}).get("eos_token_id", config.get("eos_token_id"))
-    return frozenset(value if isinstance(value, list) else [] if value is None else [value])
+    """Ids that generation stops on. Raises ModelError when generation_config.json cannot be read."""
+    path = directory / "generation_config.json"
+    value = read_json(path).get("eos_token_id") if path.is_file() else None
+    if value is None:
+        path = directory / "config.json"
+        value = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(type(token) is int for token in ids):
+        raise ModelError(f"has eos_token_id {value!r}; it is a token id or a list of them", where=str(path))
+    return frozenset(ids)
+
+
+def config_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:
+    """What in config.json keeps the model from being loaded as the recipe says."""
+    where = str(directory / "config.json")
+    kernel = next((value for value in _attention_names(config) if "/" in value), None)
+    if kernel and section.attn_implementation == "auto":
+        yield Problem(
+            where,
+            f"asks for the attention kernel {kernel!r}, code downloaded from the Hub: set model.attn_implementation "
+            "(sdpa, eager or flash_attention_2)",
+        )
+    if "transformers_weights" in config:
+        yield Problem(
+            where, "renames the weights (transformers_weights): drop the key, call the file model.safetensors"
+        )
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        yield Problem(str(directory), "has no tokenizer: copy its files there (tokenizer.json, tokenizer_config.json)")
+
+
+def _attention_names(config: Mapping[str, Any]) -> Iterator[str]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _attention_names(value)
+        elif key.endswith("attn_implementation") and isinstance(value, str):
+            yield value
+
+
+def quantization_problems(
+    directory: Path, *, config: Mapping[str, Any], quantization: QuantizationSection | None
+) -> Iterator[Problem]:
+    """A checkpoint that is quantised already must be a bitsandbytes one, and the recipe must say the same as it."""
+    stored = config.get("quantization_config")
+    if not isinstance(stored, Mapping):
+        return
+    where = str(directory / "config.json")
+    method = str(stored.get("quant_method", "bitsandbytes"))
+    if method != "bitsandbytes":
+        yield Problem(
+            where,
+            f"is a checkpoint quantised with {method}: name the unquantised model it was made from, and set "
+            "quantization.load_in_4bit: true to train it in 4 bits",
+        )
+        return
+    if quantization is None:
+        bits = "load_in_8bit" if stored.get("load_in_8bit") else "load_in_4bit"
+        yield Problem(where, f"is a bitsandbytes checkpoint: write `quantization: {{{bits}: true}}` in the recipe too")
+        return
+    for key, wanted in quantization.model_dump(exclude={"extra", "llm_int8_skip_modules"}).items():
+        if key in stored and stored[key] != wanted:
+            yield Problem(
+                f"quantization.{key}",
+                f"is {json.dumps(wanted)}, the checkpoint is quantised with {json.dumps(stored[key])} (config.json): "
+                "write that, or name the unquantised model",
+            )
+
+
+def weight_problems(
+    directory: Path, *, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
+) -> Iterator[Problem]:
+    """Weights stored in a type that cannot be trained on top of."""
+    if "quantization_config" in config:
+        return
+    odd = [name for name, tensor in tensors.items() if name.endswith("weight") and tensor.dtype not in FLOATS]
+    if odd:
+        tensor = tensors[odd[0]]
+        yield Problem(
+            str(directory / tensor.file),
+            f"stores {odd[0]} ({len(odd)} weights in all) as {tensor.dtype}, and config.json does not say how to read "
+            "that: name a model in bfloat16, float16 or float32",
+        )

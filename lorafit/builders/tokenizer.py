@@ -2,22 +2,88 @@
 
 from __future__ import annotations
 
+import logging
+from pathlib import Path
+
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from lorafit.builders.base_model import load_config
+from lorafit.builders.model_files import TOKENIZER_FILES, model_directory, read_json
 from lorafit.errors import ModelError
 from lorafit.recipe.sections import ModelSection
 
+logger = logging.getLogger(__name__)
+
+PADDING_NAMES = (
+    *("<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<|padding|>", "<|reserved_special_token_0|>"),
+    *("<unk>", "[UNK]", "<|unk|>"),
+)
+"""Tokens that no text contains, in the order they are taken for padding where the tokenizer names none."""
+
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a padding token. Raises ModelError."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        section.model_name_or_path,
-        revision=section.revision,
-        trust_remote_code=section.trust_remote_code,
-        use_fast=True,
-    )
-    if tokenizer.eos_token is None:
-        raise ModelError("the tokenizer has no eos_token", where=section.model_name_or_path)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    """The base model's tokenizer, with a token for padding. Raises ModelError.
+
+    Padding is the tokenizer's own choice, else the first of PADDING_NAMES that it has, else the end-of-text token
+    (logged): padded positions are masked by position, so that costs nothing in training.
+    """
+    directory = model_directory(section)
+    tokenizer = _read_tokenizer(directory, trust_remote_code=section.trust_remote_code)
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            'the tokenizer has no end-of-text token: write "eos_token": "..." in tokenizer_config.json',
+            where=str(directory),
+        )
+    vocab_size = load_config(section, directory=directory).get_text_config().vocab_size
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = _padding_token(tokenizer, vocab_size=vocab_size)
+        if tokenizer.pad_token == tokenizer.eos_token:
+            logger.warning("%s: has no padding token; padding with %s", directory, tokenizer.eos_token)
+    _refuse_foreign(tokenizer, vocab_size=vocab_size, where=str(directory))
     return tokenizer
+
+
+def _read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
+        raise ModelError(
+            "has no tokenizer: copy its files there (tokenizer.json, tokenizer_config.json)", where=str(directory)
+        )
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        if (directory / name).is_file():
+            read_json(directory / name)
+    try:
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # The tokenizers library raises plain Exception for a file it cannot use; anything rarer is a bug and is kept.
+        if type(error) not in (Exception, OSError, ValueError, KeyError, TypeError, ImportError):
+            raise
+        message = " ".join(str(error).split())[:300]
+        raise ModelError(f"its tokenizer cannot be read: {message}", where=str(directory)) from error
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> str:
+    known = tokenizer.get_vocab()
+    names = [name for name in PADDING_NAMES if known.get(name, vocab_size) < vocab_size and name != tokenizer.eos_token]
+    return names[0] if names else tokenizer.eos_token
+
+
+def _refuse_foreign(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, where: str) -> None:
+    """Ids must have a row in the embedding. Tokens added on top may lie outside (Gemma 3 ships one); the audit of the
+    data names the rows that use them."""
+    outside = {
+        f"{kind} {token!r} is id {tokenizer.convert_tokens_to_ids(token)}"
+        for kind, token in (
+            ("bos_token", tokenizer.bos_token),
+            ("eos_token", tokenizer.eos_token),
+            ("pad_token", tokenizer.pad_token),
+        )
+        if token is not None and tokenizer.convert_tokens_to_ids(token) >= vocab_size
+    }
+    if tokenizer.vocab_size > vocab_size:
+        outside.add(f"it has {tokenizer.vocab_size:,} tokens")
+    if outside:
+        raise ModelError(
+            f"the tokenizer is not this model's: {', '.join(sorted(outside))}, the embedding has {vocab_size:,} rows; copy "
+            "the model's own tokenizer there",
+            where=where,
+        )

@@ -1,0 +1,64 @@
+"""A Hub model's files in the local cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from lorafit.errors import ModelError
+from lorafit.recipe.sections import ModelSection
+
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "*.py")
+"""Everything but weights: settings, tokenizer, chat template, the model's own code."""
+
+
+def hub_snapshot(section: ModelSection, *, files: tuple[str, ...] = SMALL_FILES) -> Path:
+    """Directory that holds `files` of the Hub model at `revision`, downloaded where the cache lacks them.
+
+    Its name is the commit. Raises ModelError with what to do about a model that is not there, not public, or not
+    reachable.
+    """
+    name, where = section.model_name_or_path, "model.model_name_or_path"
+    subfolder = section.extra.get("subfolder", "")
+    patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files]
+    page = f"{constants.ENDPOINT}/{name}"
+    try:
+        snapshot = snapshot_download(
+            name,
+            revision=section.revision,
+            allow_patterns=patterns,
+            cache_dir=section.extra.get("cache_dir"),
+            local_files_only=section.extra.get("local_files_only", False),
+        )
+    except HFValidationError:
+        message = f"{name!r} is neither a directory nor a Hub id (`name` or `organisation/name`)"
+    except GatedRepoError:
+        message = f"{name} is gated: accept its terms at {page}, then log in with `hf auth login`"
+    except RepositoryNotFoundError:
+        message = (
+            f"{name} is not on the Hub, or is private: check the spelling at {page}, or log in with `hf auth login`; "
+            f"a directory is written ./{name}"
+        )
+    except RevisionNotFoundError:
+        where = "model.revision"
+        message = f"{name} has no branch, tag or commit {section.revision!r}: see {page}/commits"
+    except LocalEntryNotFoundError:
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        message = (
+            f"{name} is not whole in the cache ({constants.HF_HUB_CACHE}) and {reason}: run "
+            f"`hf download {name}` where there is a network, or name a directory (./{name})"
+        )
+    except HTTPError as error:
+        message = f"{name}: the Hub answered {type(error).__name__} ({str(error).splitlines()[0]}): try again later"
+    else:
+        return Path(snapshot)
+    raise ModelError(message, where=where)
