@@ -5,14 +5,15 @@ The only place that imports inside functions: `lorafit --help` and `lorafit vali
 
 import errno
 import json
+import logging
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
-import click
 import typer
 
 from lorafit import __version__
@@ -63,6 +64,24 @@ def _say(*, quiet: bool) -> Callable[[str], None]:
     return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
 
 
+def _quiet_libraries(*, debug: bool) -> None:
+    """Keep the libraries' own notices and bars off the terminal; `--debug` shows them.
+
+    What they warn of and matters is checked by lorafit itself, which then says so in its own words.
+    """
+    if debug:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from datasets.utils.logging import disable_progress_bar as hide_datasets_bars
+    from transformers.utils import logging as transformers_logging
+
+    hide_datasets_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # importing it resets the level set above
+
+
 def _report(error: LorafitError) -> int:
     """Print every problem as one line on stderr; the exit code."""
     for problem in error.problems:
@@ -82,6 +101,7 @@ def train(
     from lorafit.recipe import load
 
     loaded = load(recipe, overrides=set_ or ())
+    _quiet_libraries(debug=debug)
     from lorafit.preflight import cache_directory
     from lorafit.training.train import train as train_adapter
 
@@ -103,7 +123,7 @@ def _exit_code(arguments: list[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         return _report(error)
-    except click.ClickException as error:
+    except typer.TyperException as error:
         return _report(RecipeError(f"{error.format_message()} (see `lorafit {' '.join(arguments[:1])} --help`)"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):

@@ -44,8 +44,9 @@ def sft_config(
         "max_grad_norm": training.max_grad_norm,
         "bf16": bf16,
         "fp16": training.fp16,
-        "gradient_checkpointing": gradient_checkpointing,
-        "gradient_checkpointing_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
+        # The library's new name of gradient_checkpointing; it mirrors it into the old one.
+        "activation_checkpointing": gradient_checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
         "neftune_noise_alpha": training.neftune_noise_alpha,
         "logging_steps": training.logging_steps,
         "report_to": list(training.report_to) or "none",

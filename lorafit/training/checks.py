@@ -68,12 +68,11 @@ def _hash(parameter: torch.Tensor) -> int:
     if local.numel() == 0:
         return 0
     flat = local.contiguous().view(-1)
-    # A plain xor would miss two bits that flip in the same place; weighting rows by position costs a second pass and
-    # is not needed: a frozen tensor is either untouched or updated all over.
-    return int(torch.hash_tensor(flat.view(_UNSIGNED[flat.element_size()])).item())
+    # A xor of all words: it misses two equal changes, but an update by mistake changes a tensor all over.
+    return int(torch.hash_tensor(flat.view(_INTEGER_OF_SIZE[flat.element_size()])).item())
 
 
-_UNSIGNED = {1: torch.uint8, 2: torch.uint16, 4: torch.uint32, 8: torch.uint64}
+_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_result(

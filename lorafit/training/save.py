@@ -56,18 +56,14 @@ def write_adapter(
     stage = target.with_name(target.name + ".tmp")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    config = model.peft_config["default"]
-    recorded, config.base_model_name_or_path = config.base_model_name_or_path, base_name
-    try:
-        # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
-        model.save_pretrained(
-            str(stage),
-            state_dict=state_dict,
-            save_embedding_layers=False,
-            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
-        )
-    finally:
-        config.base_model_name_or_path = recorded
+    # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
+    model.save_pretrained(
+        str(stage),
+        state_dict=state_dict,
+        save_embedding_layers=False,
+        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+    )
+    _settle_config(stage / "adapter_config.json", base_name)
     tokenizer.save_pretrained(str(stage))
     (stage / "README.md").unlink(missing_ok=True)  # peft's own card; the run writes a fuller one
     if initial is None:
@@ -95,7 +91,16 @@ def _refuse_broken(stage: Path) -> None:
     wrong = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
     if not tensors or wrong:
         raise VerificationError(f"empty or not finite: {', '.join(wrong[:3]) or 'no tensors at all'}", where=str(stage))
-    json.loads((stage / "adapter_config.json").read_text(encoding="utf-8"))
+
+
+def _settle_config(file: Path, base_name: str | None) -> None:
+    """peft records the base's path on this machine, and its sets of names in an order that changes from run to run."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config[key], list):
+            config[key] = sorted(config[key])
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _give_usual_permissions(directory: Path) -> None:

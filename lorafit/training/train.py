@@ -250,7 +250,8 @@ def _say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say)
     processes = trainer.accelerator.num_processes
     sequences = per_device * accumulated * processes
     unit = "packed rows" if training.packing else "sequences"
-    say(f"{sequences} {unit} per step = {per_device} per device x {accumulated} accumulated x {processes} processes")
+    shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
+    say(f"{sequences} {unit} per step = {shares}")
     say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AdaLoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from lorafit.errors import HealthStop
@@ -118,6 +119,11 @@ class LoraTrainer(SFTTrainer):
         nll, tokens = per_document.sum(dim=0)
         return nll / tokens.clamp(min=1), None, None
 
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """As the library saves, without its pickle of all arguments: nothing reads it, and it can hold a token."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside checkpoints: the one card of a run is written with its adapter."""
 
@@ -142,7 +148,3 @@ def planned_steps(trainer: LoraTrainer) -> int:
     loader = trainer.get_train_dataloader()
     return int(trainer.set_initial_training_values(trainer.args, loader)[-1])
 
-
-def base_of(model: nn.Module) -> PreTrainedModel:
-    """The model under the adapter."""
-    return model.get_base_model()
