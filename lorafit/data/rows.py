@@ -1,0 +1,82 @@
+"""The three shapes every format becomes: a conversation, a prompt with its completion, or text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable
+from typing import Any, NamedTuple
+
+Message = dict[str, Any]
+Place = tuple[int, int]
+"""Index of the file, and the line (the row number in Parquet files and Hub data sets)."""
+
+
+class Chat(NamedTuple):
+    """A conversation; answers are the assistant's messages from `first_answer` on."""
+
+    place: Place
+    messages: list[Message]
+    tools: list[dict[str, Any]] | None
+    first_answer: int
+
+
+class Pair(NamedTuple):
+    """A prompt and its completion; `input` is the second part of an Alpaca instruction."""
+
+    place: Place
+    system: str
+    prompt: str
+    input: str
+    completion: str
+
+
+class Text(NamedTuple):
+    """Running text, trained as a whole."""
+
+    place: Place
+    text: str
+
+
+Row = Chat | Pair | Text
+
+
+def answers(chat: Chat) -> list[int]:
+    """The messages to train on: the assistant's that say something and have something to answer."""
+    found = []
+    is_asked = False
+    for index, message in enumerate(chat.messages):
+        role = message["role"]
+        if role != "assistant":
+            is_asked = is_asked or role in ("user", "tool")
+        elif is_asked and index >= chat.first_answer and says_something(message):
+            found.append(index)
+    return found
+
+
+def says_something(message: Message) -> bool:
+    """Whether there is text, or a tool call, in the message."""
+    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+
+
+def as_chat(row: Chat | Pair) -> Chat:
+    """A pair as the conversation a chat template can render; an Alpaca input follows its instruction."""
+    if isinstance(row, Chat):
+        return row
+    prompt = f"{row.prompt}\n\n{row.input}" if row.input else row.prompt
+    messages: list[Message] = [{"role": "system", "content": row.system}] if row.system else []
+    messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.completion}]
+    return Chat(row.place, messages, None, 0)
+
+
+def texts(row: Row) -> tuple[str, ...]:
+    """Every text the user wrote into the row."""
+    if isinstance(row, Chat):
+        return tuple(message["content"] for message in row.messages if "content" in message)
+    return tuple(row[1:])
+
+
+def content_key(row: Row) -> Hashable:
+    """What makes two rows the same row, wherever they stand."""
+    if isinstance(row, Chat):
+        return json.dumps((row.messages, row.tools), sort_keys=True, default=str)
+    return tuple(row[1:])
