@@ -20,6 +20,8 @@ SHAREGPT_ROLES = {
     "function_response": "tool",
 }
 READ_KEYS = frozenset(
+    ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+)
     ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning"]
 )
 

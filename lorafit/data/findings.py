@@ -136,8 +136,6 @@ class Findings:
                 last = self.first[kind][-1].place[0]
                 text = f"and {count - len(self.first[kind]):,} more like this ({about.name})"
                 more.append(Problem(files[last], text))
-                    Problem(files[last], f"and {count - len(self.first[kind]):,} more like this ({about.name})")
-                )
         return [problem for _, problem in sorted(listed, key=lambda pair: pair[0])] + more
 
     def sentences(self, level: Level, files: Sequence[str]) -> tuple[str, ...]:
