@@ -22,8 +22,6 @@ SHAREGPT_ROLES = {
 READ_KEYS = frozenset(
     ("role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 )
-    ["role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "thinking", "reasoning"]
-)
 
 
 def conversation(messages: Any, column: str, place: Place, *, findings: Findings) -> list[Message]:
