@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from peft import (
     AdaLoraConfig,
     LoraConfig,
@@ -63,6 +64,7 @@ def attach_adapter(
     # bits and, with checkpointing, the inputs need gradients.
     is_quantized = getattr(model, "is_quantized", False)
     if is_quantized:
+        _keep_backward_on_cpu(model)
         model = prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=gradient_checkpointing,
@@ -80,6 +82,17 @@ def attach_adapter(
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterError(f"peft refuses this adapter on this model: {error}", where="lora") from error
     return adapted
+
+
+def _keep_backward_on_cpu(model: nn.Module) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 in the first evaluation.
+
+    The repacked product has no backward: after one evaluation no gradient passes a 4-bit layer any more, and training
+    goes on without a word (bitsandbytes 0.50, `Linear4bit.forward`). On a GPU the switch is never read.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()
