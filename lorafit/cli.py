@@ -135,6 +135,27 @@ def _exit_code(arguments: list[str]) -> int:
         )
 
 
+@app.command()
+def targets(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id, or shipped shape (llama3-8b).")],
+    r: Annotated[int, typer.Option("--r", min=1, help="Rank to count adapter parameters at.")] = 16,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the modules of a model that lora.target_modules may name, with shapes, counts and adapter size."""
+    from transformers.utils import logging as transformers_logging
+
+    if not debug:
+        transformers_logging.set_verbosity_error()
+    from lorafit.planning.known_shapes import architecture
+    from lorafit.planning.targets import target_table
+    from lorafit.recipe.sections import ModelSection
+    from lorafit.report.target_table import target_table_text
+
+    table = target_table(architecture(ModelSection(model_name_or_path=model)), r=r)
+    _print_result(table.as_dict(), as_json=as_json, text=target_table_text(table))
+
+
 def main() -> None:
     """Entry point of the `lorafit` command."""
     sys.exit(_exit_code(sys.argv[1:]))

@@ -52,7 +52,8 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     directory = model_directory(section)
     config = read_config(directory)
     problems = [
-        *_architecture_problems(directory, config=config, section=section),
+        *model_type_problems(directory, config=config, section=section),
+        *task_problems(config, where=str(directory / "config.json")),
         *config_problems(directory, config=config, section=section),
         *quantization_problems(directory, config=config, quantization=quantization),
     ]
@@ -91,22 +92,27 @@ def load_config(section: ModelSection, *, directory: Path) -> PreTrainedConfig:
         raise ModelError(f"transformers cannot use it: {_one_line(error)}", where=where) from error
 
 
-def _architecture_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:
+def model_type_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:
+    """An architecture that transformers does not know needs its own code, and the recipe's consent to run it."""
     where, kind = str(directory / "config.json"), config["model_type"]
-    own_code = config.get("auto_map")
-    if kind not in CONFIG_MAPPING_NAMES:
-        if own_code and section.trust_remote_code:
-            return
-        if own_code:
-            yield Problem(
-                where,
-                f"is a {kind!r}, which needs the Python code that comes with it: read {directory.name}/*.py, then set "
-                "model.trust_remote_code: true",
-            )
-            return
+    if kind in CONFIG_MAPPING_NAMES or ("auto_map" in config and section.trust_remote_code):
+        return
+    if "auto_map" in config:
+        message = (
+            f"is a {kind!r}, which needs the Python code that comes with it: read {directory.name}/*.py, then set "
+            "model.trust_remote_code: true"
+        )
+    else:
         nearest = difflib.get_close_matches(kind, CONFIG_MAPPING_NAMES, n=1)
         guess = f"did you mean {nearest[0]}?" if nearest else "use a model of an architecture it knows"
-        yield Problem(where, f"transformers {transformers.__version__} knows no model_type {kind!r}; {guess}")
+        message = f"transformers {transformers.__version__} knows no model_type {kind!r}; {guess}"
+    yield Problem(where, message)
+
+
+def task_problems(config: Mapping[str, Any], *, where: str) -> Iterator[Problem]:
+    """A model that sees the text on both sides learns nothing by predicting the next token."""
+    kind = config["model_type"]
+    if kind not in CONFIG_MAPPING_NAMES:
         return
     name = (config.get("architectures") or [kind])[0]
     is_other_task = re.search(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering)$", name)

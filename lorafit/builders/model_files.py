@@ -63,9 +63,9 @@ def model_directory(section: ModelSection) -> Path:
         return hub_snapshot(section) / subfolder
     directory = Path(section.model_name_or_path).expanduser()
     if not directory.exists():
-        raise ModelError("there is no such directory: correct model.model_name_or_path", where=str(directory))
+        raise ModelError("there is no such directory: correct the path", where=section.model_name_or_path)
     if not directory.is_dir():
-        raise ModelError("is a file; model.model_name_or_path names the directory it lies in", where=str(directory))
+        raise ModelError("is a file: name the directory it lies in", where=section.model_name_or_path)
     directory /= subfolder
     if not directory.is_dir() or not any(directory.iterdir()):
         raise ModelError("is empty or missing: copy the model there, or name another directory", where=str(directory))

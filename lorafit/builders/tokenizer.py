@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorafit.builders.base_model import load_config
@@ -39,6 +40,13 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = _padding_token(tokenizer, vocab_size=vocab_size)
         if tokenizer.pad_token == tokenizer.eos_token:
             logger.warning("%s: has no padding token; padding with %s", directory, tokenizer.eos_token)
+    if getattr(tokenizer, "fix_mistral_regex", None) is False:  # set by transformers where it warns of the same
+        logger.warning(
+            "%s: an older Mistral tokenizer whose splitting rule transformers %s doubts; compare `lorafit preview` with "
+            "what you expect before you train",
+            directory,
+            transformers.__version__,
+        )
     _refuse_foreign(tokenizer, vocab_size=vocab_size, where=str(directory))
     return tokenizer
 
@@ -83,7 +91,7 @@ def _refuse_foreign(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, wher
         outside.add(f"it has {tokenizer.vocab_size:,} tokens")
     if outside:
         raise ModelError(
-            f"the tokenizer is not this model's: {', '.join(sorted(outside))}, the embedding has {vocab_size:,} rows; copy "
-            "the model's own tokenizer there",
+            f"the tokenizer is not this model's: {', '.join(sorted(outside))}, the embedding has {vocab_size:,} rows; "
+            "copy the model's own tokenizer there",
             where=where,
         )

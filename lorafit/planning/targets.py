@@ -1,0 +1,146 @@
+"""`lorafit targets`: the modules of a model that an adapter can sit on, from config.json alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.pytorch_utils import Conv1D
+
+Part = Literal["attention", "feed-forward", "experts", "embedding", "head", "other"]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Modules of one name and shape. `name` is what `lora.target_modules` (experts: `target_parameters`) says."""
+
+    name: str
+    kind: Literal["Linear", "Conv1D", "Embedding", "experts"]
+    shape: tuple[int, ...]
+    """(out, in); experts (experts, out, in); an embedding (rows, width)."""
+    count: int
+    part: Part
+    all_linear: bool
+    """Whether `target_modules: all-linear` takes them."""
+    parameters: int
+    """Of the weights, all modules together."""
+    lora_parameters: int
+    """Of the adapter at the rank asked for, all modules together: r x (in + out) each."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Some of a model's targets, to paste into a recipe."""
+
+    names: tuple[str, ...]
+    lora_parameters: int
+
+
+@dataclass(frozen=True)
+class TargetTable:
+    """What `lora.target_modules` may say for one model."""
+
+    architecture: str
+    parameters: int
+    r: int
+    targets: tuple[Target, ...]
+
+    def all_linear(self) -> Choice:
+        """What `target_modules: all-linear` takes: every linear layer but the output head (QLoRA, arXiv 2305.14314)."""
+        return _choice(target for target in self.targets if target.all_linear)
+
+    def attention(self) -> Choice:
+        """The attention matrices only (LoRA, arXiv 2106.09685)."""
+        return _choice(target for target in self.targets if target.part == "attention")
+
+    def experts(self) -> Choice:
+        """The fused experts of a mixture, which are parameters, not modules; empty for other models."""
+        return _choice(target for target in self.targets if target.part == "experts")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        chosen = {"all_linear": self.all_linear(), "attention": self.attention(), "experts": self.experts()}
+        choices = {name: asdict(choice) for name, choice in chosen.items()}
+        return {**asdict(self), **choices}
+
+
+def _choice(targets: Iterable[Target]) -> Choice:
+    chosen = list(targets)
+    names = tuple(dict.fromkeys(target.name for target in chosen))
+    return Choice(names, sum(target.lora_parameters for target in chosen))
+
+
+def target_table(config: PreTrainedConfig, *, r: int = 16) -> TargetTable:
+    """The table for an architecture, counted on a model of meta tensors: no memory, whatever the size."""
+    model = _meta_model(config)
+    found = list(_found(model))
+    tails = {tail for tail, *_ in found}
+    short = Counter(tail.rpartition(".")[2] for tail in tails)
+    groups = Counter((tail, kind, shape, part) for tail, kind, shape, part, _ in found)
+    all_linear = {(tail, shape) for tail, _, shape, _, takes in found if takes}
+    targets = []
+    for (tail, kind, shape, part), count in groups.items():
+        name = tail if kind == "experts" or short[tail.rpartition(".")[2]] > 1 else tail.rpartition(".")[2]
+        experts, out_features, in_features = (1, *shape)[-3:]
+        targets.append(
+            Target(
+                name=name,
+                kind=kind,
+                shape=shape,
+                count=count,
+                part=part,
+                all_linear=(tail, shape) in all_linear,
+                parameters=count * experts * out_features * in_features,
+                lora_parameters=count * experts * r * (out_features + in_features),
+            )
+        )
+    return TargetTable(type(model).__name__, model.num_parameters(), r, tuple(targets))
+
+
+def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The class config.json names, else the one that predicts the next token, else the bare model."""
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    with torch.device("meta"):
+        if isinstance(named, type) and issubclass(named, PreTrainedModel):
+            return named._from_config(config)
+        is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        return (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
+
+
+def _found(model: PreTrainedModel) -> Iterator[tuple[str, Any, tuple[int, ...], Part, bool]]:
+    """(name within its layer, kind, shape, part, whether all-linear takes it) of every module and expert parameter."""
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        tail, in_layer = _tail(name)
+        if isinstance(module, (torch.nn.Linear, Conv1D)):
+            kind = "Conv1D" if isinstance(module, Conv1D) else "Linear"
+            shape = tuple(module.weight.shape)[:: -1 if kind == "Conv1D" else 1]  # Conv1D stores (in, out)
+            yield tail, kind, shape, _part(name, in_layer=in_layer, is_head=module is head), module is not head
+        elif isinstance(module, torch.nn.Embedding):
+            yield tail, "Embedding", tuple(module.weight.shape), "embedding", False
+        else:
+            for own, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and "expert" in name:
+                    order = (0, 2, 1) if getattr(module, "is_transposed", False) else (0, 1, 2)
+                    yield f"{tail}.{own}", "experts", tuple(parameter.shape[axis] for axis in order), "experts", False
+
+
+def _tail(name: str) -> tuple[str, bool]:
+    """What follows the last layer index in a module's name, and whether there was one."""
+    parts = re.split(r"\.\d+\.", name)
+    return parts[-1], len(parts) > 1
+
+
+def _part(name: str, *, in_layer: bool, is_head: bool) -> Part:
+    if is_head:
+        return "head"
+    if not in_layer:
+        return "other"
+    return "attention" if re.search(r"attn|attention", name) else "feed-forward"
