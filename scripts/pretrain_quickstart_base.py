@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=2 python scripts/pretrain_quickstart_base.py [--out recipes/quickstart/base]
 
-Trains a byte-level BPE tokenizer, then the model for three passes over the text; about ten minutes on two cores. The
+Trains a byte-level BPE tokenizer, then the model for three passes over the text; about a quarter of an hour on two cores. The
 modules that scripts/build_quickstart_data.py holds out for eval are not in the text.
 """
 
