@@ -42,8 +42,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             logger.warning("%s: has no padding token; padding with %s", directory, tokenizer.eos_token)
     if getattr(tokenizer, "fix_mistral_regex", None) is False:  # set by transformers where it warns of the same
         logger.warning(
-            "%s: an older Mistral tokenizer whose splitting rule transformers %s doubts; compare `lorafit preview` with "
-            "what you expect before you train",
+            "%s: an older Mistral tokenizer whose splitting rule transformers %s doubts; look at `lorafit preview` "
+            "before you train",
             directory,
             transformers.__version__,
         )

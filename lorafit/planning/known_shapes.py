@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -17,7 +18,7 @@ SHAPES = Path(__file__).with_name("shapes")
 
 
 @cache
-def known_shapes() -> dict[str, dict[str, object]]:
+def known_shapes() -> dict[str, dict[str, Any]]:
     """Name of each shipped shape to its Hub ids, published parameter count and source."""
     return json.loads((SHAPES / "index.json").read_text(encoding="utf-8"))
 

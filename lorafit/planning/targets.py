@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 import transformers
@@ -109,7 +109,7 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
-            return named._from_config(config)
+            return cast(type[Any], named)._from_config(config)
         is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         return (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
 

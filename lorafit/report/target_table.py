@@ -13,7 +13,7 @@ def target_table_text(table: TargetTable) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
     is_number = [name in ("count", "parameters", "of base", "LoRA") for name in COLUMNS]
     lines = [
-        f"{table.architecture}: {table.parameters:,} parameters. LoRA = {table.r} x (in + out) x count, at r = {table.r}",
+        f"{table.architecture}: {table.parameters:,} parameters. LoRA: {table.r} x (in + out) x count at r = {table.r}",
         "",
         *(
             "  ".join(
