@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import Problem, RecipeError
-from lorafit.recipe.paths import resolved
+from lorafit.recipe.paths import absolute, resolved
 from lorafit.recipe.yaml_reader import KeyPath, parse, read_file
 
 
@@ -40,7 +40,7 @@ class Layer:
 def read_layers(path: Path, overrides: Sequence[str]) -> Layer:
     """The values of `path` over those it extends, changed by `overrides`. Raises RecipeError."""
     layer = _read_chain(path, ())
-    problems = []
+    problems: list[Problem] = []
     for override in overrides:
         try:
             layer = _overridden(layer, override)
@@ -68,7 +68,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> Layer:
     where = f"{origins[('extends',)].where}: extends"
     if not isinstance(extends, str) or not extends:
         raise RecipeError("takes the path of one recipe", where=where)
-    parent = path.parent / os.path.expanduser(extends)
+    parent = Path(absolute(extends, path.parent)) if extends.startswith("~") else path.parent / extends
     if not parent.exists():
         raise RecipeError(f"{extends}: no such file (paths are relative to the recipe that names them)", where=where)
     if parent.resolve() in {child.resolve() for child in (*children, path)}:

@@ -1,18 +1,29 @@
 """A recipe file -> a `LoadedRecipe`: everything in it checked, or every problem at once."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
 from lorafit.errors import Problem, RecipeError
+from lorafit.recipe import secrets
 from lorafit.recipe.layers import Layer, dotted, read_layers
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.words import in_our_words
+from lorafit.recipe.rules import Broken, broken_rules
+from lorafit.recipe.words import Wrong, in_our_words
 from lorafit.recipe.write import recipe_yaml
 from lorafit.recipe.yaml_reader import KeyPath
+
+_STAND_INS: dict[KeyPath, Any] = {
+    ("model",): {"model_name_or_path": "stand-in"},
+    ("model", "model_name_or_path"): "stand-in",
+    ("data",): {"train": [{"path": "stand-in"}]},
+    ("data", "train"): [{"path": "stand-in"}],
+}
+"""What a required key holds while the rules between the other keys are checked."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +36,7 @@ class LoadedRecipe:
 
     def problem(self, key: str, message: str) -> Problem:
         """A problem of `key` (`lora.target_modules`, `data.train.0.path`) at the line where it was written."""
-        steps = tuple(int(step) if step.isdecimal() else step for step in key.split("."))
-        return _problem(self.path, self.layer, steps, message)
+        return _problem(self.path, self.layer, _steps(key), message)
 
     def yaml(self, *, relative_to: Path) -> str:
         """The resolved recipe: what was written and what differs from the defaults, paths relative to a directory."""
@@ -40,28 +50,88 @@ class LoadedRecipe:
 def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """The recipe in `path` with the `section.key=value` overrides. Raises RecipeError with every problem."""
     layer = read_layers(path, overrides)
-    wrong: list[tuple[KeyPath, str]] = []
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(layer.value)
-    except ValidationError as error:
-        wrong += in_our_words(error, layer.value)
+    wrong = [Wrong(key, secrets.MESSAGE) for key in secrets.secret_keys(layer.value)]
+    recipe, found = _checked(_without(layer.value, wrong))
+    wrong += found
+    if recipe is not None:
+        wrong += [
+            Wrong(_steps(broken.key), broken.message) for broken in broken_rules(recipe) if not _hangs_on(broken, wrong)
+        ]
     if wrong or recipe is None:
         raise RecipeError(_sorted(path, layer, wrong))
     return LoadedRecipe(recipe, path, layer)
 
 
-def _sorted(path: Path, layer: Layer, wrong: Iterable[tuple[KeyPath, str]]) -> list[Problem]:
+def _checked(tree: dict[str, Any]) -> tuple[Recipe | None, list[Wrong]]:
+    """The recipe, and its wrong keys; without them, as far as it can be checked at all."""
+    wrong: list[Wrong] = []
+    for _ in range(3):
+        try:
+            return Recipe.model_validate(tree), wrong
+        except ValidationError as error:
+            found = in_our_words(error, tree)
+            wrong += found
+            tree = _without(tree, found)
+    return None, wrong
+
+
+def _without(tree: dict[str, Any], wrong: Iterable[Wrong]) -> dict[str, Any]:
+    """`tree` without its wrong keys: required ones replaced, and whole lists dropped for a wrong entry."""
+    for key in sorted((one.meant or one.key for one in wrong), key=len):
+        if key in _STAND_INS:
+            tree = _changed(tree, key, _STAND_INS[key])
+    for one in wrong:
+        if one.key in _STAND_INS:
+            continue
+        key = one.key
+        if key[:2] in (("data", "train"), ("data", "eval")) and len(key) == 3:
+            tree = _changed(tree, key, {"path": "stand-in"})
+            continue
+        while key and isinstance(key[-1], int):
+            key = key[:-1]
+        tree = _changed(tree, key, None, drop=True)
+    return tree
+
+
+def _changed(tree: Any, key: KeyPath, value: Any, *, drop: bool = False) -> Any:
+    """A copy of `tree` with `value` at `key`, or without it; as it was where there is no such place."""
+    if not key:
+        return {} if drop else value
+    step = key[0]
+    if isinstance(tree, list):
+        return [
+            _changed(entry, key[1:], value, drop=drop) if index == step else entry for index, entry in enumerate(tree)
+        ]
+    if not isinstance(tree, dict):
+        return tree
+    if len(key) == 1:
+        kept = {name: entry for name, entry in tree.items() if name != step}
+        return kept if drop else {**kept, step: value}
+    return {**tree, step: _changed(tree.get(step), key[1:], value, drop=drop)} if step in tree else tree
+
+
+def _hangs_on(broken: Broken, wrong: Collection[Wrong]) -> bool:
+    """Whether a rule looked at a key that is wrong in itself."""
+    looked_at = [_steps(key) for key in (broken.key, *broken.others)]
+    blamed = [key for one in wrong for key in (one.key, one.meant) if key is not None]
+    return any(key[: len(bad)] == bad or bad[: len(key)] == key for key in looked_at for bad in blamed)
+
+
+def _steps(key: str) -> KeyPath:
+    return tuple(int(step) if step.isdecimal() else step for step in key.split("."))
+
+
+def _sorted(path: Path, layer: Layer, wrong: Iterable[Wrong]) -> list[Problem]:
     """The problems as they stand in the files: the recipe first, then what it extends, then `--set`."""
 
-    def place(entry: tuple[KeyPath, str]) -> tuple[int, int]:
-        origin = layer.origin(entry[0])
+    def place(one: Wrong) -> tuple[int, int]:
+        origin = layer.origin(one.key)
         return (origin.order, origin.line) if origin else (0, 0)
 
-    return [_problem(path, layer, key, message) for key, message in sorted(wrong, key=place)]
+    return [_problem(path, layer, one.key, one.message) for one in sorted(wrong, key=place)]
 
 
 def _problem(path: Path, layer: Layer, key: KeyPath, message: str) -> Problem:
     origin = layer.origin(key)
     where = origin.where if origin else os.fspath(path)
-    return Problem(f"{where}: {dotted(key)}", message, line=origin.line if origin else 0)
+    return Problem(f"{where}: {dotted(key)}" if key else where, message, line=origin.line if origin else 0)

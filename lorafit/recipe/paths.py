@@ -12,12 +12,17 @@ STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 def resolved(value: Any, base: Path, *, at: KeyPath = ()) -> Any:
     """`value` with every path in it absolute; relative ones start at `base`."""
-    return _mapped(value, at, lambda text, key: _absolute(text, base) if _is_path(text, key, base) else text)
+    return _mapped(value, at, lambda text, key: absolute(text, base) if _is_path(text, key, base) else text)
+
+
+def absolute(text: str, base: Path) -> str:
+    """`text` as an absolute path, `~` expanded (an unknown `~name` stays) and links left as they are."""
+    return os.path.normpath(Path.cwd() / base / os.path.expanduser(text))  # noqa: PTH111
 
 
 def relative(value: Any, base: Path) -> Any:
     """`value` of a whole loaded recipe with every path in it relative to `base`, so that both can move together."""
-    return _mapped(value, (), lambda text, key: _from(text, base, key) if os.path.isabs(text) else text)
+    return _mapped(value, (), lambda text, key: _from(text, base, key) if Path(text).is_absolute() else text)
 
 
 def looks_local(name: str, base: Path) -> bool:
@@ -50,14 +55,10 @@ def _may_be_path(at: KeyPath) -> bool:
 def _is_path(text: str, at: KeyPath, base: Path) -> bool:
     if at[0] == "model":
         return looks_local(text, base)
-    return not (at == ("data", "template") and text in TEMPLATES or at == ("launch", "strategy") and text in STRATEGIES)
-
-
-def _absolute(text: str, base: Path) -> str:
-    return os.path.abspath(base / os.path.expanduser(text))
+    return text not in {"template": TEMPLATES, "strategy": STRATEGIES}.get(str(at[1]), ())
 
 
 def _from(text: str, base: Path, at: KeyPath) -> str:
-    short = os.path.relpath(text, os.path.abspath(base))
+    short = os.path.relpath(text, Path.cwd() / base)
     is_bare = at[0] != "data" or at[1] == "template"  # a bare name would be read as a Hub id or a built-in name
     return f"./{short}" if is_bare and not short.startswith(".") else short

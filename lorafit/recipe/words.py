@@ -3,17 +3,18 @@
 import json
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.fields import field_at, section_in
 from lorafit.recipe.suggest import nearest, unknown_key
 from lorafit.recipe.yaml_reader import FLOAT, KeyPath
 
-_NEEDED = {
+_NEEDED: dict[KeyPath, str] = {
     ("model",): "name the base model: `model: {model_name_or_path: ...}`",
     ("model", "model_name_or_path"): "write a Hub id or the path of a model directory",
     ("data",): "name the training rows: `data: {train: [{path: ...}]}`",
@@ -21,13 +22,36 @@ _NEEDED = {
 }
 
 
-def in_our_words(error: ValidationError, tree: dict[str, Any]) -> list[tuple[KeyPath, str]]:
+@dataclass(frozen=True)
+class Wrong:
+    """One wrong key."""
+
+    key: KeyPath
+    message: str
+    meant: KeyPath | None = None
+    """The key it is a misspelling of."""
+
+
+_TRAPS = {
+    ("init_lora_weights", "pissa_niter"): "its fast SVD is not the same after reloading; write pissa, which is exact",
+    ("attn_implementation", "/"): "a Hub kernel runs code downloaded at start",
+}
+"""Values that libraries take and a recipe does not, by a piece of their text, and why."""
+
+
+def in_our_words(error: ValidationError, tree: dict[str, Any]) -> list[Wrong]:
     """Every wrong key of `tree` with what is wrong with it, once each."""
     found: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_key_of(detail["loc"], tree, detail["type"]), []).append(detail)
     leaves = [key for key in found if not any(key != other and other[: len(key)] == key for other in found)]
-    return [(key, _message(key, found[key], tree)) for key in leaves]
+    unknown = {key: unknown_key(key) for key in leaves if found[key][0]["type"] == "extra_forbidden"}
+    misspelt = {guess for _, guess in unknown.values()}  # not missing, too
+    return [
+        Wrong(key, *unknown[key]) if key in unknown else Wrong(key, _message(key, found[key], tree))
+        for key in leaves
+        if key not in misspelt
+    ]
 
 
 def shown(value: Any) -> str:
@@ -36,37 +60,17 @@ def shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def field_at(key: KeyPath) -> FieldInfo | None:
-    """The field of the schema that `key` names; None below a field, and for unknown keys."""
-    model: Any = Recipe
-    field = None
-    for step in key:
-        if isinstance(step, int):
-            continue
-        if model is None or step not in model.model_fields:
-            return None
-        field = model.model_fields[step]
-        model = section_in(field.annotation)
-    return field
-
-
-def section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section model inside an annotation such as `AdaLoraSection | None` or `tuple[Source, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((model for part in get_args(annotation) if (model := section_in(part))), None)
-
-
 def expected(annotation: Any, limits: Sequence[Any] = ()) -> str:
     """What a value of this type looks like, in words."""
-    return " or ".join(_expected(annotation, limits))
+    *most, last = _expected(annotation, limits)
+    return f"{', '.join(most)} or {last}" if most else last
 
 
 def _key_of(loc: tuple[Any, ...], tree: Any, kind: str) -> KeyPath:
     """The written key inside an error location: union branches and `[key]` marks left out."""
     key: list[str | int] = []
     for number, step in enumerate(loc):
-        if isinstance(tree, dict) and step in tree or isinstance(tree, list) and isinstance(step, int):
+        if step in tree if isinstance(tree, dict) else isinstance(tree, list) and isinstance(step, int):
             key.append(step)
             tree = tree[step]
         elif kind == "missing" and number == len(loc) - 1:
@@ -78,73 +82,72 @@ def _message(key: KeyPath, details: Sequence[Any], tree: dict[str, Any]) -> str:
     first = details[0]
     if first["type"] == "missing":
         return f"is missing; {_NEEDED.get(key, 'write it')}"
-    if first["type"] == "extra_forbidden":
-        return unknown_key(key)
     value: Any = tree
     for step in key:
         value = value[step]
     if any(detail["type"] in ("too_short", "string_too_short") for detail in details):
         return f"{shown(value)} is empty; write at least one"
-    words = _from_validators(details) or _words_at(key)
-    return f"{shown(value)} is not {words}{_mend(key, value)}"
+    annotation, limits = _type_at(key)
+    words = _from_validators(details) or expected(annotation, limits)
+    return f"{shown(value)} is not {words}{_mend(key, value, annotation)}"
 
 
 def _from_validators(details: Iterable[Any]) -> str | None:
     return next((str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"), None)
 
 
-def _words_at(key: KeyPath) -> str:
-    named = max(index for index, step in enumerate(key) if field_at(key[: index + 1]) and isinstance(step, str)) + 1
+def _type_at(key: KeyPath) -> tuple[Any, Sequence[Any]]:
+    """Type and limits of the value at a written key, entries of lists and mappings included."""
+    named = max(index + 1 for index in range(len(key)) if field_at(key[: index + 1]) and isinstance(key[index], str))
     field = field_at(key[:named])
     assert field is not None
-    annotation, limits = field.annotation, field.metadata
+    annotation: Any = field.annotation
+    limits: Sequence[Any] = field.metadata
     for _ in key[named:]:
         annotation, limits = _inside(annotation), ()
-    return expected(annotation, limits)
+    return annotation, limits
 
 
 def _inside(annotation: Any) -> Any:
-    """The type of the entries of a list or mapping type."""
+    """The type of the entries of a list or mapping type; None where there are none."""
     origin, parts = get_origin(annotation), get_args(annotation)
     if origin in (tuple, dict):
         return parts[0] if origin is tuple else parts[1]
-    if origin is Annotated:
-        return _inside(parts[0])
-    found = [_inside(part) for part in parts if get_origin(part) in (tuple, dict, Annotated)]
-    return found[0] if found else Any
+    inner = parts[:1] if origin is Annotated else parts if origin in (Union, types.UnionType) else ()
+    return next((entry for part in inner if (entry := _inside(part)) is not None), None)
 
 
-def _mend(key: KeyPath, value: Any) -> str:
-    field = field_at(key)
+def _mend(key: KeyPath, value: Any, annotation: Any) -> str:
+    """How to write a value that is nearly right."""
+    parts = _parts(annotation)
     if value is None:
-        if field and section_in(field.annotation):
-            return "; write its keys beneath it, or leave it out"
-        return "; leave the key out for the default"
-    if not isinstance(value, str) or field is None:
+        return (
+            "; write its keys beneath it, or leave it out"
+            if section_in(annotation)
+            else "; leave it out for the default"
+        )
+    if not isinstance(value, str):
         return ""
-    choices = list(_choices(field.annotation))
-    if FLOAT.fullmatch(value) and any(part in (int, float) for part in _parts(field.annotation)):
+    for (name, piece), said in _TRAPS.items():
+        if key[-1] == name and piece in value:
+            return f"; {said}"
+    if FLOAT.fullmatch(value) and (int in parts or float in parts):
         return f"; write {value} without quotes"
-    if value.lower() in ("yes", "on", "no", "off", "true", "false") and bool in _parts(field.annotation):
+    if value.lower() in ("yes", "on", "no", "off", "true", "false") and bool in parts:
         return f"; write {'true' if value.lower() in ('yes', 'on', 'true') else 'false'}"
-    if value in ("None", "none", "nil") and type(None) in _parts(field.annotation):
+    if value.lower() in ("none", "nil") and type(None) in parts:
         return "; write null"
-    guess = nearest(value, choices)
+    guess = nearest(value, [str(choice) for part in parts if get_origin(part) is Literal for choice in get_args(part)])
     return f"; did you mean {guess}?" if guess else ""
 
 
 def _parts(annotation: Any) -> tuple[Any, ...]:
+    """The branches of a union."""
     if get_origin(annotation) is Annotated:
         return _parts(get_args(annotation)[0])
     if get_origin(annotation) in (Union, types.UnionType):
         return tuple(inner for part in get_args(annotation) for inner in _parts(part))
     return (annotation,)
-
-
-def _choices(annotation: Any) -> Iterable[str]:
-    for part in _parts(annotation):
-        if get_origin(part) is Literal:
-            yield from (str(choice) for choice in get_args(part))
 
 
 def _expected(annotation: Any, limits: Sequence[Any]) -> list[str]:

@@ -13,7 +13,7 @@ from lorafit.recipe.yaml_reader import FLOAT
 class _Dumper(yaml.SafeDumper):
     """Quotes what YAML 1.2 would read as a number, besides what YAML 1.1 reads as anything; never writes an alias."""
 
-    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 

@@ -34,7 +34,10 @@ _TAB_INDENT = re.compile(r"^ *\t[ \t]*[^\s#]", re.MULTILINE)
 _SYNTAX = (
     ("mapping values are not allowed", "a second `: ` in one value; put text with a colon in quotes"),
     ("could not find expected ':'", "a line without `key: value`, or an open quote"),
-    ("did not find expected key", "this line is indented unlike its neighbours, or a quote or bracket before it is open"),
+    (
+        "did not find expected key",
+        "this line is indented unlike its neighbours, or a quote or bracket before it is open",
+    ),
     ("did not find expected '-' indicator", "this line is indented unlike its neighbours"),
     ("did not find expected ',' or", "a comma or closing bracket is missing"),
     ("unexpected end of stream", "a quote is not closed"),
@@ -64,7 +67,7 @@ class Document:
 
 
 def read_file(path: Path) -> Document:
-    """The document in `path`. Raises RecipeError: not a readable UTF-8 file of at most 1 MB, or not one YAML mapping."""
+    """The document in `path`. Raises RecipeError if it is not one mapping in a UTF-8 file of at most 1 MB."""
     document = parse(_text(path), name=str(path))
     if document.value is None:
         raise RecipeError("is empty; a recipe needs at least model.model_name_or_path and data.train", where=str(path))

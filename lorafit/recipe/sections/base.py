@@ -1,16 +1,36 @@
 """What every section shares: frozen, strict, no unknown key, no NaN."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Strict
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, Strict
+
+Value = TypeVar("Value")
+
+
+class FrozenDict(dict[str, Value]):
+    """A mapping of a loaded recipe: reads like a dict, refuses to be changed."""
+
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise TypeError("a recipe is frozen after loading")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __reduce__(self) -> tuple[type, tuple[dict[str, Value]]]:
+        return FrozenDict, (dict(self),)
+
+
+Frozen = AfterValidator(FrozenDict)
+"""Makes a dict field read-only."""
 
 Names = Annotated[tuple[str, ...], Strict(False)]
 """A YAML list of names, kept as a tuple so that a loaded recipe cannot be changed."""
 
-Indices = Annotated[tuple[int, ...], Strict(False)]
-"""A YAML list of whole numbers, kept as a tuple."""
+Index = Annotated[int, Field(ge=0)]
 
-Extra = dict[str, Any]
+Indices = Annotated[tuple[Index, ...], Strict(False)]
+"""A YAML list of whole numbers from 0, kept as a tuple."""
+
+Extra = Annotated[dict[str, Any], Frozen]
 """Further keys of the library object, passed through as they are."""
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, Strict
 
-from lorafit.recipe.sections.base import Section
+from lorafit.recipe.sections.base import Frozen, Section
 
 Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
@@ -31,7 +31,7 @@ class Source(Section):
     format: Format | None = None
     """Shape of a row. null means detected from the columns; a row that fits two formats is refused, never guessed."""
 
-    columns: dict[str, str] = {}
+    columns: Annotated[dict[str, str], Frozen] = {}
     """Names of the file's columns for the format's own: `{prompt: question, completion: answer}`."""
 
     limit: int | None = Field(default=None, ge=1)
@@ -53,10 +53,11 @@ class DataSection(Section):
     eval_fraction: float | None = Field(default=None, gt=0, lt=1)
     """Hold out this share of the training rows (by `training.seed`; duplicates stay on one side) instead of `eval`."""
 
-    template: str = "chat"
-    """How a row becomes text: `chat` (the tokenizer's chat template), `alpaca`, `plain`, or the path of a Jinja file."""
+    template: str = Field(default="chat", min_length=1)
+    """How a row becomes text: `chat` (the tokenizer's chat template), `alpaca`, `plain`, or the path of a Jinja file,
+    relative to the recipe."""
 
-    template_kwargs: dict[str, Any] = {}
+    template_kwargs: Annotated[dict[str, Any], Frozen] = {}
     """Variables handed to the chat template, e.g. `{enable_thinking: false}`."""
 
     train_on: Literal["answers", "all"] = "answers"

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from lorafit.recipe.sections.base import Extra, Indices, Names, Section
+from lorafit.recipe.sections.base import Extra, Frozen, Index, Indices, Names, Section
 
 Rank = Annotated[int, Field(ge=1)]
 
@@ -20,7 +20,8 @@ class LoraSection(Section):
     """Numerator of the scale: alpha / r, or alpha / sqrt(r) with use_rslora. null means 2 x r."""
 
     lora_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Share of adapter inputs zeroed in training. Default 0.0 (PEFT's): above 0 it keeps faster paths from being used."""
+    """Share of adapter inputs zeroed in training. Default 0.0 (PEFT's): above 0 it keeps faster paths from
+    being used."""
 
     target_modules: str | Names = "all-linear"
     """Module names (suffixes), a regular expression, or `all-linear`: every linear layer but the output head. Every
@@ -38,26 +39,24 @@ class LoraSection(Section):
     use_dora: bool = False
     """Train direction and magnitude apart (DoRA, arXiv 2402.09353); costs memory and about 1.5 to 2 times the time."""
 
-    init_lora_weights: bool | str = True
-    """How A and B start: `true` (A random, B zero), `gaussian`, `orthogonal`, `olora`, `pissa`, `eva`, `corda`, `loftq`;
-    `false` starts both at random and changes the model from the first step."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal", "olora", "pissa", "eva", "corda", "loftq"] = True
+    """How A and B start: `true` (A random, B zero), `gaussian`, `orthogonal`, `olora` (arXiv 2406.01775), `pissa`
+    (arXiv 2404.02948), `eva` (arXiv 2410.07170), `corda` (arXiv 2406.05223), `loftq` (arXiv 2310.08659); `false` starts
+    both at random and changes the model from the first step."""
 
-    loftq_config: dict[str, Any] | None = None
-    """Settings of LoftQ (`loftq_bits`, `loftq_iter`); only with `init_lora_weights: loftq`."""
-
-    eva_config: dict[str, Any] | None = None
+    eva_config: Annotated[dict[str, Any], Frozen] | None = None
     """Settings of EVA (`rho`, `tau`, ...); only with `init_lora_weights: eva`."""
 
-    corda_config: dict[str, Any] | None = None
+    corda_config: Annotated[dict[str, Any], Frozen] | None = None
     """Settings of CorDA (`corda_method`, ...); only with `init_lora_weights: corda`."""
 
-    rank_pattern: dict[str, Rank] = {}
+    rank_pattern: Annotated[dict[str, Rank], Frozen] = {}
     """Another rank for the modules whose name matches the key (name or regular expression)."""
 
-    alpha_pattern: dict[str, Annotated[int, Field(ge=1)]] = {}
+    alpha_pattern: Annotated[dict[str, Rank], Frozen] = {}
     """Another alpha for the modules whose name matches the key."""
 
-    layers_to_transform: int | Indices | None = None
+    layers_to_transform: Index | Indices | None = None
     """Only these layer indices (from 0) get an adapter. null means all."""
 
     layers_pattern: str | Names | None = None
@@ -66,7 +65,7 @@ class LoraSection(Section):
     modules_to_save: Names | None = None
     """Modules trained and saved whole, e.g. `lm_head`: each costs its full size in weights, gradients and optimizer."""
 
-    trainable_token_indices: Indices | dict[str, Indices] | None = None
+    trainable_token_indices: Indices | Annotated[dict[str, Indices], Frozen] | None = None
     """Token ids whose embeddings are trained (new special tokens), without training the whole embedding."""
 
     bias: Literal["none", "all", "lora_only"] = "none"

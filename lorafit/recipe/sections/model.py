@@ -11,10 +11,10 @@ class ModelSection(Section):
     """The base model the adapter is trained on."""
 
     model_name_or_path: str = Field(min_length=1)
-    """Hub id (`Qwen/Qwen3-4B`) or directory. What looks like a path (`./base`, `/models/x`, an existing directory) never
-    reaches the Hub; a relative path is relative to the recipe."""
+    """Hub id (`Qwen/Qwen3-4B`) or directory. What looks like a path (`./base`, `/models/x`, an existing directory)
+    never reaches the Hub; a relative path is relative to the recipe."""
 
-    revision: str = "main"
+    revision: str = Field(default="main", min_length=1)
     """Branch, tag or commit of a Hub model. A commit hash pins the weights. Default: the Hub's own."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"

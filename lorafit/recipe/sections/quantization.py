@@ -11,7 +11,7 @@ class QuantizationSection(Section):
     """Hold the frozen base model in 4 or 8 bits (QLoRA, arXiv 2305.14314)."""
 
     load_in_4bit: bool = False
-    """4-bit weights: about 0.5 byte a parameter plus state. Exactly one of `load_in_4bit`, `load_in_8bit` must be true."""
+    """4-bit weights: about 0.5 byte a parameter plus state. Exactly one of load_in_4bit and load_in_8bit is true."""
 
     load_in_8bit: bool = False
     """8-bit weights (LLM.int8, arXiv 2208.07339): about 1 byte a parameter."""

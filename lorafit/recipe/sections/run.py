@@ -45,7 +45,8 @@ class HealthSection(Section):
     """What is done when training goes wrong."""
 
     on_nan: Literal["stop", "warn"] = "stop"
-    """A non-finite loss or gradient norm: `stop` ends the run with exit 6, naming step and rows; `warn` says so and goes on."""
+    """A non-finite loss or gradient norm: `stop` ends the run with exit 6, naming step and rows; `warn` says so and
+    goes on."""
 
 
 class LaunchSection(Section):
@@ -54,5 +55,5 @@ class LaunchSection(Section):
     num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Processes, one per GPU. `auto`: every GPU of this machine, one process without GPUs."""
 
-    strategy: str = "ddp"
+    strategy: str = Field(default="ddp", min_length=1)
     """`ddp`, `fsdp2`, `zero2`, `zero3`, or the path of an accelerate config file."""

@@ -1,10 +1,10 @@
 """`training`: becomes `trl.SFTConfig`."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Strict
 
-from lorafit.recipe.sections.base import Extra, Names, Section
+from lorafit.recipe.sections.base import Extra, Frozen, Section
 
 Optimizer = Literal[
     "adamw_torch",
@@ -51,8 +51,8 @@ class TrainingSection(Section):
     """Longest sequence in tokens; also the length of a packed row. Activation memory grows linearly with it."""
 
     packing: bool = False
-    """Fill rows of `max_length` with whole documents (best fit, none split); no document sees another. Saves the padding
-    and makes a step's work even. Default false, TRL's."""
+    """Fill rows of `max_length` with whole documents (best fit, none split); no document sees another. Saves the
+    padding and makes a step's work even. Default false, TRL's."""
 
     num_train_epochs: float = Field(default=1.0, gt=0)
     """Passes over the training rows. Default 1: one epoch is where published LoRA recipes start."""
@@ -75,7 +75,7 @@ class TrainingSection(Section):
     lr_scheduler_type: Scheduler = "cosine"
     """Shape of the learning rate after warm-up."""
 
-    lr_scheduler_kwargs: dict[str, Any] | None = None
+    lr_scheduler_kwargs: Annotated[dict[str, Any], Frozen] | None = None
     """Arguments of the schedule, e.g. `{num_cycles: 2}`."""
 
     warmup_steps: float = Field(default=0.03, ge=0)
@@ -116,10 +116,10 @@ class TrainingSection(Section):
     logging_steps: float = Field(default=10, gt=0)
     """Steps between two lines of metrics.jsonl; below 1 it is a share of all steps. Default 10, TRL's."""
 
-    report_to: Names = ()
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...], Strict(False)] = ()
     """Loggers besides metrics.jsonl: `tensorboard`, `wandb`, `trackio`, `mlflow`. Default none."""
 
-    run_name: str | None = None
+    run_name: str | None = Field(default=None, min_length=1)
     """Name of the run for the loggers. null means the name of the run directory."""
 
     seed: int = Field(default=42, ge=0, lt=2**32)

@@ -1,0 +1,21 @@
+"""Rules of the `extra` mappings: only what the library object takes and the recipe does not say elsewhere."""
+
+from collections.abc import Iterator
+
+from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.rules.broken import Broken, Rule
+from lorafit.recipe.suggest import extra_key
+
+
+def extra_keys_reach_the_library(recipe: Recipe) -> Iterator[Broken]:
+    """Libraries swallow keywords they do not know, or raise after the model is loaded."""
+    extras = {"model": recipe.model.extra, "lora": recipe.lora.extra, "training": recipe.training.extra}
+    if recipe.quantization is not None:
+        extras["quantization"] = recipe.quantization.extra
+    for section, extra in extras.items():
+        for key in extra:
+            if message := extra_key(section, key):
+                yield Broken(f"{section}.extra.{key}", message)
+
+
+RULES: tuple[Rule, ...] = (extra_keys_reach_the_library,)

@@ -1,0 +1,177 @@
+"""Rules of `training`, `early_stopping`, `launch` and where the run is written."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from lorafit.recipe.advice import ADVICE_NAMES
+from lorafit.recipe.paths import STRATEGIES
+from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.rules.broken import Broken, Rule
+from lorafit.recipe.suggest import nearest
+
+_WAVES = frozenset({"num_cycles"})
+_MIN_LR = frozenset({"num_cycles", "min_lr", "min_lr_rate"})
+SCHEDULE_KEYS = {
+    "linear": frozenset[str](),
+    "constant": frozenset[str](),
+    "constant_with_warmup": frozenset[str](),
+    "cosine": _WAVES,
+    "cosine_with_restarts": _WAVES,
+    "polynomial": frozenset({"lr_end", "power"}),
+    "inverse_sqrt": frozenset({"timescale"}),
+    "cosine_with_min_lr": _MIN_LR,
+    "cosine_warmup_with_min_lr": _MIN_LR | {"warmup_lr_rate"},
+    "warmup_stable_decay": frozenset(
+        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
+    ),
+    "reduce_lr_on_plateau": frozenset(
+        {"mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps"}
+    ),
+}
+"""Arguments of each schedule of transformers.optimization; a test compares them."""
+
+
+def one_half_precision(recipe: Recipe) -> Iterator[Broken]:
+    """The library refuses fp16 with bf16."""
+    if recipe.training.fp16 and recipe.training.bf16 is True:
+        yield Broken("training.fp16", "cannot be true with bf16; keep one of the two", ("training.bf16",))
+
+
+def step_counts_are_whole(recipe: Recipe) -> Iterator[Broken]:
+    """Below 1 they are a share of all steps, from 1 on a number of steps."""
+    for key in ("warmup_steps", "eval_steps", "logging_steps"):
+        value = getattr(recipe.training, key)
+        if value is not None and value > 1 and value != int(value):
+            message = f"{value} is not a number of steps; write {int(value)}, or a share below 1"
+            yield Broken(f"training.{key}", message)
+
+
+def warm_up_ends_before_the_run(recipe: Recipe) -> Iterator[Broken]:
+    """The learning rate would never reach its peak."""
+    training = recipe.training
+    if training.max_steps is not None and 1 <= training.warmup_steps >= training.max_steps:
+        message = (
+            f"{training.warmup_steps:g} steps of warm-up do not end within max_steps {training.max_steps}; lower it"
+        )
+        yield Broken("training.warmup_steps", message, ("training.max_steps",))
+
+
+def schedule_uses_its_warm_up(recipe: Recipe) -> Iterator[Broken]:
+    """`constant` and `reduce_lr_on_plateau` ignore a warm-up."""
+    training = recipe.training
+    is_written = "warmup_steps" in training.model_fields_set and training.warmup_steps > 0
+    if is_written and training.lr_scheduler_type in ("constant", "reduce_lr_on_plateau"):
+        mend = "constant_with_warmup" if training.lr_scheduler_type == "constant" else "cosine"
+        message = (
+            f"is ignored with lr_scheduler_type: {training.lr_scheduler_type}; leave it out, or write {mend} there"
+        )
+        yield Broken("training.warmup_steps", message, ("training.lr_scheduler_type",))
+
+
+def schedule_knows_its_arguments(recipe: Recipe) -> Iterator[Broken]:
+    """The library would raise after the model is loaded, or ignore them (`constant`)."""
+    schedule = recipe.training.lr_scheduler_type
+    known = SCHEDULE_KEYS[schedule]
+    given = recipe.training.lr_scheduler_kwargs or {}
+    others = ("training.lr_scheduler_type",)
+    for key in given:
+        if key not in known:
+            takes = ", ".join(sorted(known)) or "nothing"
+            guess = nearest(key, known)
+            message = f"not an argument of {schedule}; " + (f"did you mean {guess}?" if guess else f"it takes {takes}")
+            yield Broken(f"training.lr_scheduler_kwargs.{key}", message, others)
+    needed: dict[str, tuple[str, ...]] = {
+        "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
+        "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
+    }
+    needed["warmup_stable_decay"] = ("num_decay_steps",)
+    names = needed.get(schedule, ())
+    if names and sum(given.get(name) is not None for name in names) != 1:
+        example = f"write lr_scheduler_kwargs: {{{names[-1]}: {'0.1' if len(names) > 1 else '100'}}}"
+        message = f"{schedule} needs {'exactly one of ' if len(names) > 1 else ''}{' and '.join(names)}; {example}"
+        yield Broken("training.lr_scheduler_type", message, ("training.lr_scheduler_kwargs",))
+
+
+def evaluation_has_rows(recipe: Recipe) -> Iterator[Broken]:
+    """What watches the held-out loss needs held-out rows, and a time to look."""
+    training = recipe.training
+    has_rows = bool(recipe.data.eval) or recipe.data.eval_fraction is not None
+    watching = {
+        "training.load_best_model_at_end": training.load_best_model_at_end,
+        "early_stopping": recipe.early_stopping is not None,
+        "training.lr_scheduler_type": training.lr_scheduler_type == "reduce_lr_on_plateau",
+    }
+    for key, is_on in watching.items():
+        if is_on and not has_rows:
+            yield Broken(key, "needs held-out rows; write data.eval or data.eval_fraction", _EVAL_KEYS)
+        elif is_on and training.eval_strategy == "no":
+            message = "needs evaluations during the run; write training.eval_strategy: epoch, or steps with eval_steps"
+            yield Broken(key, message, _EVAL_KEYS)
+    if training.eval_strategy != "no" and not has_rows:
+        message = f"{training.eval_strategy}: there are no held-out rows; write data.eval or data.eval_fraction"
+        yield Broken("training.eval_strategy", message, _EVAL_KEYS)
+
+
+_EVAL_KEYS = ("data.eval", "data.eval_fraction", "training.eval_strategy")
+
+
+def eval_steps_go_with_their_strategy(recipe: Recipe) -> Iterator[Broken]:
+    """Without `steps` they are ignored; with it, missing, the library takes logging_steps without a word."""
+    training = recipe.training
+    others = ("training.eval_strategy", "training.eval_steps", "training.max_steps")
+    if training.eval_steps is not None and training.eval_strategy != "steps":
+        message = f"is ignored with eval_strategy: {training.eval_strategy}; write steps there, or leave it out"
+        yield Broken("training.eval_steps", message, others)
+    if training.eval_strategy == "steps" and training.eval_steps is None:
+        message = "steps needs training.eval_steps: a number of steps, or a share of the run below 1"
+        yield Broken("training.eval_strategy", message, others)
+    if training.max_steps is not None and (training.eval_steps or 0) > training.max_steps:
+        message = f"{training.eval_steps:g} is more than max_steps {training.max_steps}; lower it"
+        yield Broken("training.eval_steps", message, others)
+
+
+def strategy_is_known_or_a_file(recipe: Recipe) -> Iterator[Broken]:
+    """What is not a strategy was taken for the path of an accelerate config file."""
+    strategy = recipe.launch.strategy
+    if strategy in STRATEGIES or Path(strategy).is_file():
+        return
+    guess = nearest(Path(strategy).name, (*STRATEGIES, "fsdp", "deepspeed"))
+    guess = {"fsdp": "fsdp2", "deepspeed": "zero2 or zero3"}.get(guess or "", guess)
+    mend = f"did you mean {guess}?" if guess else f"there is no such file; write one of {', '.join(STRATEGIES)}"
+    yield Broken("launch.strategy", f'"{Path(strategy).name}" is not a strategy or an accelerate file; {mend}')
+
+
+def output_stays_out_of_the_model(recipe: Recipe) -> Iterator[Broken]:
+    """A run inside the base model's directory would become part of that model."""
+    base = recipe.model.model_name_or_path
+    if recipe.output_dir is None or not Path(base).is_absolute():
+        return
+    run = os.path.realpath(recipe.output_dir)
+    model = os.path.realpath(base)
+    if run == model or run.startswith(model + os.sep):
+        message = f"{recipe.output_dir} is inside the base model's directory; choose another"
+        yield Broken("output_dir", message, ("model.model_name_or_path",))
+
+
+def silenced_advice_exists(recipe: Recipe) -> Iterator[Broken]:
+    """A misspelt name would silence nothing."""
+    for name in recipe.silence:
+        if name not in ADVICE_NAMES:
+            guess = nearest(name, ADVICE_NAMES)
+            mend = f"did you mean {guess}?" if guess else f"its names are {', '.join(sorted(ADVICE_NAMES))}"
+            yield Broken("silence", f'"{name}" is not the name of an advice; {mend}')
+
+
+RULES: tuple[Rule, ...] = (
+    one_half_precision,
+    step_counts_are_whole,
+    warm_up_ends_before_the_run,
+    schedule_uses_its_warm_up,
+    schedule_knows_its_arguments,
+    evaluation_has_rows,
+    eval_steps_go_with_their_strategy,
+    strategy_is_known_or_a_file,
+    output_stays_out_of_the_model,
+    silenced_advice_exists,
+)

@@ -1,0 +1,39 @@
+"""Tokens and passwords have no place in a recipe: it is copied into every run directory."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lorafit.recipe.yaml_reader import KeyPath
+
+_SECRET_KEY = re.compile(
+    r"(^|_)(auth|access|hub|hf|huggingface|wandb|api|bearer)_?token$|^token$|api_?key|secret|passw(or)?d|credential",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|xox[bp]-[A-Za-z0-9-]{10,})"
+    r"|://[^/\s:@]+:[^/\s@]+@"
+)
+
+MESSAGE = (
+    "holds what looks like a token or password; take it out: `hf auth login`, or the environment, is where it goes"
+)
+
+
+def secret_keys(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
+    """The keys beneath which a secret seems to be written."""
+    if isinstance(value, dict):
+        if any(_SECRET_VALUE.search(key) for key in value):
+            yield at
+            return
+        for key, entry in value.items():
+            yield from [(*at, key)] if _is_secret(key, entry) else secret_keys(entry, (*at, key))
+    elif isinstance(value, list):
+        for index, entry in enumerate(value):
+            yield from secret_keys(entry, (*at, index))
+    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        yield at
+
+
+def _is_secret(key: str, value: Any) -> bool:
+    return isinstance(value, str) and value != "" and bool(_SECRET_KEY.search(key))
