@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorafit.data.files import DataFile, FileProblem, decode
+from lorafit.recipe.sections import Source
 
 Broken = Callable[[int, str], None]
 Rows = Iterator[tuple[int, Any]]
+HubRows = Callable[[Source], Rows]
 
 _BLANK = re.compile(r"[ \t\n\r]*")
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from lorafit.data.digest import hub_name, sha256
 from lorafit.data.files import FileProblem, files_of, read_bytes, shown, unpack
 from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.formats import Shaper
 from lorafit.data.problems import listed
-from lorafit.data.readers import Rows, read_rows
-from lorafit.data.rows import Pair, Row, Text, answers, content_key, says_something
+from lorafit.data.readers import HubRows, Rows, read_rows
+from lorafit.data.rows import Pair, Place, Row, Text, answers, content_key, says_something
 from lorafit.errors import DataError
 from lorafit.recipe.sections import DataSection, Source
 
-HubRows = Callable[[Source], Rows]
 Side = Literal["train", "eval"]
 
 
@@ -52,8 +51,8 @@ class DataScan:
     source_of_file: tuple[int, ...]
     """For each file, its source in `sources`."""
     sources: tuple[SourceScan, ...]
-    digest: str
-    """SHA-256 of every byte read."""
+    digests: tuple[str | None, ...]
+    """SHA-256 of each file; None for those not read from disk or beyond a limit."""
     read: dict[Side, int]
     """Rows read, lost ones included."""
     findings: dict[Side, Findings]
@@ -63,7 +62,7 @@ class DataScan:
     @property
     def train_rows(self) -> int:
         """Training rows of one epoch, weights included."""
-        return len(epoch_rows(self.train, self, seed=0))
+        return len(epoch_rows([row.place for row in self.train], self, seed=0))
 
     @property
     def eval_rows(self) -> int:
@@ -126,7 +125,7 @@ def scan(section: DataSection, *, seed: int, hub_rows: HubRows | None = None) ->
         files=tuple(reading.files),
         source_of_file=tuple(reading.source_of_file),
         sources=tuple(reading.sources),
-        digest=reading.hash.hexdigest(),
+        digests=tuple(reading.digests),
         read=reading.rows_read,
         findings=reading.findings,
         skipped_hub=tuple(reading.skipped_hub),
@@ -146,7 +145,7 @@ class _Reading:
         self.source_of_file: list[int] = []
         self.sources: list[SourceScan] = []
         self.skipped_hub: list[str] = []
-        self.hash = hashlib.sha256()
+        self.digests: list[str | None] = []
         self._whole: dict[Side, bool | None] = {"train": None, "eval": None}
 
     def is_whole(self, side: Side) -> bool:
@@ -174,10 +173,13 @@ class _Reading:
         self.sources.append(SourceScan(name, side, shaper.format, files, kept, source.weight))
 
     def _read_hub(self, source: Source, side: Side, shaper: Shaper) -> str:
-        name = f"hub:{source.hub}[{source.split}]"
-        self._add_file(name)
-        if self._hub_rows is not None:
-            self._take(self._hub_rows(source), source.limit, side=side, shaper=shaper, file=len(self.files) - 1)
+        name = hub_name(source.hub, source.split)
+        number = self._add_file(name)
+        try:
+            if self._hub_rows is not None:
+                self._take(self._hub_rows(source), source.limit, side=side, shaper=shaper, file=number)
+        except FileProblem as problem:
+            self.findings[side].add("unreadable", (number, 0), problem.message)
         return name
 
     def _read_files(self, source: Source, side: Side, shaper: Shaper) -> str:
@@ -186,18 +188,16 @@ class _Reading:
         try:
             files, ignored = files_of(path)
         except FileProblem as problem:
-            self._add_file(shown(Path(path)))
-            findings.add("unreadable", (len(self.files) - 1, 0), problem.message)
+            findings.add("unreadable", (self._add_file(shown(Path(path))), 0), problem.message)
             return shown(Path(path))
         left = source.limit
         for file in files:
+            number = self._add_file(file.name)
             if left == 0:
-                break
-            self._add_file(file.name)
-            number = len(self.files) - 1
+                continue
             try:
                 data = read_bytes(file)
-                self.hash.update(len(data).to_bytes(8, "big") + data)
+                self.digests[number] = sha256(data)
 
                 def broken(line: int, message: str, number: int = number) -> None:
                     findings.add("broken", (number, line), message)
@@ -212,9 +212,11 @@ class _Reading:
             findings.add("ignored_files", (len(self.files) - 1, 0), listed([file.name for file in ignored]))
         return shown(Path(path))
 
-    def _add_file(self, name: str) -> None:
+    def _add_file(self, name: str) -> int:
         self.files.append(name)
         self.source_of_file.append(len(self.sources))
+        self.digests.append(None)
+        return len(self.files) - 1
 
     def _take(self, rows: Rows, limit: int | None, *, side: Side, shaper: Shaper, file: int) -> int:
         """Shape and check the rows of one file; how many were read."""
@@ -303,14 +305,11 @@ def _split(rows: list[Row], keys: list[Hashable], share: float, *, seed: int) ->
     return train, [row for row, key in zip(rows, keys, strict=True) if key in held]
 
 
-def epoch_rows(places: Sequence[Any], scanned: DataScan, *, seed: int) -> list[int]:
-    """Indices of the rows of one epoch in order: each source as often as its weight says, a share of it drawn by seed.
-
-    `places` are rows or anything else whose first item is a Place.
-    """
+def epoch_rows(places: Sequence[Place], scanned: DataScan, *, seed: int) -> list[int]:
+    """Indices of the rows of one epoch: each source as often as its weight says, a share of it drawn by seed."""
     by_source: dict[int, list[int]] = {}
-    for index, item in enumerate(places):
-        by_source.setdefault(scanned.source_of_file[item[0][0]], []).append(index)
+    for index, (file, _) in enumerate(places):
+        by_source.setdefault(scanned.source_of_file[file], []).append(index)
     chosen = []
     for source, indices in sorted(by_source.items()):
         weight = scanned.sources[source].weight

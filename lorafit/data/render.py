@@ -1,0 +1,241 @@
+"""A row -> the text of its sequences, and which characters of it are trained.
+
+An answer starts where the prompt before it ends, rendered as generation will see it, and ends where the text up to and
+with the answer ends. Both must be prefixes of the whole, or the tokens that are trained would follow another text than
+in generation. What the template writes after the stop token (a newline, mostly) belongs to the answer: so do TRL's
+labels, and generation has stopped by then.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.data.chat_template import ChatTemplate
+from lorafit.data.findings import Findings
+from lorafit.data.problems import RowProblem
+from lorafit.data.rows import Chat, Message, Pair, Place, Row, Text, answers, as_chat, texts
+from lorafit.errors import DataError, ModelError, RecipeError
+from lorafit.recipe.sections import DataSection
+
+Span = tuple[int, int]
+
+LAYOUTS = ("chat", "alpaca", "plain")
+# The layout Stanford Alpaca models are trained and prompted with.
+ALPACA_TASK = "Below is an instruction that describes a task"
+ALPACA_WITH_INPUT = f"{ALPACA_TASK}, paired with an input that provides further context. "
+ALPACA_ALONE = f"{ALPACA_TASK}. "
+ALPACA_REQUEST = "Write a response that appropriately completes the request.\n\n"
+
+
+class Rendered(NamedTuple):
+    """The text of one sequence."""
+
+    place: Place
+    text: str
+    spans: tuple[Span, ...]
+    """Characters of the answers, from and up to."""
+    is_whole: bool
+    """Every token is trained, not only those of the spans."""
+
+
+class Renderer:
+    """Renders rows with the recipe's template."""
+
+    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises RecipeError, DataError or ModelError when there is no template that can be used."""
+        self._section = section
+        self._tokenizer = tokenizer
+        self._eos: str = tokenizer.eos_token
+        self._templates: dict[bool, ChatTemplate] = {}
+        self.template_text = self._template_text(has_tools=False)
+        self.adds_bos = section.template in ("alpaca", "plain")
+        """Whether the tokenizer's own beginning goes before the text: chat templates write it themselves."""
+        self._special = _special_token_pattern(tokenizer)
+
+    def render(self, row: Row, findings: Findings) -> list[Rendered]:
+        """The sequences of a row: one, unless the template renders earlier turns differently; none when it is lost."""
+        self._find_special_tokens(row, findings)
+        try:
+            if isinstance(row, Text):
+                text = self._ended(row.text)
+                return [Rendered(row.place, text, ((0, len(text)),), True)]
+            if self._section.template in ("plain", "alpaca"):
+                return [self._laid_out(row)]
+            chat = as_chat(row)
+            template = self._template(bool(chat.tools))
+            if self._section.train_on == "all":
+                return [self._whole(chat, template, findings)]
+            return _sequences(chat, template, findings)
+        except RowProblem as problem:
+            findings.add(problem.kind, row.place, problem.message)
+            return []
+
+    def _laid_out(self, row: Chat | Pair) -> Rendered:
+        layout = self._section.template
+        if isinstance(row, Chat):
+            raise RowProblem(
+                f"template {layout} lays out a prompt and its completion, this row is a conversation; "
+                "set data.template: chat",
+                kind="refused",
+            )
+        if row.system or (layout == "plain" and row.input):
+            what = "a system text" if row.system else "an input besides the instruction"
+            raise RowProblem(
+                f"template {layout} has no place for {what}; set data.template: chat, or leave it out", kind="refused"
+            )
+        prompt = row.prompt if layout == "plain" else alpaca_prompt(row.prompt, row.input)
+        text = prompt + self._ended(row.completion)
+        return Rendered(row.place, text, ((len(prompt), len(text)),), self._section.train_on == "all")
+
+    def _whole(self, chat: Chat, template: ChatTemplate, findings: Findings) -> Rendered:
+        text = template.render(chat.messages, chat.tools)
+        _find_dropped(chat.messages, text, chat.place, findings)
+        ends_with_answer = chat.messages[-1]["role"] == "assistant"
+        return Rendered(chat.place, text, ((0, len(text)),) if ends_with_answer else (), True)
+
+    def _ended(self, text: str) -> str:
+        return text if text.endswith(self._eos) else text + self._eos
+
+    def _find_special_tokens(self, row: Row, findings: Findings) -> None:
+        for text in texts(row):
+            found = self._special.search(text.removesuffix(self._eos))
+            if found:
+                findings.add("special_tokens", row.place, found.group())
+                return
+
+    def _template(self, has_tools: bool) -> ChatTemplate:
+        known = self._templates.get(has_tools)
+        if known is None:
+            text = self._template_text(has_tools=has_tools) or ""
+            variables = {**self._tokenizer.special_tokens_map, **self._section.template_kwargs}
+            try:
+                known = self._templates[has_tools] = ChatTemplate(text, variables)
+            except jinja2.TemplateSyntaxError as error:
+                where = f"{self._section.template}:{error.lineno}" if self._is_file else "the tokenizer's chat template"
+                raise DataError(f"{error.message}; mend the template", where=where) from None
+        return known
+
+    @property
+    def _is_file(self) -> bool:
+        return self._section.template not in LAYOUTS
+
+    def _template_text(self, *, has_tools: bool) -> str | None:
+        """The Jinja text; None for the layouts that need none."""
+        name = self._section.template
+        if name in ("alpaca", "plain"):
+            return None
+        if self._is_file:
+            return _read_template(Path(name))
+        template = self._tokenizer.chat_template
+        if not template:
+            raise ModelError(
+                "the tokenizer has no chat template; set data.template: alpaca, plain or the path of a Jinja file, or "
+                "use the instruct version of the model",
+                where="data.template: chat",
+            )
+        return self._tokenizer.get_chat_template(tools=[{}] if has_tools else None)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else os.strerror(error.errno or 0).lower()
+        raise RecipeError(
+            f"{path}: {what}; write {', '.join(LAYOUTS)} or the path of a Jinja file", where="data.template"
+        ) from None
+
+
+def alpaca_prompt(instruction: str, context: str) -> str:
+    """The prompt of the Alpaca layout, up to where the answer starts."""
+    if context:
+        head = f"{ALPACA_WITH_INPUT}{ALPACA_REQUEST}### Instruction:\n{instruction}\n\n### Input:\n{context}"
+    else:
+        head = f"{ALPACA_ALONE}{ALPACA_REQUEST}### Instruction:\n{instruction}"
+    return f"{head}\n\n### Response:\n"
+
+
+def _sequences(chat: Chat, template: ChatTemplate, findings: Findings) -> list[Rendered]:
+    """Sequences in which every answer is trained once, after the text generation would see before it."""
+    left = answers(chat)
+    made: list[Rendered] = []
+    while left:
+        last = left[-1]
+        text = template.render(chat.messages[: last + 1], chat.tools)
+        spans: dict[int, Span] = {}
+        for answer in left:
+            span = _answer_span(chat, answer, text, template, is_last=answer == last, findings=findings)
+            if span:
+                spans[answer] = span
+        if last not in spans:
+            findings.add("prompt_not_prefix", chat.place)
+            return []
+        if not made:
+            asked = [message for message in chat.messages[: last + 1] if message["role"] != "assistant"]
+            _find_dropped(asked, text, chat.place, findings)
+        if any(not _is_in(chat.messages[answer], text[slice(*span)]) for answer, span in spans.items()):
+            findings.add("answer_dropped", chat.place)
+            return []
+        made.append(Rendered(chat.place, text, tuple(spans.values()), False))
+        left = [answer for answer in left if answer not in spans]
+    if len(made) > 1:
+        findings.add("split", chat.place, f"{len(made)} sequences")
+    return made
+
+
+def _answer_span(
+    chat: Chat, answer: int, text: str, template: ChatTemplate, *, is_last: bool, findings: Findings
+) -> Span | None:
+    """Where the answer stands in the text; None when what comes before it, or itself, is rendered differently there."""
+    prompt = template.render(chat.messages[:answer], chat.tools, is_prompt=True)
+    if not is_last:
+        answered = template.render(chat.messages[: answer + 1], chat.tools)
+        fits = answered.startswith(prompt) and text.startswith(answered)
+        return (len(prompt), len(answered)) if fits else None
+    if text.startswith(prompt):
+        return len(prompt), len(text)
+    # Some templates end the prompt of generation with what a finished conversation does not hold (an empty thought
+    # block). The answer then starts where the two part, as TRL has it, as long as the messages before it are the same.
+    shared = _shared_length(prompt, text)
+    if shared < len(template.render(chat.messages[:answer], chat.tools)):
+        return None
+    findings.add("generation_prompt", chat.place)
+    return shared, len(text)
+
+
+def _shared_length(one: str, other: str) -> int:
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+
+
+def _find_dropped(messages: list[Message], text: str, place: Place, findings: Findings) -> None:
+    for message in messages:
+        if not _is_in(message, text):
+            findings.add("content_dropped", place, f"{message['role']} message")
+            return
+
+
+def _is_in(message: Message, text: str) -> bool:
+    """Whether the message's text is in the rendered one, up to white space and JSON quoting."""
+    content = message.get("content", "").strip()
+    if content in text:
+        return True
+    squeezed = "".join(text.split())
+    return any(
+        "".join(spelt.split()) in squeezed
+        for spelt in (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
+    )
+
+
+def _special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches any special token; longer ones first."""
+    tokens: list[Any] = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    ordered = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")

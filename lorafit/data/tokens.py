@@ -1,0 +1,168 @@
+"""Rendered text -> `input_ids` and `labels`, in batches, with what is wrong with the tokens counted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+from tokenizers import Encoding, Tokenizer
+from tokenizers.processors import Sequence as NoPostProcessing
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.data.findings import Findings
+from lorafit.data.render import Rendered, Span
+from lorafit.data.rows import Place
+from lorafit.errors import ModelError
+
+NOT_TRAINED = -100
+"""Label of a token that is context only: the index torch's cross entropy ignores."""
+TEXTS_PER_BATCH = 1024
+TOKENS_AFTER_STOP = 4
+"""How far before the end of an answer its stop token is looked for: templates write a newline or two after it."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the tokens of a sequence are held to."""
+
+    max_length: int
+    over_length: Literal["error", "drop", "truncate"]
+    stop_token_ids: frozenset[int]
+    vocab_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sequence:
+    """One training sequence."""
+
+    place: Place
+    input_ids: list[int]
+    labels: list[int]
+
+
+class TextTokenizer:
+    """The tokenizer's own fast core, without truncation, padding and added tokens: offsets as they are."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> None:
+        """Raises ModelError for tokenizers that cannot tell which characters a token stands for."""
+        if not tokenizer.is_fast:
+            raise ModelError(
+                f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which labels need; convert it with "
+                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
+                where=tokenizer.name_or_path,
+            )
+        serialised = tokenizer.backend_tokenizer.to_str()
+        self.content = serialised
+        # A copy, since the caller's tokenizer must stay as it is. Byte-level post-processing would trim the offsets of
+        # tokens that begin with a space, and move answers by a character.
+        self._core = Tokenizer.from_str(serialised)
+        self._core.no_truncation()
+        self._core.no_padding()
+        self._core.post_processor = NoPostProcessing([])
+        self._tokenizer = tokenizer
+        self._opening = _opening_ids(tokenizer) if adds_bos else []
+        self._bos: int | None = tokenizer.bos_token_id
+
+    def sequences(self, rendered: Iterable[Rendered], limits: Limits, findings: Findings) -> Iterator[Sequence]:
+        """The sequences that can be trained on, in order."""
+        left = iter(rendered)
+        while batch := list(islice(left, TEXTS_PER_BATCH)):
+            encoded = self._core.encode_batch([item.text for item in batch], add_special_tokens=False)
+            for item, encoding in zip(batch, encoded, strict=True):
+                sequence = self._sequence(item, encoding, limits, findings)
+                if sequence is not None:
+                    yield sequence
+
+    def _sequence(self, item: Rendered, encoding: Encoding, limits: Limits, findings: Findings) -> Sequence | None:
+        ids: list[int] = encoding.ids
+        spans = [_token_span(encoding, span, len(item.text)) for span in item.spans]
+        if item.spans and not item.is_whole and any(_straddles(encoding, span) for span in item.spans if span[0]):
+            findings.add("straddling", item.place)
+        if not item.is_whole and all(first >= end for first, end in spans):
+            findings.add("no_answer", item.place)
+            return None
+        opening = self._opening if ids[: len(self._opening)] != self._opening else []
+        labels = ids[:] if item.is_whole else [NOT_TRAINED] * len(ids)
+        for first, end in spans:
+            labels[first:end] = ids[first:end]
+            self._find_missing_stop(ids[max(first, end - TOKENS_AFTER_STOP) : end], item, limits, findings)
+        if opening:
+            ids = opening + ids
+            labels = (opening if item.is_whole else [NOT_TRAINED] * len(opening)) + labels
+        if len(ids) > 1 and ids[0] == ids[1] == self._bos:
+            findings.add("double_bos", item.place)
+        if ids and max(ids) >= limits.vocab_size:
+            findings.add("outside_vocabulary", item.place, self._foreign(max(ids), limits.vocab_size))
+        return _fit(Sequence(item.place, ids, labels), limits, findings)
+
+    def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:
+        if limits.stop_token_ids.isdisjoint(end):
+            stops = " or ".join(repr(self._tokenizer.decode([stop])) for stop in sorted(limits.stop_token_ids))
+            findings.add(
+                "no_stop",
+                item.place,
+                f"the answer ends with {self._tokenizer.decode(end)!r}, generation stops on {stops}; use a template "
+                "that ends answers with it, or name the token in eos_token_id of generation_config.json",
+            )
+
+    def _foreign(self, token: int, vocab_size: int) -> str:
+        return (
+            f"token {self._tokenizer.decode([token])!r} has id {token}, the base model has {vocab_size} embeddings; "
+            "use the model's own tokenizer, or remove the token"
+        )
+
+
+def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text by itself: BOS, or nothing."""
+    full, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
+    start = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)
+    return full[:start]
+
+
+def _token_span(encoding: Encoding, span: Span, length: int) -> Span:
+    """Tokens of the answer: from the one that holds its first character, up to the one after its last.
+
+    A token that also holds the end of the prompt is trained (the answer's first character is learnt nowhere else, and
+    TRL's labels have it too); one that also holds what follows the answer is not.
+    """
+    start, end = span
+    return _token_at(encoding, start, length), _token_at(encoding, end, length)
+
+
+def _token_at(encoding: Encoding, character: int, length: int) -> int:
+    """The token that holds the character, or the next one that is held by any: tokenizers may drop white space."""
+    while character < length:
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return token
+        character += 1
+    return len(encoding)
+
+
+def _straddles(encoding: Encoding, span: Span) -> bool:
+    token = encoding.char_to_token(span[0])
+    held = None if token is None else encoding.token_to_chars(token)
+    return held is not None and held[0] < span[0]
+
+
+def _fit(sequence: Sequence, limits: Limits, findings: Findings) -> Sequence | None:
+    """The sequence within `max_length`, as the recipe wants it; None when it is left out."""
+    length, longest = len(sequence.input_ids), limits.max_length
+    if length <= longest:
+        return sequence
+    message = f"{length:,} tokens"
+    if limits.over_length == "error":
+        findings.add("over_length", sequence.place, f"{message}, training.max_length is {longest:,}")
+        return sequence
+    if limits.over_length == "drop":
+        findings.add("over_length_dropped", sequence.place, message)
+        return None
+    kept, cut = sequence.labels[:longest], sequence.labels[longest:]
+    if all(label == NOT_TRAINED for label in kept):
+        findings.add("answer_cut_off", sequence.place, message)
+        return None
+    if any(label != NOT_TRAINED for label in cut):
+        findings.add("answer_cut", sequence.place, message)
+    return Sequence(sequence.place, sequence.input_ids[:longest], kept)
