@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -154,6 +154,67 @@ def targets(
 
     table = target_table(architecture(ModelSection(model_name_or_path=model)), r=r)
     _print_result(table.as_dict(), as_json=as_json, text=target_table_text(table))
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Name every problem of a recipe and its data files, or say what the run will do."""
+    from lorafit.report.validation import validation_text
+    from lorafit.validate import validate as validated
+
+    result = validated(recipe, overrides=set_ or ())
+    _print_result(result.as_dict(), as_json=as_json, text=validation_text(result))
+    say = _say(quiet=quiet)
+    for warning in result.data.warnings:
+        say(f"warning: {warning}")
+    for advice in result.advice:
+        say(f"advice: {advice}")
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of a recipe: every key with its meaning, for editors."""
+    from lorafit.recipe.schema import recipe_schema
+
+    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
+    if output is None:
+        print(text)
+    else:
+        output.write_text(f"{text}\n", encoding="utf-8")
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Hub id or directory of the base model.")
+    ] = "Qwen/Qwen3-0.6B",
+    data: Annotated[
+        str, typer.Option("--data", metavar="DATA", help="File, directory, glob or Hub id of the rows.")
+    ] = "train.jsonl",
+    preset: Annotated[Literal["lora", "qlora", "dora"], typer.Option("--preset", help="Kind of adapter.")] = "lora",
+    goal: Annotated[
+        Literal["style", "knowledge", "code"], typer.Option("--goal", help="What it is to learn.")
+    ] = "knowledge",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the recipe goes; never overwritten.")
+    ] = Path("recipe.yaml"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from lorafit.recipe.starter import starter_recipe, write_recipe
+
+    write_recipe(starter_recipe(model=model, data=data, preset=preset, goal=goal, output=output), output)
+    _print_result({"recipe": str(output)}, as_json=as_json, text=f"{output}: next, `lorafit validate {output}`")
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ _FROM_PRETRAINED = """
     adapter_kwargs adapter_name allow_all_kernels attn_implementation cache_dir config device_map device_mesh
     disable_mmap distributed_config dtype experts_implementation force_download fusion_config generation_config
     gguf_file ignore_mismatched_sizes kernel_config key_mapping local_files_only max_memory offload_buffers
-    offload_folder output_loading_info proxies quantization_config revision state_dict subfolder token torch_dtype tp_plan tp_size
-    tqdm_class trust_remote_code use_kernels use_safetensors variant weights_only
+    offload_folder output_loading_info proxies quantization_config revision state_dict subfolder token torch_dtype
+    tp_plan tp_size tqdm_class trust_remote_code use_kernels use_safetensors variant weights_only
 """
 
 _BITS_AND_BYTES = """

@@ -47,8 +47,27 @@ class LoadedRecipe:
         return Path(self.recipe.output_dir or f"runs/{self.path.stem}")
 
 
+@dataclass(frozen=True)
+class Reading:
+    """A recipe as far as it can be read."""
+
+    loaded: LoadedRecipe | None
+    """None when what is wrong leaves nothing to go on with; else right where no problem is named."""
+    problems: tuple[Problem, ...]
+    has_whole_data_section: bool
+    """Whether `data` itself is right, so that its files can be looked at."""
+
+
 def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
     """The recipe in `path` with the `section.key=value` overrides. Raises RecipeError with every problem."""
+    reading = read(path, overrides=overrides)
+    if reading.problems or reading.loaded is None:
+        raise RecipeError(reading.problems)
+    return reading.loaded
+
+
+def read(path: Path, *, overrides: Sequence[str] = ()) -> Reading:
+    """As `load`, but gives the problems besides what is right. Raises RecipeError where the YAML itself is wrong."""
     layer = read_layers(path, overrides)
     wrong = [Wrong(key, secrets.MESSAGE) for key in secrets.secret_keys(layer.value)]
     recipe, found = _checked(_without(layer.value, wrong))
@@ -57,9 +76,12 @@ def load(path: Path, *, overrides: Sequence[str] = ()) -> LoadedRecipe:
         wrong += [
             Wrong(_steps(broken.key), broken.message) for broken in broken_rules(recipe) if not _hangs_on(broken, wrong)
         ]
-    if wrong or recipe is None:
-        raise RecipeError(_sorted(path, layer, wrong))
-    return LoadedRecipe(recipe, path, layer)
+    return Reading(
+        loaded=None if recipe is None else LoadedRecipe(recipe, path, layer),
+        problems=tuple(_sorted(path, layer, wrong)),
+        has_whole_data_section=recipe is not None
+        and not any("data" in (*one.key[:1], *(one.meant or ())[:1]) for one in wrong),
+    )
 
 
 def _checked(tree: dict[str, Any]) -> tuple[Recipe | None, list[Wrong]]:

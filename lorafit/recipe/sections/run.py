@@ -26,7 +26,7 @@ class EarlyStoppingSection(Section):
 
 
 def _is_interval(text: str) -> str:
-    if not re.fullmatch(r"(100|[1-9]?\d(\.\d+)?)%|[1-9]\d*(s|min|h)", text):
+    if not re.fullmatch(r"(?!0+(\.0+)?%)(100|[1-9]?\d(\.\d+)?)%|[1-9]\d*(s|min|h)", text):
         raise ValueError("a share of the run (10%), a number of steps (200) or a time (30s, 10min, 2h)")
     return text
 

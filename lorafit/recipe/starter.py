@@ -1,0 +1,124 @@
+"""The recipe that `lorafit init` writes: short, commented, ready to train."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafit.errors import RecipeError
+from lorafit.recipe.load import load
+from lorafit.recipe.paths import looks_local, relative, resolved
+from lorafit.recipe.write import dump
+
+Preset = Literal["lora", "qlora", "dora"]
+Goal = Literal["style", "knowledge", "code"]
+
+
+@dataclass(frozen=True)
+class _GoalSettings:
+    why: str
+    lora: str
+    max_length: int
+    packing: str
+
+
+_GOALS: dict[Goal, _GoalSettings] = {
+    "style": _GoalSettings(
+        "a tone or a format is little to learn: a small adapter on the attention layers",
+        "  r: 8\n  target_modules: all-linear\n  exclude_modules: '.*\\.mlp\\..*'      # attention only\n",
+        2048,
+        "false",
+    ),
+    "knowledge": _GoalSettings(
+        "facts sit in the MLP layers, too, and need room: a large adapter on every linear layer",
+        "  r: 64\n  use_rslora: true                    # steadier at high ranks\n  lora_alpha: 64\n"
+        "  target_modules: all-linear\n",
+        2048,
+        "true",
+    ),
+    "code": _GoalSettings(
+        "long sequences, and a good deal to learn: every linear layer",
+        "  r: 32\n  target_modules: all-linear\n",
+        4096,
+        "true",
+    ),
+}
+
+_QUANTIZATION = """\
+quantization:                         # QLoRA: the frozen base in 4 bits
+  load_in_4bit: true
+  bnb_4bit_quant_type: nf4
+  bnb_4bit_use_double_quant: true
+"""
+
+
+def starter_recipe(*, model: str, data: str, preset: Preset, goal: Goal, output: Path) -> str:
+    """The text of a recipe at `output` for a model and a data set; paths start at the current directory."""
+    here = Path.cwd()
+    source: dict[str, Any] = {"path": data} if _is_file_like(data, here) else {"hub": data}
+    written: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": [source]}}
+    moved = relative(resolved(written, here), here / output.parent)
+    settings = _GOALS[goal]
+    dora = "  use_dora: true                      # direction and magnitude apart; about 1.5 to 2 times the time\n"
+    return f"""\
+# {preset} for {goal}: {settings.why}.
+#
+#   lorafit validate {output}      every problem of this recipe and its data, and what it will do
+#   lorafit preview {output}       the rows as the model will see them
+#   lorafit train {output}
+#
+# `lorafit schema` describes every key; left out, a key has the default it names.
+
+model:
+{_indented(dump(moved["model"]))}\
+{_QUANTIZATION if preset == "qlora" else ""}\
+lora:
+{settings.lora}\
+{dora if preset == "dora" else ""}\
+data:
+{_indented(dump(moved["data"]))}\
+  eval_fraction: 0.05                 # held out; or give files: `eval: [{{path: ...}}]`
+  template: {_template(model, here):<25} # chat (the tokenizer's) | alpaca | plain | a Jinja file
+training:
+  max_length: {settings.max_length}                    # tokens; memory grows linearly with it
+  packing: {settings.packing:<26} # true: no padding, rows are filled with whole documents
+  num_train_epochs: 1
+  per_device_train_batch_size: 4
+  gradient_accumulation_steps: 4      # 16 sequences per step and process
+  learning_rate: 2e-4                 # about ten times that of full fine-tuning
+  lr_scheduler_type: cosine
+  warmup_steps: 0.03                  # below 1 it is a share of all steps
+"""
+
+
+def write_recipe(text: str, output: Path) -> None:
+    """Write a new recipe and load it once. Raises RecipeError when `output` exists or cannot be written."""
+    if not output.parent.is_dir():
+        raise RecipeError(f"{output.parent} is not a directory; make it, or choose another --output", where=str(output))
+    try:
+        with output.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError(
+            "is there already and is never overwritten; choose another --output", where=str(output)
+        ) from None
+    except PermissionError as error:
+        raise RecipeError(f"cannot be written ({error.strerror}); choose another --output", where=str(output)) from None
+    load(output)
+
+
+def _indented(text: str) -> str:
+    return "".join(f"  {line}\n" for line in text.splitlines())
+
+
+def _is_file_like(data: str, here: Path) -> bool:
+    """Whether a data set is a file, directory or glob rather than a Hub id."""
+    return looks_local(data, here) or bool(Path(data).suffix) or "*" in data or "/" not in data
+
+
+def _template(model: str, here: Path) -> str:
+    """`plain` for a directory whose tokenizer has no chat template, else `chat`."""
+    directory = here / model
+    settings = directory / "tokenizer_config.json"
+    if not settings.is_file() or (directory / "chat_template.jinja").is_file():
+        return "chat"
+    return "chat" if '"chat_template"' in settings.read_text(encoding="utf-8") else "plain"
