@@ -6,7 +6,9 @@ The only place that imports inside functions: `lorafit --help` and `lorafit vali
 import errno
 import json
 import logging
+import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from lorafit import __version__
+from lorafit import __version__, launch
 from lorafit.errors import DiskError, LorafitError, RecipeError
 
 app = typer.Typer(
@@ -83,9 +85,11 @@ def _quiet_libraries(*, debug: bool) -> None:
 
 
 def _report(error: LorafitError) -> int:
-    """Print every problem as one line on stderr; the exit code."""
-    for problem in error.problems:
-        print(f"error: {problem}", file=sys.stderr)
+    """Print every problem as one line on stderr, by one process of those that train together; the exit code."""
+    if launch.is_first_to_fail():
+        process = f"process {launch.rank()}: " if launch.is_worker() else ""
+        for problem in error.problems:
+            print(f"error: {process}{problem}", file=sys.stderr)
     return error.exit_code
 
 
@@ -102,18 +106,39 @@ def train(
 
     loaded = load(recipe, overrides=set_ or ())
     _quiet_libraries(debug=debug)
-    from lorafit.preflight import cache_directory
+    from lorafit.preflight import cache_directory, this_machine
+    from lorafit.training.train import read_inputs, refuse_before_reading
     from lorafit.training.train import train as train_adapter
 
+    machine = this_machine()
+    if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus):
+        refuse_before_reading(loaded, machine)
+        read_inputs(loaded, cache_dir=cache_directory())
+        launch.replace_this_process(
+            launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus)
+        )
+    is_main = launch.rank() == 0
     result = train_adapter(
         loaded,
-        say=_say(quiet=quiet),
-        show_progress=sys.stderr.isatty() and not quiet,
+        say=_say(quiet=quiet or not is_main),
+        show_progress=sys.stderr.isatty() and not quiet and is_main,
         cache_dir=cache_directory(),
     )
+    if not is_main:
+        return
     from lorafit.report.tables import train_table
 
     _print_result(asdict(result), as_json=as_json, text=train_table(result))
+
+
+@app.command(
+    hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
+)
+def processes(context: typer.Context) -> None:
+    """`accelerate launch`, ending with the exit code of the process that failed; what `train` turns itself into."""
+    from lorafit.processes import run_processes
+
+    raise typer.Exit(run_processes(context.args))
 
 
 def _exit_code(arguments: list[str]) -> int:
@@ -219,4 +244,14 @@ def init(
 
 def main() -> None:
     """Entry point of the `lorafit` command."""
-    sys.exit(_exit_code(sys.argv[1:]))
+    if launch.is_worker():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches them all; the launcher alone speaks of it
+    try:
+        sys.exit(_exit_code(sys.argv[1:]))
+    except Exception:
+        # One that fails only because another did is ended by the launcher meanwhile, and says nothing.
+        if launch.is_worker():
+            time.sleep(2)
+            if not launch.is_first_to_fail():
+                sys.exit(1)
+        raise

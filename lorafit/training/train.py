@@ -22,11 +22,13 @@ from lorafit import __version__
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.lora_config import lora_config
+from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.prepare import PreparedData, prepare
 from lorafit.errors import LorafitError
-from lorafit.preflight import bf16_choice, checkpointing_choice, refuse_what_this_machine_lacks, this_machine
+from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, refuse_what_this_machine_lacks, this_machine
+from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
@@ -62,17 +64,10 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     started = time.monotonic()
     recipe, run = loaded.recipe, RunDir(loaded.output_dir())
     machine = this_machine()
-    run.refuse_used()
-    refuse_what_this_machine_lacks(loaded, machine)
-    base_files = check_base_model(recipe.model)
-    tokenizer = load_tokenizer(recipe.model)
-    data = prepare_rows(
-        loaded,
-        tokenizer,
-        stop_token_ids=base_files.stop_token_ids,
-        vocab_size=base_files.vocab_size,
-        cache_dir=cache_dir,
-    )
+    state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
+    refuse_before_reading(loaded, machine)
+    with state.main_process_first():  # the others find the rows in the cache
+        base_files, tokenizer, data = read_inputs(loaded, cache_dir=cache_dir)
     _say_data(data, say)
 
     bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
@@ -108,6 +103,7 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
         callbacks=_callbacks(loaded, metrics, show_progress=show_progress),
     )
     trainer.remove_callback(PrinterCallback)
+    refuse_other_distribution(loaded, trainer.accelerator, mixed_precision="bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no")
     steps = planned_steps(trainer)
     set_total_steps(model, steps)
     _say_steps(loaded, trainer, steps, say)
@@ -144,6 +140,28 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     )
     _finish(run, trainer, facts | asdict(result), outcome=result.outcome)
     return result
+
+
+def refuse_before_reading(loaded: LoadedRecipe, machine: Machine) -> None:
+    """A run directory that is used, and what this machine lacks. Raises RunDirError and MachineError."""
+    RunDir(loaded.output_dir()).refuse_used()
+    refuse_what_this_machine_lacks(loaded, machine)
+
+
+def read_inputs(
+    loaded: LoadedRecipe, *, cache_dir: Path | None
+) -> tuple[BaseModelFiles, PreTrainedTokenizerBase, PreparedData]:
+    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
+    base_files = check_base_model(loaded.recipe.model)
+    tokenizer = load_tokenizer(loaded.recipe.model)
+    data = prepare_rows(
+        loaded,
+        tokenizer,
+        stop_token_ids=base_files.stop_token_ids,
+        vocab_size=base_files.vocab_size,
+        cache_dir=cache_dir,
+    )
+    return base_files, tokenizer, data
 
 
 def prepare_rows(

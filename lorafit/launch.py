@@ -1,0 +1,100 @@
+"""How a run is spread over processes: the accelerate file, the command that starts them, and which of them this is.
+
+With `preflight.py` the only place that reads the environment. No torch: the command line asks here first.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # `lorafit --help` answers without pydantic
+    from lorafit.recipe.sections import LaunchSection
+
+CONFIGS = Path(__file__).parent / "configs"
+"""The shipped accelerate files; a link to `configs/` in a checkout, the files themselves in a wheel."""
+
+
+def config_file(strategy: str) -> Path:
+    """The accelerate file of a strategy: a shipped one by name, or the user's own by path."""
+    return Path(strategy) if Path(strategy).is_absolute() else CONFIGS / f"{strategy}.yaml"
+
+
+def rank() -> int:
+    """This process's number among those that train together; 0 when it trains alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_worker() -> bool:
+    """Whether accelerate or torchrun started this process as one of those that train."""
+    return "RANK" in os.environ
+
+
+def processes_asked_for(section: LaunchSection, *, gpus: int) -> int:
+    """Processes on this machine: what the recipe says; by itself one a GPU, or what started this process chose."""
+    if section.num_processes != "auto":
+        return section.num_processes
+    return int(os.environ["WORLD_SIZE"]) if is_worker() else max(gpus, 1)
+
+
+def needs_processes(section: LaunchSection, *, gpus: int) -> bool:
+    """Whether this process cannot train by itself and has to start those that do."""
+    return not is_worker() and (processes_asked_for(section, gpus=gpus) > 1 or section.strategy != "ddp")
+
+
+def sharding_asked_for() -> str:
+    """What the accelerate file that started this process asks for: `FSDP`, `ZeRO`, or `data parallel`."""
+    kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "ZeRO"}
+    return next((kind for name, kind in kinds.items() if os.environ.get(name, "").lower() == "true"), "data parallel")
+
+
+def launch_command(section: LaunchSection, arguments: Sequence[str], *, gpus: int) -> list[str]:
+    """The command that trains `lorafit ARGUMENTS` in as many processes as the recipe asks for."""
+    count = processes_asked_for(section, gpus=gpus)
+    own_count = section.num_processes == "auto" and Path(section.strategy).is_absolute()
+    return [
+        *(sys.executable, "-m", "lorafit", "processes"),
+        *("--config_file", str(config_file(section.strategy))),
+        *(() if own_count else ("--num_processes", str(count))),
+        # A port that is free, so that two runs on one machine do not meet; a file of the user's may name one.
+        *(() if Path(section.strategy).is_absolute() else ("--main_process_port", "0")),
+        *("--mixed_precision", "no"),  # the recipe's training.bf16 decides
+        *("--num_cpu_threads_per_process", str(_threads(count, gpus=gpus))),
+        *("-m", "lorafit", *arguments),
+    ]
+
+
+def _threads(count: int, *, gpus: int) -> int:
+    """OMP_NUM_THREADS of each process: the user's, else 1 beside a GPU (torchrun's), else its share of the cores."""
+    if chosen := os.environ.get("OMP_NUM_THREADS"):
+        return int(chosen)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return 1 if gpus else max(1, cores // count)
+
+
+def replace_this_process(command: Sequence[str]) -> None:
+    """Become `command`: no shell, and no parent left behind to hold memory or a GPU."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execv(command[0], command)
+
+
+def is_first_to_fail() -> bool:
+    """Whether no process of this run has reported an error yet; asking is claiming.
+
+    Processes that train together mostly fail together. The launcher gives each of them a file for its error, in one
+    directory that is new for every start; a file there can be created by one of them only.
+    """
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if not error_file:
+        return True
+    try:
+        os.close(os.open(Path(error_file).parents[1] / "reported", os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True

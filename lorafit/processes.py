@@ -1,0 +1,104 @@
+"""The processes that train together: started and watched here, and checked in each of them to be what was asked for."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from datetime import timedelta
+
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from lorafit import launch
+from lorafit.errors import MachineError, StopRequested
+from lorafit.recipe import LoadedRecipe
+
+DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+
+
+def run_processes(arguments: Sequence[str]) -> int:
+    """`accelerate launch ARGUMENTS`: start the processes and wait for them; the exit code of the one that failed, or 0.
+
+    A process reports its own error. Raises MachineError for one that was killed, which could not, and StopRequested
+    when this process was told to stop. All others have ended when this returns.
+    """
+    logging.disable(logging.ERROR)  # the launcher's own account of a failure, a page long
+    with tempfile.TemporaryDirectory(prefix="lorafit-") as error_files:
+        try:
+            launch_command(launch_command_parser().parse_args(["--log_dir", error_files, *arguments]))
+        except ChildFailedError as error:
+            # Processes that are ended because another failed die of SIGTERM: not the cause, if there is any other.
+            codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
+            rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] > 0, codes[rank] == 1))
+            if codes[rank] < 0:
+                name = signal.Signals(-codes[rank]).name
+                mend = "the machine may have run out of memory" if name == "SIGKILL" else "see the messages above"
+                raise MachineError(
+                    f"process {rank} was killed ({name}), the others were ended; {mend}", where="launch"
+                ) from error
+            return codes[rank]
+        except (SignalException, KeyboardInterrupt) as error:
+            raise StopRequested("stopped on request; all processes were ended", where="launch") from error
+    return 0
+
+
+def end_with_launcher() -> None:
+    """This process ends when the one that started it does, however that ended (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialState:
+    """Meet the other processes of this run. Raises MachineError when they are not as many as were asked for."""
+    if launch.is_worker():
+        end_with_launcher()
+    # The trainer finds the group there and leaves it, with its own default for the longest wait.
+    seconds = loaded.recipe.training.extra.get("ddp_timeout", 1800)
+    timeout = {"timeout": timedelta(seconds=seconds)} if launch.is_worker() else {}
+    state = PartialState(cpu=device == "cpu", **timeout)
+    asked = launch.processes_asked_for(loaded.recipe.launch, gpus=gpus)
+    if launch.is_worker() and state.num_processes != asked:
+        message = f"{asked} processes were asked for, {state.num_processes} started; start it with `lorafit train`"
+        raise MachineError(loaded.problem("launch.num_processes", message))
+    return state
+
+
+def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *, mixed_precision: str) -> None:
+    """The model is spread as was asked: by the recipe, or, where it does not say, by the accelerate file.
+
+    accelerate falls back to plain data parallel without a word where a strategy does not work (FSDP without a GPU).
+    Raises MachineError.
+    """
+    if not launch.is_worker():
+        return
+    section = loaded.recipe.launch
+    kinds = {"ddp": "data parallel", "fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
+    is_written = "strategy" in section.model_fields_set and section.strategy in kinds
+    asked = kinds[section.strategy] if is_written else launch.sharding_asked_for()
+    got = distribution(accelerator)
+    if not got.startswith(asked):
+        message = f"{asked} was asked for, {got} was started on {accelerator.device.type}; start it with `lorafit train`"
+        raise MachineError(loaded.problem("launch.strategy", message))
+    if got == "FSDP1":
+        message = "FSDP 1 melts the adapter into the weights it shards; write fsdp_version: 2 in the accelerate file"
+        raise MachineError(loaded.problem("launch.strategy", message))
+    if accelerator.mixed_precision != mixed_precision:
+        message = f"the accelerate file sets mixed_precision {accelerator.mixed_precision}, the recipe {mixed_precision}"
+        raise MachineError(loaded.problem("launch.strategy", f'{message}; write mixed_precision: "no" there'))
+
+
+def distribution(accelerator: Accelerator) -> str:
+    """How the model is spread over the processes: `data parallel`, `FSDP2`, `ZeRO-3` ..."""
+    kind = accelerator.distributed_type
+    if kind == DistributedType.FSDP:
+        return "FSDP2" if accelerator.is_fsdp2 else "FSDP1"
+    if kind == DistributedType.DEEPSPEED:
+        return f"ZeRO-{accelerator.state.deepspeed_plugin.zero_stage}"
+    return "data parallel" if kind in DATA_PARALLEL else str(kind.value)
