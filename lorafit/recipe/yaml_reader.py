@@ -31,22 +31,25 @@ _NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 _UNPRINTABLE = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]")
 _TAB_INDENT = re.compile(r"^ *\t[ \t]*[^\s#]", re.MULTILINE)
 
+_INDENT = "this line is indented unlike its neighbours, or a quote or bracket before it is open"
 _SYNTAX = (
     ("mapping values are not allowed", "a second `: ` in one value; put text with a colon in quotes"),
     ("could not find expected ':'", "a line without `key: value`, or an open quote"),
-    (
-        "did not find expected key",
-        "this line is indented unlike its neighbours, or a quote or bracket before it is open",
-    ),
-    ("did not find expected '-' indicator", "this line is indented unlike its neighbours"),
-    ("did not find expected ',' or", "a comma or closing bracket is missing"),
-    ("unexpected end of stream", "a quote is not closed"),
+    ("',' or", "a bracket that is not closed, or a comma is missing in it"),
+    ("unexpected end of stream", "a quote that is not closed"),
+    ("did not find expected key", _INDENT),
+    ("did not find expected '-' indicator", _INDENT),
+    ("expected <block end>", _INDENT),
     ("cannot start any token", "text that starts with @, `, % or a comma needs quotes"),
     ("block sequence entries are not allowed", "a list entry (`- `) cannot stand here; put it on a line of its own"),
-    ("did not find expected <document start>", "text after the end of the recipe; a recipe is one mapping"),
-    ("did not find expected node content", "a bracket, comma or quote is out of place"),
+    ("<document start>", "text after the end of the recipe; a recipe is one mapping"),
+    ("node content", "a bracket, comma or quote is out of place"),
     ("unknown escape character", "an unknown escape after \\; use single quotes for text with backslashes"),
 )
+"""Pieces of what the parsers say (the C one, the Python one) and what it means."""
+
+_STARTS = ("could not find expected ':'", "',' or", "unexpected end of stream")
+"""Where these are said, the parser has read on; the mistake is where it began."""
 
 
 @dataclass(frozen=True)
@@ -88,16 +91,24 @@ def parse(text: str, *, name: str) -> Document:
     try:
         composer.compose(_events(text))
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        spot = Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1)
-        said = " ".join(str(part) for part in (error.problem, error.context) if part)
-        meaning = next((words for symptom, words in _SYNTAX if symptom in said), None)
-        composer.problems.append(_at(name, spot, meaning or f"not YAML ({said}); check quotes and indentation"))
+        composer.problems.append(_syntax_problem(name, error))
     except _TooDeepError:
         pass
     if composer.problems:
         raise RecipeError(sorted(composer.problems, key=lambda problem: problem.line))
     return composer.document
+
+
+def _syntax_problem(name: str, error: yaml.MarkedYAMLError) -> Problem:
+    said = str(error.problem)
+    began = any(piece in said for piece in _STARTS)
+    mark = (error.context_mark if began else None) or error.problem_mark or error.context_mark
+    meaning = next((words for piece, words in _SYNTAX if piece in said), None)
+    return _at(
+        name,
+        Spot(mark.line + 1, mark.column + 1) if mark else Spot(1, 1),
+        meaning or f"not YAML ({said}); check quotes and indentation",
+    )
 
 
 def plain_value(text: str) -> Any:
