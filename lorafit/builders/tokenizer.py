@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import transformers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorafit.builders.base_model import load_config
@@ -40,12 +39,11 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = _padding_token(tokenizer, vocab_size=vocab_size)
         if tokenizer.pad_token == tokenizer.eos_token:
             logger.warning("%s: has no padding token; padding with %s", directory, tokenizer.eos_token)
-    if getattr(tokenizer, "fix_mistral_regex", None) is False:  # set by transformers where it warns of the same
+    if getattr(tokenizer.backend_tokenizer, "fix_mistral_regex", None) is False:  # set where transformers warns of it
         logger.warning(
-            "%s: an older Mistral tokenizer whose splitting rule transformers %s doubts; look at `lorafit preview` "
-            "before you train",
+            "%s: its tokenizer.json splits text otherwise than the Mistral model was trained with; repair it with "
+            "`AutoTokenizer.from_pretrained(DIRECTORY, fix_mistral_regex=True).save_pretrained(DIRECTORY)`",
             directory,
-            transformers.__version__,
         )
     _refuse_foreign(tokenizer, vocab_size=vocab_size, where=str(directory))
     return tokenizer
