@@ -6,6 +6,7 @@ The only place that imports inside functions: `lorafit --help` and `lorafit vali
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -200,6 +201,36 @@ def validate(
         say(f"warning: {warning}")
     for advice in result.advice:
         say(f"advice: {advice}")
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to show of each side.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page instead.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the first rows as the model will see them: tokens, which are trained, stop token, lengths."""
+    from lorafit.recipe import load
+
+    loaded = load(recipe, overrides=set_ or ())
+    _quiet_libraries(debug=debug)
+    from lorafit.data.preview import recipe_preview
+    from lorafit.preflight import cache_directory
+    from lorafit.report.preview import preview_page, preview_text
+
+    result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory())
+    say = _say(quiet=quiet)
+    for warning in result.audit.warnings:
+        say(f"warning: {warning}")
+    if html is not None:
+        html.write_text(preview_page(result), encoding="utf-8")
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org
+    text = f"{html}: open it in a browser" if html is not None else preview_text(result, in_colour=in_colour)
+    _print_result(result.as_dict(), as_json=as_json, text=text)
 
 
 @app.command()

@@ -25,6 +25,8 @@ from lorafit.errors import DataError, ModelError, RecipeError
 from lorafit.recipe.sections import DataSection
 
 Span = tuple[int, int]
+OPENING = 64
+"""Characters before an answer that may already hold its beginning: some prompts of generation end with `<think>`."""
 
 LAYOUTS = ("chat", "alpaca", "plain")
 # The layout Stanford Alpaca models are trained and prompted with.
@@ -72,7 +74,7 @@ class Renderer:
             template = self._template(bool(chat.tools))
             if self._section.train_on == "all":
                 return [self._whole(chat, template, findings)]
-            return _sequences(chat, template, findings)
+            return _sequences(chat, template, findings, eos=self._eos)
         except RowProblem as problem:
             findings.add(problem.kind, row.place, problem.message)
             return []
@@ -162,43 +164,45 @@ def alpaca_prompt(instruction: str, context: str) -> str:
     return f"{head}\n\n### Response:\n"
 
 
-def _sequences(chat: Chat, template: ChatTemplate, findings: Findings) -> list[Rendered]:
+def _sequences(chat: Chat, template: ChatTemplate, findings: Findings, *, eos: str) -> list[Rendered]:
     """Sequences in which every answer is trained once, after the text generation would see before it."""
     left = answers(chat)
     made: list[Rendered] = []
     while left:
         last = left[-1]
         text = template.render(chat.messages[: last + 1], chat.tools)
-        spans: dict[int, Span] = {}
-        for answer in left:
-            span = _answer_span(chat, answer, text, template, is_last=answer == last, findings=findings)
-            if span:
-                spans[answer] = span
-        if last not in spans:
+        last_span = _last_span(chat, last, text, template, findings)
+        if last_span is None:
             findings.add("prompt_not_prefix", chat.place)
             return []
+        found = {answer: _earlier_span(chat, answer, text, template, eos=eos) for answer in left[:-1]}
+        spans = {answer: span for answer, span in found.items() if span} | {last: last_span}
         if not made:
             asked = [message for message in chat.messages[: last + 1] if message["role"] != "assistant"]
             _find_dropped(asked, text, chat.place, findings)
-        if any(not _is_in(chat.messages[answer], text[slice(*span)]) for answer, span in spans.items()):
+        if any(not _is_in(chat.messages[a], text[max(0, start - OPENING) : end]) for a, (start, end) in spans.items()):
             findings.add("answer_dropped", chat.place)
             return []
         made.append(Rendered(chat.place, text, tuple(spans.values()), False))
         left = [answer for answer in left if answer not in spans]
     if len(made) > 1:
         findings.add("split", chat.place, f"{len(made)} sequences")
-    return made
+    return made[::-1]
 
 
-def _answer_span(
-    chat: Chat, answer: int, text: str, template: ChatTemplate, *, is_last: bool, findings: Findings
-) -> Span | None:
-    """Where the answer stands in the text; None when what comes before it, or itself, is rendered differently there."""
+def _earlier_span(chat: Chat, answer: int, text: str, template: ChatTemplate, *, eos: str) -> Span | None:
+    """Where an answer before the last stands; None when it, or what comes before it, is rendered differently there."""
     prompt = template.render(chat.messages[:answer], chat.tools, is_prompt=True)
-    if not is_last:
-        answered = template.render(chat.messages[: answer + 1], chat.tools)
-        fits = answered.startswith(prompt) and text.startswith(answered)
-        return (len(prompt), len(answered)) if fits else None
+    answered = template.render(chat.messages[: answer + 1], chat.tools)
+    if not text.startswith(answered):
+        answered = answered.removesuffix(eos)  # some templates close a conversation with one more token
+    fits = answered.startswith(prompt) and text.startswith(answered)
+    return (len(prompt), len(answered)) if fits else None
+
+
+def _last_span(chat: Chat, answer: int, text: str, template: ChatTemplate, findings: Findings) -> Span | None:
+    """Where the answer at the end of the text stands; None when the messages before it are rendered differently."""
+    prompt = template.render(chat.messages[:answer], chat.tools, is_prompt=True)
     if text.startswith(prompt):
         return len(prompt), len(text)
     # Some templates end the prompt of generation with what a finished conversation does not hold (an empty thought
@@ -223,7 +227,10 @@ def _find_dropped(messages: list[Message], text: str, place: Place, findings: Fi
 
 
 def _is_in(message: Message, text: str) -> bool:
-    """Whether the message's text is in the rendered one, up to white space and JSON quoting."""
+    """Whether the message's tool calls and text are in the rendered one, up to white space and JSON quoting."""
+    calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", [])]
+    if not all(name in text for name in calls):
+        return False
     content = message.get("content", "").strip()
     if content in text:
         return True
