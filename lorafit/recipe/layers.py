@@ -19,6 +19,7 @@ class Origin:
     order: int
     """Rank of its file in reports: the recipe 0, what it extends 1, 2, ...; `--set` last."""
     line: int
+    column: int
 
 
 @dataclass
@@ -60,7 +61,7 @@ def _read_chain(path: Path, children: tuple[Path, ...]) -> Layer:
     document = read_file(path)
     order = len(children)
     spots = {**document.values, **document.keys}
-    origins = {key: Origin(f"{path}:{spot.line}", order, spot.line) for key, spot in spots.items() if key}
+    origins = {key: Origin(f"{path}:{spot.line}", order, spot.line, spot.column) for key, spot in spots.items() if key}
     extends = document.value.pop("extends", None)
     layer = Layer(resolved(document.value, path.parent), origins)
     if extends is None:
@@ -113,7 +114,7 @@ def _overridden(layer: Layer, override: str) -> Layer:
     key = tuple(steps)
     value = resolved(_parsed(text, where), Path.cwd(), at=key)
     origins = {old: origin for old, origin in layer.origins.items() if old[: len(key)] != key}
-    origins[key] = Origin("--set", 1_000, 0)
+    origins[key] = Origin("--set", 1_000, 0, 0)
     return Layer(_replaced(layer.value, key, value), origins)
 
 

@@ -146,9 +146,9 @@ def _steps(key: str) -> KeyPath:
 def _sorted(path: Path, layer: Layer, wrong: Iterable[Wrong]) -> list[Problem]:
     """The problems as they stand in the files: the recipe first, then what it extends, then `--set`."""
 
-    def place(one: Wrong) -> tuple[int, int]:
+    def place(one: Wrong) -> tuple[int, int, int]:
         origin = layer.origin(one.key)
-        return (origin.order, origin.line) if origin else (0, 0)
+        return (origin.order, origin.line, origin.column) if origin else (0, 0, 0)
 
     return [_problem(path, layer, one.key, one.message) for one in sorted(wrong, key=place)]
 

@@ -155,8 +155,8 @@ def unknown_key(key: KeyPath) -> tuple[str, KeyPath | None]:
     elsewhere = [place for place in places() if place[-1] == name]
     if elsewhere:
         return f"{here}; write {' or '.join(_dotted(place) for place in elsewhere)}", None
-    library = str(key[0]) if len(key) == 2 else ""
-    if name in LIBRARY_KEYS.get(library, ()):
+    own_first = sorted(LIBRARY_KEYS, key=lambda library: library != key[0])
+    if library := next((library for library in own_first if name in LIBRARY_KEYS[library]), None):
         return f"{here}; {LIBRARY_OBJECT[library]} knows it: write it under {library}.extra", None
     own = keys_of(section)
     if guess := nearest(name, own):
@@ -196,9 +196,8 @@ def _replacement(name: str, key: KeyPath) -> str | None:
         if instead.startswith("nothing: "):
             return instead.removeprefix("nothing: ")
         return f"here it is {instead}"
-    sections = [str(key[0])] if key[0] in NOT_FOR_RECIPES else list(NOT_FOR_RECIPES)
-    found = [NOT_FOR_RECIPES[section][plain] for section in sections if plain in NOT_FOR_RECIPES[section]]
-    return found[0] if found else None
+    own_first = sorted(NOT_FOR_RECIPES, key=lambda section: section != key[0])
+    return next((NOT_FOR_RECIPES[section][plain] for section in own_first if plain in NOT_FOR_RECIPES[section]), None)
 
 
 def _named(key: KeyPath) -> str:
