@@ -100,6 +100,7 @@ class TextTokenizer:
     def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:
         if limits.stop_token_ids.isdisjoint(end):
             stops = " or ".join(repr(self._tokenizer.decode([stop])) for stop in sorted(limits.stop_token_ids))
+            stops = stops or "nothing"
             findings.add(
                 "no_stop",
                 item.place,
