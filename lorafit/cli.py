@@ -115,9 +115,7 @@ def train(
     if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus):
         refuse_before_reading(loaded, machine)
         read_inputs(loaded, cache_dir=cache_directory())
-        launch.replace_this_process(
-            launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus)
-        )
+        launch.replace_this_process(launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus))
     is_main = launch.rank() == 0
     result = train_adapter(
         loaded,

@@ -75,7 +75,7 @@ def _threads(count: int, *, gpus: int) -> int:
     return 1 if gpus else max(1, cores // count)
 
 
-def replace_this_process(command: Sequence[str]) -> None:
+def replace_this_process(command: list[str]) -> None:
     """Become `command`: no shell, and no parent left behind to hold memory or a GPU."""
     sys.stdout.flush()
     sys.stderr.flush()

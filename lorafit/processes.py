@@ -84,13 +84,17 @@ def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *,
     asked = kinds[section.strategy] if is_written else launch.sharding_asked_for()
     got = distribution(accelerator)
     if not got.startswith(asked):
-        message = f"{asked} was asked for, {got} was started on {accelerator.device.type}; start it with `lorafit train`"
+        message = (
+            f"{asked} was asked for, {got} was started on {accelerator.device.type}; start it with `lorafit train`"
+        )
         raise MachineError(loaded.problem("launch.strategy", message))
     if got == "FSDP1":
         message = "FSDP 1 melts the adapter into the weights it shards; write fsdp_version: 2 in the accelerate file"
         raise MachineError(loaded.problem("launch.strategy", message))
     if accelerator.mixed_precision != mixed_precision:
-        message = f"the accelerate file sets mixed_precision {accelerator.mixed_precision}, the recipe {mixed_precision}"
+        message = (
+            f"the accelerate file sets mixed_precision {accelerator.mixed_precision}, the recipe {mixed_precision}"
+        )
         raise MachineError(loaded.problem("launch.strategy", f'{message}; write mixed_precision: "no" there'))
 
 

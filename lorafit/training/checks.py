@@ -5,12 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lorafit.errors import VerificationError
 
 _ADAPTER_PARTS = ("lora_", "modules_to_save.", "trainable_tokens_", "ranknum")
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a tensor of this name was put there by peft."""
+    return any(part in name for part in _ADAPTER_PARTS)
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -25,7 +32,7 @@ def refuse_wrong_trainable_set(model: PeftModel, *, bias: str) -> None:
     """
     strangers, frozen = [], []
     for name, parameter in model.named_parameters():
-        is_adapter = any(part in name for part in _ADAPTER_PARTS) or (bias != "none" and name.endswith("bias"))
+        is_adapter = is_adapter_tensor(name) or (bias != "none" and name.endswith("bias"))
         if parameter.requires_grad and not is_adapter:
             strangers.append(name)
         if not parameter.requires_grad and "lora_" in name and not name.endswith("ranknum"):
@@ -53,21 +60,17 @@ def remember(model: nn.Module) -> Before:
     """Take down what `verify_result` compares with: the memory of one adapter, and one pass over the base."""
     parameters = dict(model.named_parameters())
     return Before(
-        moving={name: _local(p).detach().cpu().clone() for name, p in parameters.items() if p.requires_grad},
+        moving={name: p.detach().cpu().clone() for name, p in parameters.items() if p.requires_grad},
         frozen={name: _hash(p) for name, p in parameters.items() if not p.requires_grad},
     )
 
 
-def _local(parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a sharded tensor."""
-    return parameter.to_local() if hasattr(parameter, "to_local") else parameter
-
-
 def _hash(parameter: torch.Tensor) -> int:
-    local = _local(parameter).detach()
-    if local.numel() == 0:
+    """Of a tensor that FSDP2 has spread: of the whole of it, gathered for the moment by every process."""
+    whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    if whole.numel() == 0:
         return 0
-    flat = local.contiguous().view(-1)
+    flat = whole.detach().contiguous().view(-1)
     # A xor of all words: it misses two equal changes, but an update by mistake changes a tensor all over.
     return int(torch.hash_tensor(flat.view(_INTEGER_OF_SIZE[flat.element_size()])).item())
 
@@ -76,24 +79,36 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 def verify_result(
-    model: nn.Module, *, before: Before, steps_done: int, steps_planned: int, stopped_early: bool
+    model: nn.Module,
+    *,
+    before: Before,
+    gathered: dict[str, torch.Tensor] | None,
+    steps_done: int,
+    steps_planned: int,
+    stopped_early: bool,
 ) -> None:
-    """After training: as many steps as planned, every trainable tensor moved and finite, the base as it was.
+    """After training: as many steps as planned, every trainable tensor whole, moved and finite, the base as it was.
 
-    Raises VerificationError naming what failed.
+    `gathered` is the adapter of a model that is spread over processes: whole in the first, empty in the others, which
+    only take part. Raises VerificationError naming what failed.
     """
     if steps_done == 0 or (steps_done != steps_planned and not stopped_early):
         raise VerificationError(f"{steps_done} of {steps_planned} planned steps were done", where="training")
-    still, broken, changed = [], [], []
-    for name, parameter in model.named_parameters():
-        local = _local(parameter).detach()
-        if name in before.moving:
-            if not torch.isfinite(local).all():
-                broken.append(name)
-            elif torch.equal(local.cpu(), before.moving[name]) and local.numel():
-                still.append(name)
-        elif name in before.frozen and _hash(parameter) != before.frozen[name]:
-            changed.append(name)
+    parameters = dict(model.named_parameters())
+    # DeepSpeed leaves nothing of a weight it has spread: there is nothing to compare with what was there before.
+    comparable = {name: parameters[name] for name in before.frozen if name in parameters and parameters[name].numel()}
+    changed = [name for name, parameter in comparable.items() if _hash(parameter) != before.frozen[name]]
+    if gathered is not None and not PartialState().is_main_process:
+        return
+    _refuse_partial(before, gathered)
+    trained = parameters if gathered is None else gathered
+    still, broken = [], []
+    for name, start in before.moving.items():
+        end = trained[name].detach()
+        if not torch.isfinite(end).all():
+            broken.append(name)
+        elif torch.equal(end.cpu(), start.to(end.dtype)):  # a spread adapter may have been widened
+            still.append(name)
     if broken:
         raise VerificationError(f"{_listed(broken)} not finite; the adapter was not saved", where="adapter")
     if changed:
@@ -105,6 +120,20 @@ def verify_result(
         raise VerificationError(
             f"{message}; look at learning_rate, the trained share of tokens and targets", where="adapter"
         )
+
+
+def _refuse_partial(before: Before, gathered: dict[str, torch.Tensor] | None) -> None:
+    """What was gathered has every tensor in its full shape, and none is blank: adapters of 40 bytes have been saved."""
+    if gathered is None:
+        return
+    partial = [
+        name
+        for name, start in before.moving.items()
+        if name not in gathered or gathered[name].shape != start.shape or not gathered[name].any()
+    ]
+    if partial:
+        message = f"{_listed(partial)} did not come together from the processes; the adapter was not saved"
+        raise VerificationError(message, where="adapter")
 
 
 def _listed(names: list[str]) -> str:

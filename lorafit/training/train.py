@@ -16,9 +16,10 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lorafit import __version__
+from lorafit import __version__, launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.lora_config import lora_config
@@ -33,6 +34,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
+from lorafit.training.gather import whole_adapter
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -73,13 +75,7 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
-    model = _model_with_adapter(
-        loaded, data, tokenizer, checkpointing=checkpointing.value, base_directory=str(base_files.directory)
-    )
-    refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
-    table = adapted_modules(model)
-    _say_adapter(table, model, say)
-
+    # Before the model: a model that will be spread over processes is loaded in parts, which the arguments settle.
     arguments = sft_config(
         recipe,
         output_dir=run.checkpoints,
@@ -89,6 +85,13 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
         use_cpu=machine.device == "cpu",
         has_eval_rows=data.eval is not None,
     )
+    model = _model_with_adapter(
+        loaded, data, tokenizer, checkpointing=checkpointing.value, base_directory=str(base_files.directory)
+    )
+    refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
+    table = adapted_modules(model)
+    _say_adapter(table, model, say)
+
     metrics = MetricsFile(run.metrics)
     trainer = LoraTrainer(
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
@@ -103,7 +106,8 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
         callbacks=_callbacks(loaded, metrics, show_progress=show_progress),
     )
     trainer.remove_callback(PrinterCallback)
-    refuse_other_distribution(loaded, trainer.accelerator, mixed_precision="bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no")
+    mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
+    refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
     steps = planned_steps(trainer)
     set_total_steps(model, steps)
     _say_steps(loaded, trainer, steps, say)
@@ -118,15 +122,25 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
             trainer.train()
         except LorafitError as error:
             _finish(run, trainer, facts, outcome=f"stopped: {error}")
+            # All processes stop at one step. One that left now would have the others ended before that is written.
+            trainer.accelerator.wait_for_everyone()
             raise
         stopped_early = trainer.control.should_training_stop and recipe.early_stopping is not None
+        gathered = whole_adapter(trainer)
         verify_result(
-            model, before=before, steps_done=trainer.state.global_step, steps_planned=steps, stopped_early=stopped_early
+            model,
+            before=before,
+            gathered=gathered,
+            steps_done=trainer.state.global_step,
+            steps_planned=steps,
+            stopped_early=stopped_early,
         )
         losses = _held_out_losses(trainer, metrics)
         if trainer.is_world_process_zero():
             base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
-            write_adapter(model, tokenizer, target=run.adapter, base_name=base_name, state_dict=None, initial=initial)
+            write_adapter(
+                model, tokenizer, target=run.adapter, base_name=base_name, state_dict=gathered, initial=initial
+            )
     result = TrainResult(
         run=str(run.path),
         adapter=str(run.adapter),
@@ -194,7 +208,9 @@ def _model_with_adapter(
 ) -> PeftModel:
     recipe = loaded.recipe
     state = PartialState()
-    device_map = {"": state.device} if state.device.type == "cuda" else None
+    # A model that is spread over processes is put on the GPUs part by part, after loading.
+    is_whole = launch.sharding_asked_for() == "data parallel"
+    device_map = {"": state.device} if state.device.type == "cuda" and is_whole else None
     base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
     config = lora_config(recipe.lora, adalora=recipe.adalora, model=base, where=loaded.problem)
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
@@ -211,7 +227,8 @@ def _model_with_adapter(
         init_method=recipe.lora.init_lora_weights,
         seed=recipe.training.seed,
         gradient_checkpointing=checkpointing,
-        autocast_adapter_dtype=True,
+        # ZeRO-3 gathers into buffers of one type: https://github.com/deepspeedai/DeepSpeed/issues/8072
+        autocast_adapter_dtype=recipe.quantization is not None or not is_deepspeed_zero3_enabled(),
         batches=batches,
         base_directory=base_directory,
     )

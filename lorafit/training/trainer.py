@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from peft import AdaLoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -35,6 +36,7 @@ class LoraTrainer(SFTTrainer):
         self._rows_of_batch = rows_of_batch
         self._say = say
         self._batches_of_step: list[dict[str, Any]] = []
+        self._broken_losses: list[tuple[str, dict[str, Any]]] = []
         self._held_out: list[torch.Tensor] = []
         super().__init__(**sft_arguments)
 
@@ -62,25 +64,33 @@ class LoraTrainer(SFTTrainer):
         return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
-        """One forward and backward pass; a loss that is not finite ends the run before any weight is touched."""
+        """One forward and backward pass."""
         self._batches_of_step.append(inputs)
         loss = super().training_step(model, inputs, *rest, **named)
         if not torch.isfinite(loss):
-            self._stop_or_warn(f"loss is {loss.item()}", [inputs])
+            self._broken_losses.append((f"loss is {loss.item()}", inputs))
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The gradient norm before clipping; not finite ends the run before the optimizer step."""
+        """The gradient norm before clipping. A loss or norm that is not finite, in any process, ends the run in all of
+        them, before any weight is touched."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        if norm is not None and not torch.isfinite(torch.as_tensor(norm)):
-            self._stop_or_warn(f"gradient norm is {float(norm)}", self._batches_of_step)
-        self._batches_of_step = []
+        broken = self._broken_losses
+        if not broken and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+            broken = [(f"gradient norm is {float(norm)}", batch) for batch in self._batches_of_step]
+        if self.accelerator.reduce(torch.tensor(float(len(broken)), device=self.accelerator.device)):
+            self._stop_or_warn(broken)
+        self._batches_of_step, self._broken_losses = [], []
         return norm
 
-    def _stop_or_warn(self, what: str, batches: list[dict[str, Any]]) -> None:
-        rows = [row for batch in batches for row in self._rows_of_batch(batch)]
+    def _stop_or_warn(self, broken: list[tuple[str, dict[str, Any]]]) -> None:
+        found = [(what, row) for what, batch in broken for row in self._rows_of_batch(batch)]
+        found = gather_object(found)  # of all processes
+        # One broken loss breaks the gradient everywhere: name the rows it came from, not all rows of the step.
+        found = [(what, row) for what, row in found if what.startswith("loss")] or found
+        rows = [row for _, row in found]
         shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        message = f"step {self.state.global_step + 1}: {what}; rows {shown}"
+        message = f"step {self.state.global_step + 1}: {found[0][0]}; rows {shown}"
         if self._on_nan == "warn":
             self._say(f"warning: {message}")
             return
@@ -147,4 +157,3 @@ def planned_steps(trainer: LoraTrainer) -> int:
     """Optimizer steps the trainer will do, by its own arithmetic."""
     loader = trainer.get_train_dataloader()
     return int(trainer.set_initial_training_values(trainer.args, loader)[-1])
-

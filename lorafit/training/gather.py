@@ -1,0 +1,39 @@
+"""The adapter of a model that is spread over processes, whole again. Every process takes part."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from lorafit.processes import distribution
+from lorafit.training.checks import is_adapter_tensor
+from lorafit.training.trainer import LoraTrainer
+
+
+def whole_adapter(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:
+    """Name to tensor, on CPU, in the first process; empty in the others; None where each process holds it whole.
+
+    The library's own way gathers the whole base too, which is what does not fit.
+    """
+    match distribution(trainer.accelerator):
+        case "FSDP2":
+            return gathered_adapter(trainer.model)
+        case "ZeRO-3":
+            engine = trainer.model_wrapped
+            return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
+    return None
+
+
+def gathered_adapter(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The same for a model that torch's `fully_shard` has spread: one tensor after the other, the base left out."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    whole = {}
+    for name, tensor in model.state_dict().items():
+        if name not in trained and not is_adapter_tensor(name):
+            continue
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if PartialState().is_main_process:
+            whole[name] = full.detach().cpu()
+    return whole
