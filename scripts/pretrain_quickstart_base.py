@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=2 python scripts/pretrain_quickstart_base.py [--out recipes/quickstart/base]
 
-Trains a byte-level BPE tokenizer, then the model for three passes over the text; about a quarter of an hour on two cores. The
-modules that scripts/build_quickstart_data.py holds out for eval are not in the text.
+Trains a byte-level BPE tokenizer, then the model for three passes over the text: about a quarter of an hour on two
+cores. The modules that scripts/build_quickstart_data.py holds out for eval are not in the text.
 """
 
 import argparse
