@@ -181,9 +181,7 @@ def test_a_limit_reads_no_more_than_it_says_across_files(tmp_path: Path) -> None
         ("a.parquet", b"PAR1 cut short", "a.parquet: is not a whole Parquet file"),
     ],
 )
-def test_what_is_wrong_with_a_file_is_said_in_one_line(
-    tmp_path: Path, name: str, content: bytes, problem: str
-) -> None:
+def test_what_is_wrong_with_a_file_is_said_in_one_line(tmp_path: Path, name: str, content: bytes, problem: str) -> None:
     problems = scan_problems(tmp_path / name, content)
     assert len(problems) == 1
     assert problems[0] == problem or (len(problem) < 60 and problems[0].startswith(problem))
@@ -281,7 +279,7 @@ def test_scan_loads_neither_torch_nor_datasets_and_is_quick(tmp_path: Path) -> N
 
 
 def test_a_hundred_thousand_rows_are_read_in_seconds(tmp_path: Path) -> None:
-    content = json_lines(*({"prompt": f"What is {i}?", "completion": f"It is {i}."} for i in range(100_000)))
+    content = "".join(f'{{"prompt": "What is {i}?", "completion": "It is {i}."}}\n' for i in range(100_000))
     start = time.process_time()
     assert scanned(tmp_path / "rows.jsonl", content).train_rows == 100_000
     assert time.process_time() - start < 5

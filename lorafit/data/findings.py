@@ -150,7 +150,7 @@ class Findings:
                 for found in self.first[kind][:SHOWN_IN_A_WARNING]
             ]
             rest = f", and {count - len(shown):,} more" if count > len(shown) else ""
-            said.append(f"{count:,} {about.name}: {', '.join(shown)}{rest}; {about.mend}")
+            said.append(f"{about.name}: {count:,}, at {', '.join(shown)}{rest}; {about.mend}")
         return tuple(said)
 
     def raise_errors(self, files: Sequence[str]) -> None:
