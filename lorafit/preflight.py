@@ -121,6 +121,8 @@ def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
         yield loaded.problem(
             "training.optim", f"{recipe.training.optim} pages GPU memory; on CPU use adamw_torch_fused"
         )
+    if recipe.lora.init_lora_weights == "loftq" and machine.device == "cpu":
+        yield loaded.problem("lora.init_lora_weights", "loftq needs a GPU: peft fits its factors with CUDA code")
     if recipe.model.attn_implementation == "flash_attention_2" and not _has_package("flash_attn"):
         yield loaded.problem("model.attn_implementation", "needs the package flash_attn; install it, or write sdpa")
     for logger in recipe.training.report_to:

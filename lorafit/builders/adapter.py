@@ -74,7 +74,12 @@ def attach_adapter(
     try:
         if init_method == "corda":
             preprocess_corda(model, config, run_model=lambda: _run(model, batches))
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        adapted = get_peft_model(
+            model,
+            config,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=init_method == "eva",  # its factors come from the data, not from memory
+        )
         if init_method == "eva":
             initialize_lora_eva_weights(adapted, dataloader=list(batches()), show_progress_bar=False)
         if init_method == "loftq":
@@ -97,9 +102,11 @@ def _keep_backward_on_cpu(model: nn.Module) -> None:
 
 @torch.no_grad()
 def _run(model: nn.Module, batches: Batches) -> None:
+    """One row at a time: peft's covariance hooks take no batch dimension above 1."""
     device = next(model.parameters()).device
     for batch in batches():
-        model(**{key: value.to(device) for key, value in batch.items() if key != "labels"})
+        for input_ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            model(input_ids=input_ids[mask.bool()].unsqueeze(0).to(device))
 
 
 def set_total_steps(model: PeftModel, total_steps: int) -> None:

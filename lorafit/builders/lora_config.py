@@ -28,15 +28,15 @@ def lora_config(lora: LoraSection, *, adalora: AdaLoraSection | None, model: nn.
         "task_type": "CAUSAL_LM",
         "lora_alpha": lora.lora_alpha if lora.lora_alpha is not None else 2 * (adalora.init_r if adalora else lora.r),
         "lora_dropout": lora.lora_dropout,
-        "target_modules": _as_list(lora.target_modules),
+        "target_modules": _target_modules(lora, model),
         "exclude_modules": _as_list(lora.exclude_modules),
         "target_parameters": _as_list(lora.target_parameters),
         "use_rslora": lora.use_rslora,
         "use_dora": lora.use_dora,
         "init_lora_weights": _init_method(lora),
         "loftq_config": {},
-        "eva_config": lora.eva_config,
-        "corda_config": lora.corda_config,
+        "eva_config": (lora.eva_config or {}) if lora.init_lora_weights == "eva" else None,
+        "corda_config": (lora.corda_config or {}) if lora.init_lora_weights == "corda" else None,
         "rank_pattern": dict(lora.rank_pattern),
         "alpha_pattern": dict(lora.alpha_pattern),
         "layers_to_transform": _as_list(lora.layers_to_transform),
@@ -71,6 +71,14 @@ Where = Callable[[str, str], Problem]
 def _as_list(value: object) -> object:
     """PEFT wants lists where a recipe holds tuples."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def _target_modules(lora: LoraSection, model: nn.Module) -> object:
+    """What peft is told to adapt. Its CorDA preparation does not know `all-linear`, so it gets the names."""
+    if lora.init_lora_weights == "corda" and lora.target_modules == "all-linear":
+        head = model.get_output_embeddings()
+        return [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head]
+    return _as_list(lora.target_modules)
 
 
 def _init_method(lora: LoraSection) -> bool | str:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +34,10 @@ def initial_adapter(model: PeftModel, *, init_method: bool | str) -> Iterator[Pa
         return
     with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
         config = model.peft_config["default"]
-        config.init_lora_weights = True
+        recorded = config.init_lora_weights, config.corda_config
+        config.init_lora_weights, config.corda_config = True, None
         model.save_pretrained(directory)
-        config.init_lora_weights = init_method
+        config.init_lora_weights, config.corda_config = recorded
         yield Path(directory)
 
 
@@ -57,12 +59,16 @@ def write_adapter(
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
     # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
-    model.save_pretrained(
-        str(stage),
-        state_dict=state_dict,
-        save_embedding_layers=False,
-        path_initial_model_for_weight_conversion=None if initial is None else str(initial),
-    )
+    with warnings.catch_warnings():
+        # To take the difference peft loads the initial adapter beside the trained one, and warns of itself.
+        warnings.filterwarnings("ignore", message=".*changes the base weights of the model.*")
+        warnings.filterwarnings("ignore", message="`corda_config` specified but will be ignored.*")
+        model.save_pretrained(
+            str(stage),
+            state_dict=state_dict,
+            save_embedding_layers=False,
+            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+        )
     _settle_config(stage / "adapter_config.json", base_name)
     tokenizer.save_pretrained(str(stage))
     (stage / "README.md").unlink(missing_ok=True)  # peft's own card; the run writes a fuller one
@@ -97,6 +103,8 @@ def _settle_config(file: Path, base_name: str | None) -> None:
     """peft records the base's path on this machine, and its sets of names in an order that changes from run to run."""
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name
+    if config["init_lora_weights"] is True:
+        config["corda_config"] = None
     for key in ("target_modules", "exclude_modules"):
         if isinstance(config[key], list):
             config[key] = sorted(config[key])

@@ -1,0 +1,67 @@
+"""Write a small recipe, train it in this process, and load what it left as a stranger would."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from peft import PeftModel
+from tiny import sums, write_jsonl
+from transformers import AutoModelForCausalLM
+
+from lorafit.recipe import LoadedRecipe, load
+from lorafit.training.train import TrainResult, train
+
+QUICK = {
+    "max_length": 64,
+    "max_steps": 3,
+    "learning_rate": 5e-3,
+    "per_device_train_batch_size": 4,
+    "gradient_accumulation_steps": 1,
+    "logging_steps": 1,
+    "bf16": False,
+}
+
+
+def small_recipe(directory: Path, base: Path, **sections: Any) -> LoadedRecipe:
+    """24 training and 8 held-out rows, three steps in float32; `sections` are merged in."""
+    write_jsonl(directory / "train.jsonl", sums(24))
+    write_jsonl(directory / "eval.jsonl", sums(8, first=100))
+    recipe: dict[str, Any] = {
+        "output_dir": str(directory / "run"),
+        "model": {"model_name_or_path": str(base)},
+        "lora": {"r": 4},
+        "data": {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]},
+        "training": dict(QUICK),
+    }
+    for name, section in sections.items():
+        if section is None:
+            recipe.pop(name)
+        elif isinstance(section, dict) and isinstance(recipe.get(name), dict):
+            recipe[name] = recipe[name] | section
+        else:
+            recipe[name] = section
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return load(path)
+
+
+def run(loaded: LoadedRecipe) -> tuple[TrainResult, list[str]]:
+    """Train it; the result and the lines said."""
+    said: list[str] = []
+    result = train(loaded, say=said.append, show_progress=False, cache_dir=loaded.path.parent / "cache")
+    return result, said
+
+
+def reloaded(result: TrainResult, base: Path, **keys: Any) -> PeftModel:
+    """The adapter on its base, with plain PEFT."""
+    model = AutoModelForCausalLM.from_pretrained(base, **keys)
+    return PeftModel.from_pretrained(model, result.adapter).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    """[1, 12, vocabulary] for a fixed input."""
+    with torch.no_grad():
+        return model(input_ids=torch.arange(3, 15).unsqueeze(0)).logits
