@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
-from recipes import SMALLEST, loaded, problems, written
 
 from lorafit.errors import RecipeError
 from lorafit.recipe import Recipe, load
+from recipes import SMALLEST, loaded, problems, written
 
 FULL = """\
 output_dir: runs/full

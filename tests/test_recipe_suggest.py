@@ -30,16 +30,56 @@ def test_what_is_not_for_recipes_is_a_library_key_that_the_section_lacks(section
     assert not reasons.keys() & set(fields.keys_of(fields.section_at((section,))))
 
 
-@pytest.mark.parametrize(
-    "name",
-    """warmup_ratio max_seq_length evaluation_strategy group_by_length no_cuda torch_dtype overwrite_output_dir
-    save_safetensors logging_dir push_to_hub push_to_hub_token hub_token hub_model_id lora_plus_scale save_steps
-    save_strategy save_total_limit completion_only_loss assistant_only_loss chat_template_path dataset_text_field
-    packing_strategy eval_packing padding_free deepspeed fsdp resume_from_checkpoint auto_find_batch_size tokenizer
-    micro_batch_size lora_r lora_rank lora_target cutoff_len base_model sample_packing sequence_len dataset adapter
-    lora_target_modules val_set_size flash_attention num_epochs finetuning_type quantization_bit
-    """.split(),
-)
+_OTHER_NAMES = [
+    "warmup_ratio",
+    "max_seq_length",
+    "evaluation_strategy",
+    "group_by_length",
+    "no_cuda",
+    "torch_dtype",
+    "overwrite_output_dir",
+    "save_safetensors",
+    "logging_dir",
+    "push_to_hub",
+    "push_to_hub_token",
+    "hub_token",
+    "hub_model_id",
+    "lora_plus_scale",
+    "save_steps",
+    "save_strategy",
+    "save_total_limit",
+    "completion_only_loss",
+    "assistant_only_loss",
+    "chat_template_path",
+    "dataset_text_field",
+    "packing_strategy",
+    "eval_packing",
+    "padding_free",
+    "deepspeed",
+    "fsdp",
+    "resume_from_checkpoint",
+    "auto_find_batch_size",
+    "tokenizer",
+    "micro_batch_size",
+    "lora_r",
+    "lora_rank",
+    "lora_target",
+    "cutoff_len",
+    "base_model",
+    "sample_packing",
+    "sequence_len",
+    "dataset",
+    "adapter",
+    "lora_target_modules",
+    "val_set_size",
+    "flash_attention",
+    "num_epochs",
+    "finetuning_type",
+    "quantization_bit",
+]
+
+
+@pytest.mark.parametrize("name", _OTHER_NAMES)
 @pytest.mark.parametrize("section", ["", "training", "lora"])
 def test_names_of_other_versions_and_trainers_are_known(name: str, section: str) -> None:
     said, _ = unknown_key((section, name) if section else (name,))
@@ -75,7 +115,7 @@ def test_the_nearest_key_is_found(word: str, choice: str | None) -> None:
         ("training", "save_steps", "not for a recipe; write checkpoints.every and checkpoints.keep"),
         ("training", "max_seq_length", "trl.SFTConfig has no such argument; here it is training.max_length"),
         ("lora", "adam_beta1", "peft.LoraConfig has no such argument; it belongs in training.extra"),
-        ("quantization", "zzzzzz", "BitsAndBytesConfig has no such argument"),
+        ("quantization", "zzzzzz", "BitsAndBytesConfig has no such argument; leave it out"),
         (
             "model",
             "token",

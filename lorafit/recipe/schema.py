@@ -24,8 +24,18 @@ def recipe_schema() -> dict[str, Any]:
         "minLength": 1,
         "description": "Another recipe that this one is laid over: mappings merge key by key, all else is replaced.",
     }
+    schema["anyOf"] = [{"required": ["extends"]}, _whole(schema)]
     schema["title"] = "lorafit recipe"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _whole(schema: dict[str, Any]) -> dict[str, Any]:
+    """Takes the required keys out of `schema` and gives them as a schema of their own: `extends` may bring them."""
+    needed = {}
+    for name in schema["required"]:
+        definition = schema["$defs"][schema["properties"][name]["$ref"].rpartition("/")[2]]
+        needed[name] = {"required": definition.pop("required")}
+    return {"required": schema.pop("required"), "properties": needed}
 
 
 def field_docstrings(section: type[BaseModel]) -> dict[str, str]:

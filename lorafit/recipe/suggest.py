@@ -185,7 +185,7 @@ def extra_key(section: str, name: str) -> str | None:
         return f"{said}; it belongs in {' or '.join(others)}"
     guess = nearest(name, sorted(known - NOT_FOR_RECIPES[section].keys()))
     if guess is None:
-        return said
+        return f"{said}; leave it out"
     return f"{said}; did you mean {f'{section}.{guess}' if guess in own else guess}?"
 
 

@@ -56,7 +56,7 @@ def no_adapter_on_the_output_head(recipe: Recipe) -> Iterator[Broken]:
     """TRL computes the loss from `lm_head.weight`: an adapter there would never be trained."""
     targets = recipe.lora.target_modules
     if isinstance(targets, str):
-        named = [head for head in _HEADS if targets != "all-linear" and _matches(targets, head)]
+        named = [head for head in _HEADS if targets != "all-linear" and _matches(targets, head)][:1]
     else:
         named = [target for target in targets if target.rpartition(".")[2] in _HEADS]
     for head in named:
@@ -101,14 +101,17 @@ def no_module_adapted_and_saved_whole(recipe: Recipe) -> Iterator[Broken]:
 
 
 def token_rows_or_the_whole_embedding(recipe: Recipe) -> Iterator[Broken]:
-    """PEFT refuses both on one embedding."""
-    tokens, whole = recipe.lora.trainable_token_indices, recipe.lora.modules_to_save or ()
-    if tokens is None:
+    """PEFT refuses a second way to train one embedding."""
+    lora = recipe.lora
+    if lora.trainable_token_indices is None:
         return
-    for name in tokens if isinstance(tokens, dict) else _EMBEDDINGS:
-        if name in whole:
-            message = f"{name} is trained whole by modules_to_save; keep one of the two"
-            yield Broken("lora.trainable_token_indices", message, ("lora.modules_to_save",))
+    listed = () if isinstance(lora.target_modules, str) else lora.target_modules
+    ways = {"modules_to_save": lora.modules_to_save or (), "target_modules": listed}
+    for name in lora.trainable_token_indices if isinstance(lora.trainable_token_indices, dict) else _EMBEDDINGS:
+        for key, names in ways.items():
+            if name in names:
+                message = f"{name} is also in {key}; keep it in one of the two"
+                yield Broken("lora.trainable_token_indices", message, (f"lora.{key}",))
 
 
 def layer_choice_needs_listed_targets(recipe: Recipe) -> Iterator[Broken]:
@@ -138,7 +141,10 @@ def initialisation_fits_the_base_weights(recipe: Recipe) -> Iterator[Broken]:
     """PiSSA, CorDA and the orthogonal start compute with full-precision weights; LoftQ mends 4-bit ones."""
     method, section = recipe.lora.init_lora_weights, recipe.quantization
     others = ("quantization", "quantization.load_in_4bit")
-    if section is not None and method in ("pissa", "corda", "orthogonal"):
+    full_precision = ["pissa", "corda"]
+    if section is not None and (section.load_in_8bit or section.bnb_4bit_quant_storage == "uint8"):
+        full_precision.append("orthogonal")  # takes the type of the stored weights for its own
+    if section is not None and method in full_precision:
         message = (
             f"{method} cannot start from quantised weights; write true, olora, eva or loftq, or leave quantization out"
         )

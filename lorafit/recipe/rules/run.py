@@ -124,7 +124,7 @@ def eval_steps_go_with_their_strategy(recipe: Recipe) -> Iterator[Broken]:
         message = f"is ignored with eval_strategy: {training.eval_strategy}; write steps there, or leave it out"
         yield Broken("training.eval_steps", message, others)
     if training.eval_strategy == "steps" and training.eval_steps is None:
-        message = "steps needs training.eval_steps: a number of steps, or a share of the run below 1"
+        message = "steps needs training.eval_steps; write a number of steps, or a share of the run below 1"
         yield Broken("training.eval_strategy", message, others)
     if training.max_steps is not None and (training.eval_steps or 0) > training.max_steps:
         message = f"{training.eval_steps:g} is more than max_steps {training.max_steps}; lower it"

@@ -1,0 +1,101 @@
+"""`lorafit init` and `lorafit schema`."""
+
+import json
+import os
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+import jsonschema
+import pytest
+import yaml
+
+from lorafit.errors import RecipeError
+from lorafit.recipe import load
+from lorafit.recipe.schema import recipe_schema
+from lorafit.recipe.starter import Goal, Preset, starter_recipe, write_recipe
+from lorafit.recipe.yaml_reader import read_file
+from lorafit.validate import validate
+from recipes import SMALLEST, loaded, written
+
+ROOT = Path(__file__).parent.parent
+BASE, ROWS = ROOT / "recipes/quickstart/base", ROOT / "recipes/quickstart/eval.jsonl"
+
+
+@pytest.mark.parametrize(("preset", "goal"), list(product(get_args(Preset), get_args(Goal))))
+def test_a_starting_recipe_validates_and_says_what_was_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preset: Preset, goal: Goal
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").mkdir()
+    output = Path("recipes/mine.yaml")
+    model, data = os.path.relpath(BASE), os.path.relpath(ROWS)
+    write_recipe(starter_recipe(model=model, data=data, preset=preset, goal=goal, output=output), output)
+    result = validate(output)
+    recipe = result.loaded.recipe
+    assert (recipe.model.model_name_or_path, recipe.data.train[0].path) == (str(BASE), str(ROWS))
+    assert (recipe.quantization is not None, recipe.lora.use_dora) == (preset == "qlora", preset == "dora")
+    assert result.advice == ()
+    assert str(tmp_path) not in output.read_text(encoding="utf-8")
+
+
+def test_goals_differ_in_rank_and_modules(tmp_path: Path) -> None:
+    ranks = {}
+    for goal in get_args(Goal):
+        text = starter_recipe(model="gpt2", data="a/b", preset="lora", goal=goal, output=Path("x.yaml"))
+        recipe = loaded(tmp_path, text).recipe
+        ranks[goal] = (recipe.lora.r, recipe.lora.exclude_modules)
+        assert recipe.data.train[0].hub == "a/b"
+        assert recipe.data.template == "chat"
+    assert ranks == {"style": (8, r".*\.mlp\..*"), "knowledge": (64, None), "code": (32, None)}
+
+
+def test_a_base_without_chat_template_starts_plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{}", encoding="utf-8")
+    text = starter_recipe(model="base", data="rows.jsonl", preset="lora", goal="code", output=Path("x.yaml"))
+    assert loaded(tmp_path, text).recipe.data.template == "plain"
+
+
+def test_nothing_is_overwritten(tmp_path: Path) -> None:
+    path = written(tmp_path, "mine")
+    with pytest.raises(RecipeError, match="never overwritten"):
+        write_recipe(SMALLEST, path)
+    assert path.read_text(encoding="utf-8") == "mine"
+    with pytest.raises(RecipeError, match="is not a directory"):
+        write_recipe(SMALLEST, tmp_path / "nowhere" / "x.yaml")
+
+
+def test_the_schema_in_the_repository_is_current() -> None:
+    stored = (ROOT / "lorafit.schema.json").read_text(encoding="utf-8")
+    assert json.loads(stored) == recipe_schema(), "run `lorafit schema --output lorafit.schema.json`"
+
+
+def test_the_schema_explains_every_key() -> None:
+    schema = recipe_schema()
+    jsonschema.Draft202012Validator.check_schema(schema)
+    objects = [schema, *schema["$defs"].values()]
+    assert len(objects) > 10
+    for described in objects:
+        assert described["additionalProperties"] is False
+        for name, value in described["properties"].items():
+            assert "description" in value or "$ref" in json.dumps(value), name
+
+
+def test_the_schema_takes_every_shipped_recipe() -> None:
+    validator = jsonschema.Draft202012Validator(recipe_schema())
+    shipped = sorted((ROOT / "recipes").rglob("*.yaml"))
+    assert shipped
+    for path in shipped:
+        validator.validate(read_file(path).value)
+        assert load(path)
+
+
+@pytest.mark.parametrize("line", ["lora: {rr: 1}", "lora: {r: 0}", 'lora: {r: "1"}', "training: {packing: 1}", "x: 1"])
+def test_the_schema_refuses_what_loading_refuses(tmp_path: Path, line: str) -> None:
+    text = f"{SMALLEST}{line}\n"
+    with pytest.raises(RecipeError):
+        loaded(tmp_path, text)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text), recipe_schema())

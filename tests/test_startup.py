@@ -1,0 +1,38 @@
+"""The torch line: what must answer at once imports none of the heavy libraries."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from recipes import SMALLEST, written
+
+HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "numpy", "pyarrow", "rich")
+RUN = f"""
+import sys
+from lorafit.cli import _exit_code
+code = _exit_code(sys.argv[1:])
+print(sorted({{name.partition(".")[0] for name in sys.modules}} & set({HEAVY})), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+def heavy_modules(directory: Path, source: str, *arguments: str) -> str:
+    command = [sys.executable, "-c", source, *arguments]
+    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True, timeout=60)
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["validate", "x.yaml"], ["schema"], ["init", "--output", "new.yaml"]]
+)
+def test_what_must_answer_at_once_imports_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
+    written(tmp_path, SMALLEST)
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    assert heavy_modules(tmp_path, RUN, *arguments) == "[]"
+
+
+def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:
+    source = RUN.replace("code = _exit_code(sys.argv[1:])", "code = 0")
+    assert heavy_modules(tmp_path, source) == "[]"
