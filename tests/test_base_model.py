@@ -33,7 +33,7 @@ from transformers import (
 
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.model_files import BaseModelFiles
-from lorafit.errors import ModelError
+from lorafit.errors import MachineError, ModelError
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
 SMALL = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -187,6 +187,27 @@ def test_a_tensor_of_another_shape_is_refused_with_both_shapes(copied: Path) -> 
         load_base_model(section(copied), None, dtype="auto", device_map=None)
 
 
+def test_weights_of_a_deeper_model_are_refused(copied: Path) -> None:
+    change_json(copied / "config.json", num_hidden_layers=1)
+    expected = r"holds 9 tensors \(model\.layers\.1\..*\), config\.json makes 1 layers \(num_hidden_layers\)"
+    with pytest.raises(ModelError, match=expected):
+        load_base_model(section(copied), None, dtype="auto", device_map=None)
+
+
+def test_an_attention_that_is_not_installed_is_refused_before_weights_are_read(tiny_base: Path) -> None:
+    line = refusal(tiny_base, attn_implementation="flash_attention_3")
+    assert line.endswith("; model.attn_implementation is flash_attention_3: write sdpa, or install what it needs")
+
+
+def test_a_base_that_the_gpu_cannot_hold_says_what_to_change(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", full)
+    with pytest.raises(MachineError, match=r"does not fit: set quantization\.load_in_4bit: true"):
+        load_base_model(section(tiny_base), None, dtype="auto", device_map=None)
+
+
 def test_a_tensor_without_a_place_is_said_once(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = copied / "model.safetensors"
     save_file(load_file(path) | {"score.weight": torch.ones(2, 2)}, path, metadata={"format": "pt"})
@@ -269,6 +290,11 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         "read base/*.py, then set model.trust_remote_code: true",
     ),
     "wrong type in config": (changed_config(hidden_size="wide"), "/config.json: transformers cannot use it: "),
+    "unknown activation": (changed_config(hidden_act="nope"), "/config.json: transformers cannot build it: 'nope'"),
+    "stop token outside": (
+        lambda base: change_json(base / "generation_config.json", eos_token_id=[2, 9999]),
+        "/config.json: eos_token_id 9999 has no row in the embedding of 264",
+    ),
     "masked model": (
         changed_config(model_type="bert", architectures=["BertForMaskedLM"]),
         "/config.json: is a BertForMaskedLM, not a model that predicts the next token",
@@ -330,7 +356,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "float8": (stored_as_float8, "stores lm_head.weight (1 weights in all) as F8_E4M3, and config.json does not say"),
 }
-assert len(BREAKS) == 31
+assert len(BREAKS) == 33
 
 
 @pytest.mark.parametrize("name", BREAKS)

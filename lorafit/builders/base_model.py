@@ -31,10 +31,14 @@ from lorafit.builders.model_files import (
     weight_problems,
 )
 from lorafit.builders.weight_files import tensor_table
-from lorafit.errors import ModelError, Problem
+from lorafit.errors import MachineError, ModelError, Problem
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
 logger = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = (
+    "set quantization.load_in_4bit: true, train on more GPUs (launch.strategy: fsdp2), or name a smaller model"
+)
 
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 WHERE_FILES_LIE = frozenset({"cache_dir", "local_files_only", "subfolder"})
@@ -63,6 +67,11 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     known = load_config(section, directory=directory)
     if problems := list(_extra_problems(section, config=known)):
         raise ModelError(problems)
+    where = str(directory / "config.json")
+    vocab_size = _rows_of_embedding(section, config=known, where=where)
+    if outside := sorted(token for token in stops if token >= vocab_size):
+        message = f"eos_token_id {outside[0]} has no row in the embedding of {vocab_size:,}: correct it"
+        raise ModelError(f"{message} there and in generation_config.json", where=where)
     fetch_weights(section, directory=directory)
     tensors = tensor_table(directory)
     if problems := list(weight_problems(directory, tensors=tensors, config=config)):
@@ -74,8 +83,31 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
         config=config,
         tensors=tensors,
         stop_token_ids=stops,
-        vocab_size=known.get_text_config().vocab_size,
+        vocab_size=vocab_size,
     )
+
+
+def _rows_of_embedding(section: ModelSection, *, config: PreTrainedConfig, where: str) -> int:
+    """Of the model that config.json describes, built without memory: what keeps it from being built shows here."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=section.trust_remote_code, **_attention(section)
+            )
+    except (*CONFIG_ERRORS, ImportError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot build it: {_one_line(error)}{_mend(section)}", where=where) from error
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+def _attention(section: ModelSection) -> dict[str, str]:
+    name = section.attn_implementation
+    return {} if name == "auto" else {"attn_implementation": name}
+
+
+def _mend(section: ModelSection) -> str:
+    """What to try when a model cannot be built with an attention that the recipe names."""
+    named = section.attn_implementation
+    return "" if named == "auto" else f"; model.attn_implementation is {named}: write sdpa, or install what it needs"
 
 
 def _commit(section: ModelSection, *, directory: Path) -> str | None:
@@ -145,9 +177,7 @@ def load_base_model(
     """
     directory = model_directory(model)
     fetch_weights(model, directory=directory)
-    keys = {key: value for key, value in model.extra.items() if key not in WHERE_FILES_LIE}
-    if model.attn_implementation != "auto":
-        keys["attn_implementation"] = model.attn_implementation
+    keys = {key: value for key, value in model.extra.items() if key not in WHERE_FILES_LIE} | _attention(model)
     if quantization is not None and "quantization_config" not in read_config(directory):
         keys["quantization_config"] = bnb_config(quantization)
     with _kept_load_report() as report:
@@ -163,21 +193,30 @@ def load_base_model(
                 **keys,
             )
         except (OSError, ImportError, ValueError) as error:
-            raise ModelError(f"transformers cannot load it: {_one_line(error)}", where=str(directory)) from error
+            message = f"transformers cannot load it: {_one_line(error)}{_mend(model)}"
+            raise ModelError(message, where=str(directory)) from error
+        except torch.OutOfMemoryError as error:
+            raise MachineError(f"the base model does not fit: {OUT_OF_MEMORY}", where=str(directory)) from error
         except RuntimeError as error:
-            if not report:
+            if "conversion of the weights" not in str(error):
                 raise
-            raise ModelError(
-                f"its weights do not fit config.json: {_one_line(report[-1])}", where=str(directory)
-            ) from error
-    _refuse_incomplete(loaded, where=str(directory))
+            details = _one_line(report[-1] if report else error)
+            raise ModelError(f"its weights do not fit config.json: {details}", where=str(directory)) from error
+    _refuse_incomplete(loaded, depth=base.config.get_text_config().num_hidden_layers, where=str(directory))
     if is_on_hub(model):  # an adapter records the name of its base, not a path of this machine's cache
         base.name_or_path = base.config.name_or_path = model.model_name_or_path
     return base
 
 
-def _refuse_incomplete(loaded: Mapping[str, Any], *, where: str) -> None:
+def _refuse_incomplete(loaded: Mapping[str, Any], *, depth: int, where: str) -> None:
     problems = []
+    unexpected = sorted(loaded["unexpected_keys"])
+    indices = {name: re.search(r"\.(\d+)\.", name) for name in unexpected}
+    if deeper := [name for name, index in indices.items() if index and int(index[1]) >= depth]:
+        problems.append(
+            f"holds {_some(deeper)}, config.json makes {depth} layers (num_hidden_layers): the weights and config.json "
+            "are not of one model"
+        )
     if missing := sorted(loaded["missing_keys"]):
         problems.append(f"lacks {_some(missing)}: copy the whole model again, or correct config.json")
     if mismatched := sorted(loaded["mismatched_keys"]):
@@ -189,7 +228,7 @@ def _refuse_incomplete(loaded: Mapping[str, Any], *, where: str) -> None:
         )
     if problems:
         raise ModelError(Problem(where, problem) for problem in problems)
-    if unexpected := sorted(loaded["unexpected_keys"]):
+    if unexpected:
         logger.warning("%s: not used, the architecture has no place for them: %s", where, _some(unexpected))
 
 
