@@ -108,14 +108,16 @@ def train(
     loaded = load(recipe, overrides=set_ or ())
     _quiet_libraries(debug=debug)
     from lorafit.preflight import cache_directory, this_machine
-    from lorafit.training.train import read_inputs, refuse_before_reading
-    from lorafit.training.train import train as train_adapter
 
     machine = this_machine()
     if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus):
+        from lorafit.training.inputs import read_inputs, refuse_before_reading
+
         refuse_before_reading(loaded, machine)
         read_inputs(loaded, cache_dir=cache_directory())
         launch.replace_this_process(launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus))
+    from lorafit.training.train import train as train_adapter
+
     is_main = launch.rank() == 0
     result = train_adapter(
         loaded,

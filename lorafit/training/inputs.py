@@ -1,0 +1,40 @@
+"""What a run reads before its model: no peft and no trl, so that the process that only starts others is quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from lorafit.builders.base_model import check_base_model
+from lorafit.builders.model_files import BaseModelFiles
+from lorafit.builders.tokenizer import load_tokenizer
+from lorafit.data.prepare import PreparedData, prepare
+from lorafit.preflight import Machine, refuse_what_this_machine_lacks
+from lorafit.recipe import LoadedRecipe
+from lorafit.run_dir import RunDir
+
+
+def refuse_before_reading(loaded: LoadedRecipe, machine: Machine) -> None:
+    """A run directory that is used, and what this machine lacks. Raises RunDirError and MachineError."""
+    RunDir(loaded.output_dir()).refuse_used()
+    refuse_what_this_machine_lacks(loaded, machine)
+
+
+def read_inputs(
+    loaded: LoadedRecipe, *, cache_dir: Path | None
+) -> tuple[BaseModelFiles, PreTrainedTokenizerBase, PreparedData]:
+    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
+    recipe = loaded.recipe
+    base_files = check_base_model(recipe.model, quantization=recipe.quantization)
+    tokenizer = load_tokenizer(recipe.model)
+    data = prepare(
+        recipe.data,
+        tokenizer=tokenizer,
+        max_length=recipe.training.max_length,
+        seed=recipe.training.seed,
+        stop_token_ids=base_files.stop_token_ids,
+        vocab_size=base_files.vocab_size,
+        cache_dir=cache_dir,
+    )
+    return base_files, tokenizer, data

@@ -1,0 +1,104 @@
+"""The command that starts several processes, and who speaks for them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from lorafit import launch
+from lorafit.recipe.sections import LaunchSection
+
+STARTED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if started from a shell that says nothing of processes and threads."""
+    for name in (*STARTED, "OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "ACCELERATE_USE_FSDP"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def section(**keys: object) -> LaunchSection:
+    return LaunchSection.model_validate(keys)
+
+
+def value(command: list[str], option: str) -> str:
+    return command[command.index(option) + 1]
+
+
+def test_auto_is_one_process_a_gpu_and_one_without() -> None:
+    assert launch.processes_asked_for(section(), gpus=0) == 1
+    assert launch.processes_asked_for(section(), gpus=8) == 8
+    assert launch.processes_asked_for(section(num_processes=2), gpus=8) == 2
+
+
+def test_auto_is_what_was_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in STARTED.items():
+        monkeypatch.setenv(name, text)
+    assert launch.processes_asked_for(section(), gpus=8) == 4
+    assert launch.rank() == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "gpus", "expected"),
+    [
+        ({}, 0, False),
+        ({}, 1, False),
+        ({}, 2, True),
+        ({"num_processes": 2}, 0, True),
+        ({"num_processes": 1}, 8, False),
+        ({"num_processes": 1, "strategy": "fsdp2"}, 1, True),
+    ],
+)
+def test_processes_are_started_only_where_one_does_not_do(keys: dict[str, object], gpus: int, expected: bool) -> None:
+    assert launch.needs_processes(section(**keys), gpus=gpus) is expected
+
+
+def test_a_started_process_starts_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, text in STARTED.items():
+        monkeypatch.setenv(name, text)
+    assert not launch.needs_processes(section(num_processes=4), gpus=8)
+
+
+def test_the_command_is_a_list_that_ends_with_what_the_user_typed() -> None:
+    typed = ["train", "my recipe.yaml", "--set", "lora.r=4; rm -rf x"]
+    command = launch.launch_command(section(num_processes=2, strategy="zero3"), typed, gpus=2)
+    assert command[:4] == [sys.executable, "-m", "lorafit", "processes"]
+    assert command[-len(typed) - 2 :] == ["-m", "lorafit", *typed]
+    assert value(command, "--num_processes") == "2"
+    assert Path(value(command, "--config_file")).name == "zero3.yaml"
+
+
+def test_a_file_of_the_users_keeps_its_own_count_unless_the_recipe_has_one(tmp_path: Path) -> None:
+    own = str(tmp_path / "cluster.yaml")
+    assert "--num_processes" not in launch.launch_command(section(strategy=own), ["train"], gpus=2)
+    command = launch.launch_command(section(strategy=own, num_processes=4), ["train"], gpus=2)
+    assert value(command, "--config_file") == own
+    assert value(command, "--num_processes") == "4"
+
+
+def test_cpu_processes_share_the_cores_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(16)), raising=False)
+
+    def threads(count: int, gpus: int) -> str:
+        command = launch.launch_command(section(num_processes=count), ["train"], gpus=gpus)
+        return value(command, "--num_cpu_threads_per_process")
+
+    assert threads(2, gpus=0) == "8"
+    assert threads(32, gpus=0) == "1"
+    assert threads(2, gpus=2) == "1"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads(2, gpus=0) == "3"
+
+
+def test_one_process_of_a_run_reports_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert launch.is_first_to_fail()
+    assert launch.is_first_to_fail(), "alone, every error is reported"
+    for process in ("0", "1"):
+        (tmp_path / process).mkdir()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "1" / "error.json"))
+    assert launch.is_first_to_fail()
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    assert not launch.is_first_to_fail()
