@@ -46,7 +46,16 @@ BROKEN = {
         (f"{SMALLEST}lora: {{exclude_modules: '(mlp'}}", "lora.exclude_modules"),
         (f"{SMALLEST}lora: {{rank_pattern: {{'q[': 4}}}}", "lora.rank_pattern.q["),
     ],
+    "module_names_stand_in_lists": [
+        (f"{SMALLEST}lora: {{target_modules: q_proj}}", "lora.target_modules"),
+        (f"{SMALLEST}lora: {{target_modules: all_linear}}", "lora.target_modules"),
+        (f"{SMALLEST}lora: {{exclude_modules: mlp}}", "lora.exclude_modules"),
+    ],
     "lists_of_modules_name_something": [
+        (
+            f"{SMALLEST}lora: {{target_modules: [a], layers_to_transform: [0], layers_pattern: ''}}",
+            "lora.layers_pattern",
+        ),
         (f"{SMALLEST}lora: {{target_modules: []}}", "lora.target_modules"),
         (f"{SMALLEST}lora: {{modules_to_save: []}}", "lora.modules_to_save"),
         (f"{SMALLEST}lora: {{exclude_modules: ''}}", "lora.exclude_modules"),

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
+from lorafit.recipe.suggest import nearest
 
 _HEADS = ("lm_head", "embed_out")
 _EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
@@ -81,9 +82,21 @@ def patterns_are_regular_expressions(recipe: Recipe) -> Iterator[Broken]:
                 )
 
 
+def module_names_stand_in_lists(recipe: Recipe) -> Iterator[Broken]:
+    """Text is a regular expression for whole module names: a bare word matches none."""
+    for key in ("target_modules", "exclude_modules"):
+        word = getattr(recipe.lora, key)
+        if isinstance(word, str) and word != "all-linear" and re.fullmatch(r"[\w-]+", word):
+            guess = nearest(word, ["all-linear"]) if key == "target_modules" else None
+            mend = f"did you mean {guess}?" if guess else f"write a list, [{word}]"
+            message = f"{word}: text is a regular expression for whole names, and no module has this whole name; {mend}"
+            yield Broken(f"lora.{key}", message)
+
+
 def lists_of_modules_name_something(recipe: Recipe) -> Iterator[Broken]:
     """An empty list matches nothing."""
-    for key in ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform"):
+    lists = ("target_modules", "exclude_modules", "target_parameters", "modules_to_save", "layers_to_transform")
+    for key in (*lists, "layers_pattern", "trainable_token_indices"):
         value = getattr(recipe.lora, key)
         if isinstance(value, tuple | str) and not value:
             yield Broken(f"lora.{key}", "is empty; name something, or leave the key out")
@@ -244,6 +257,7 @@ RULES: tuple[Rule, ...] = (
     quantized_weights_can_be_sharded,
     no_adapter_on_the_output_head,
     patterns_are_regular_expressions,
+    module_names_stand_in_lists,
     lists_of_modules_name_something,
     no_module_adapted_and_saved_whole,
     token_rows_or_the_whole_embedding,

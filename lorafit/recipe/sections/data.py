@@ -19,13 +19,13 @@ class Source(Section):
     hub: str | None = Field(default=None, min_length=1)
     """Hub data set id (`openai/gsm8k`), read through `datasets`."""
 
-    name: str | None = None
+    name: str | None = Field(default=None, min_length=1)
     """Configuration of the Hub data set (`main`). null means its only one."""
 
-    split: str = "train"
+    split: str = Field(default="train", min_length=1)
     """Split of the Hub data set."""
 
-    revision: str = "main"
+    revision: str = Field(default="main", min_length=1)
     """Branch, tag or commit of the Hub data set."""
 
     format: Format | None = None
