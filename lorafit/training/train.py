@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -21,20 +22,19 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lorafit import __version__, launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
-from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
-from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
-from lorafit.builders.tokenizer import load_tokenizer
-from lorafit.data.prepare import PreparedData, prepare
+from lorafit.data.prepare import PreparedData
 from lorafit.errors import LorafitError
-from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, refuse_what_this_machine_lacks, this_machine
+from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
 from lorafit.training.gather import whole_adapter
+from lorafit.training.inputs import read_inputs, refuse_before_reading
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -107,15 +107,20 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
-    refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
-    steps = planned_steps(trainer)
-    set_total_steps(model, steps)
+    try:
+        refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
+        steps = planned_steps(trainer)
+        set_total_steps(model, steps)
+    except LorafitError:
+        run.remove_if_empty()  # the trainer makes its checkpoint directory when it is built
+        raise
     _say_steps(loaded, trainer, steps, say)
 
     if trainer.is_world_process_zero():
         run.path.mkdir(parents=True, exist_ok=True)
-        run.recipe.write_text(loaded.yaml(relative_to=run.path), encoding="utf-8")
-    facts = _facts(loaded, data, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
+        placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
+        run.recipe.write_text(placed.yaml(relative_to=run.path), encoding="utf-8")
+    facts = _facts(loaded, data, run, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
     before = remember(model)
     with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
         try:
@@ -152,50 +157,9 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
         seconds=round(time.monotonic() - started, 2),
         outcome="stopped early" if stopped_early else "finished",
     )
-    _finish(run, trainer, facts | asdict(result), outcome=result.outcome)
+    figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
+    _finish(run, trainer, facts | figures, outcome=result.outcome)
     return result
-
-
-def refuse_before_reading(loaded: LoadedRecipe, machine: Machine) -> None:
-    """A run directory that is used, and what this machine lacks. Raises RunDirError and MachineError."""
-    RunDir(loaded.output_dir()).refuse_used()
-    refuse_what_this_machine_lacks(loaded, machine)
-
-
-def read_inputs(
-    loaded: LoadedRecipe, *, cache_dir: Path | None
-) -> tuple[BaseModelFiles, PreTrainedTokenizerBase, PreparedData]:
-    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
-    base_files = check_base_model(loaded.recipe.model)
-    tokenizer = load_tokenizer(loaded.recipe.model)
-    data = prepare_rows(
-        loaded,
-        tokenizer,
-        stop_token_ids=base_files.stop_token_ids,
-        vocab_size=base_files.vocab_size,
-        cache_dir=cache_dir,
-    )
-    return base_files, tokenizer, data
-
-
-def prepare_rows(
-    loaded: LoadedRecipe,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    stop_token_ids: frozenset[int],
-    vocab_size: int,
-    cache_dir: Path | None,
-) -> PreparedData:
-    """The recipe's rows as tokens and labels, audited. Raises DataError."""
-    return prepare(
-        loaded.recipe.data,
-        tokenizer=tokenizer,
-        max_length=loaded.recipe.training.max_length,
-        seed=loaded.recipe.training.seed,
-        stop_token_ids=stop_token_ids,
-        vocab_size=vocab_size,
-        cache_dir=cache_dir,
-    )
 
 
 def _model_with_adapter(
@@ -291,7 +255,14 @@ def _say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say)
 
 
 def _facts(
-    loaded: LoadedRecipe, data: PreparedData, *, machine: str, bf16: bool, table: tuple[AdaptedModule, ...], steps: int
+    loaded: LoadedRecipe,
+    data: PreparedData,
+    run: RunDir,
+    *,
+    machine: str,
+    bf16: bool,
+    table: tuple[AdaptedModule, ...],
+    steps: int,
 ) -> dict[str, Any]:
     """What the manifest says of a run before it has begun."""
     packages = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -305,9 +276,14 @@ def _facts(
         "seed": loaded.recipe.training.seed,
         "bf16": bf16,
         "planned_steps": steps,
-        "data": {"fingerprint": data.fingerprint, **data.audit.as_dict()},
+        "data": {"fingerprint": data.fingerprint, **data.audit.as_dict(), "files": _relative(data.files, run)},
         "modules": [asdict(module) for module in table],
     }
+
+
+def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
+    """The data files as seen from the run directory, like every path in it."""
+    return [os.path.relpath(file, run.path) if Path(file).is_absolute() else file for file in files]
 
 
 def _finish(run: RunDir, trainer: LoraTrainer, facts: dict[str, Any], *, outcome: str) -> None:
