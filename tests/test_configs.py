@@ -29,8 +29,7 @@ def command_in_header(name: str) -> list[str]:
     lines = [line.lstrip("# ") for line in (CONFIGS / f"{name}.yaml").read_text("utf-8").splitlines() if line[0] == "#"]
     text = " ".join(lines)
     start = text.index("accelerate launch ")
-    words = shlex.split(text[start : text.index("RECIPE", start)].replace("\\ ", "")) + ["RECIPE"]
-    return words[2:]
+    return [*shlex.split(text[start : text.index("RECIPE", start)].replace("\\ ", "")), "RECIPE"][2:]
 
 
 def test_there_is_a_file_for_every_strategy_and_one_for_two_nodes() -> None:

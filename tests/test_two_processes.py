@@ -1,0 +1,193 @@
+"""Two CPU processes over gloo do what one does, speak with one voice, and end together."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model_state_dict
+from runs import run, small_recipe
+from safetensors.torch import load_file
+from together import VARIANTS, lora_model, step_by_hand
+
+from lorafit import launch
+
+TESTS = Path(__file__).parent
+CLOSE = {"rtol": 0, "atol": 2e-6}
+"""float32 sums in another order: 5e-7 apart at most in losses of 5.5."""
+
+
+def command(directory: Path, *words: str) -> subprocess.Popen[str]:
+    """`lorafit WORDS`, in a process group of its own, with an empty cache."""
+    environment = {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(directory / "cache")}
+    environment["WANDB_MODE"] = ""  # transformers prints a line on stdout for any other
+    return subprocess.Popen(
+        [sys.executable, "-m", "lorafit", *words],
+        env=os.environ | environment | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr; nothing of the process group is left running."""
+    try:
+        out, err = process.communicate(timeout=150)
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process.pid, 0)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+def metrics(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
+
+
+def assert_same_curves(one: Path, two: Path) -> None:
+    ours, theirs = metrics(one), metrics(two)
+    assert len(ours) == len(theirs) > 3
+    for name in ("loss", "eval_loss", "grad_norm", "lr", "tokens", "eval_tokens"):
+        pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
+        assert pairs
+        torch.testing.assert_close(*(torch.tensor(side) for side in zip(*pairs, strict=True)), **CLOSE, msg=name)
+
+
+def children(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()]
+
+
+def until_training(process: subprocess.Popen[str], directory: Path) -> list[int]:
+    """The processes that train, once they do."""
+    for _ in range(600):
+        if (directory / "run" / "metrics.jsonl").exists() and len(metrics(directory / "run")) > 2:
+            return children(process.pid)
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    raise AssertionError("training did not begin")
+
+
+def test_two_processes_leave_what_one_leaves(tmp_path: Path, tiny_base: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two words"
+    one.mkdir()
+    two.mkdir()
+    _, said = run(small_recipe(one, tiny_base))
+    halves = {"per_device_train_batch_size": 2}
+    loaded = small_recipe(two, tiny_base, training=halves, launch={"num_processes": 2})
+    code, out, err = finished(command(two, "train", str(loaded.path), "--json"))
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 3
+    # The data, the adapter and all else are told once, in the words of one process.
+    in_one = err.replace("2 per device", "4 per device").replace("x 2 processes", "x 1 process")
+    assert in_one.splitlines() == said
+    assert_same_curves(one / "run", two / "run")
+    manifests = [json.loads((place / "run" / "manifest.json").read_text("utf-8")) for place in (one, two)]
+    assert [manifest["world_size"] for manifest in manifests] == [1, 2]
+    adapters = [load_file(place / "run" / "adapter" / "adapter_model.safetensors") for place in (one, two)]
+    torch.testing.assert_close(adapters[0], adapters[1], rtol=0, atol=1e-4)
+    assert {path.name for path in two.iterdir()} == {"recipe.yaml", "train.jsonl", "eval.jsonl", "run", "cache"}
+
+
+def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_path: Path, tiny_base: Path) -> None:
+    together = command(
+        tmp_path,
+        *("processes", "--config_file", str(launch.config_file("ddp")), "--num_processes", "2"),
+        *("--main_process_port", "0", "--num_cpu_threads_per_process", "1"),
+        *(str(TESTS / "together.py"), str(tmp_path / "two"), str(tiny_base)),
+    )
+    code, _, err = finished(together)
+    assert code == 0, err
+    for name, training in VARIANTS.items():
+        place = tmp_path / name
+        place.mkdir()
+        alone = training | {"per_device_train_batch_size": 2 * training["per_device_train_batch_size"]}
+        run(small_recipe(place, tiny_base, training=alone))
+        assert_same_curves(place / "run", tmp_path / "two" / name / "run")
+
+    whole = lora_model(tiny_base)
+    step_by_hand(whole, process=0, processes=1)
+    saved = load_file(tmp_path / "two" / "sharded" / "adapter_model.safetensors")
+    expected = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(whole).items()}
+    torch.testing.assert_close(saved, expected, rtol=0, atol=1e-4)
+
+    seen = json.loads((tmp_path / "two" / "seen.json").read_text("utf-8"))
+    assert "did not come together" in seen["own part"]
+    assert "3 processes were asked for, 2 started" in seen["asked three"]
+    assert "FSDP was asked for, data parallel was started on cpu" in seen["asked fsdp2 by file"]
+    assert "FSDP2 was asked for, data parallel was started on cpu" in seen["asked fsdp2 by recipe"]
+    assert [text[:2] for text in seen.values()] == ["5:", "4:", "4:", "4:"]
+
+
+def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny_base: Path) -> None:
+    broken = {"learning_rate": 1e30, "per_device_train_batch_size": 2}
+    loaded = small_recipe(tmp_path, tiny_base, training=broken, launch={"num_processes": 2})
+    code, out, err = finished(command(tmp_path, "train", str(loaded.path), "--quiet"))
+    assert (code, out) == (6, "")
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith(("error: process 0: training: step ", "error: process 1: training: step "))
+    outcome = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["outcome"]
+    assert outcome.removeprefix("stopped: ") in err
+
+
+def test_a_killed_process_ends_the_run(tmp_path: Path, tiny_base: Path) -> None:
+    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
+    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    workers = until_training(process, tmp_path)
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    code, out, err = finished(process)
+    assert (code, out) == (4, "")
+    assert err.splitlines() == [
+        "error: launch: process 1 was killed (SIGKILL), the others were ended; the machine may have run out of memory"
+    ]
+
+
+@pytest.mark.slow
+def test_control_c_ends_all_processes(tmp_path: Path, tiny_base: Path) -> None:
+    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
+    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    until_training(process, tmp_path)
+    os.killpg(process.pid, signal.SIGINT)
+    assert finished(process) == (75, "", "error: launch: stopped on request; all processes were ended\n")
+
+
+@pytest.mark.slow
+def test_no_process_outlives_the_launcher(tmp_path: Path, tiny_base: Path) -> None:
+    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
+    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    until_training(process, tmp_path)
+    process.kill()
+    assert finished(process)[0] == -signal.SIGKILL
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["ddp", "fsdp2"])
+def test_accelerate_launch_by_hand_trains_or_says_why_not(tmp_path: Path, tiny_base: Path, config: str) -> None:
+    loaded = small_recipe(tmp_path, tiny_base)
+    by_hand = ["-m", "accelerate.commands.launch", "--config_file", str(launch.config_file(config))]
+    done = subprocess.run(
+        [sys.executable, *by_hand, "--main_process_port", "0", "-m", "lorafit", "train", str(loaded.path), "--json"],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=150,
+        check=False,
+    )
+    if config == "ddp":
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["steps"] == 3
+        return
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    assert "FSDP was asked for, data parallel was started on cpu" in errors[0]
+    assert not (tmp_path / "run").exists()

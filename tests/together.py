@@ -1,0 +1,113 @@
+"""What `tests/test_two_processes.py` runs in two processes at once; the first writes what it saw to `seen.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import FullyShardedDataParallelPlugin
+from peft import LoraConfig, PeftModel
+from runs import small_recipe
+from tiny import byte_tokenizer
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM
+
+from lorafit.builders.adapter import attach_adapter
+from lorafit.errors import LorafitError
+from lorafit.processes import join_processes, refuse_other_distribution
+from lorafit.training.checks import remember, verify_result
+from lorafit.training.gather import gathered_adapter
+from lorafit.training.save import write_adapter
+from lorafit.training.train import train
+
+VARIANTS = {
+    "padded": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3},
+    "packed": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "packing": True, "max_length": 96},
+}
+"""8 held-out rows in batches of 3 do not divide evenly among two processes, or one."""
+STEPS = 3
+
+
+def lora_model(base: Path) -> PeftModel:
+    """A tiny base with an adapter whose first dimension, 3, does not divide among two processes."""
+    return attach_adapter(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"),
+        init_method=True,
+        seed=0,
+        gradient_checkpointing=False,
+        autocast_adapter_dtype=True,
+        batches=list,
+        base_directory=str(base),
+    )
+
+
+def step_by_hand(model: PeftModel, *, process: int, processes: int) -> None:
+    """A few optimizer steps on this process's share of one batch."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    batch = torch.randint(3, 200, (4, 16), generator=torch.Generator().manual_seed(1))
+    share = batch.chunk(processes)[process]
+    for _ in range(STEPS):
+        model(input_ids=share, labels=share).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def refusal(check: object) -> str:
+    """What a check refuses with."""
+    try:
+        check()  # type: ignore[operator]
+    except LorafitError as error:
+        return f"{error.exit_code}: {error}"
+    return "nothing"
+
+
+def main(directory: Path, base: Path) -> None:
+    state = PartialState(cpu=True)
+    process = state.process_index
+    seen: dict[str, object] = {}
+    for name, training in VARIANTS.items():
+        place = directory / name / str(process)
+        place.mkdir(parents=True)
+        loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), training=training)
+        said: list[str] = []
+        train(loaded, say=said.append, show_progress=False, cache_dir=directory / "cache")
+        state.wait_for_everyone()
+
+    sharded = lora_model(base)
+    before = remember(sharded)
+    for layer in sharded.get_base_model().model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    step_by_hand(sharded, process=process, processes=2)
+    gathered = gathered_adapter(sharded)
+    planned = {"steps_done": STEPS, "steps_planned": STEPS, "stopped_early": False}
+    verify_result(sharded, before=before, gathered=gathered, **planned)
+    if state.is_main_process:
+        target = directory / "sharded"
+        write_adapter(sharded, byte_tokenizer(), target=target, base_name=None, state_dict=gathered, initial=None)
+    own_part = {name: p.to_local() for name, p in sharded.named_parameters() if p.requires_grad}
+    if state.is_main_process:
+        gathered = own_part
+    seen["own part"] = refusal(lambda: verify_result(sharded, before=before, gathered=gathered, **planned))
+
+    asks_three = small_recipe(place, base, launch={"num_processes": 3})
+    seen["asked three"] = refusal(lambda: join_processes(asks_three, device="cpu", gpus=0))
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    for name, sections in {"file": {}, "recipe": {"launch": {"strategy": "fsdp2"}}}.items():
+        asks_fsdp = small_recipe(place, base, **sections)
+        seen[f"asked fsdp2 by {name}"] = refusal(
+            lambda asked=asks_fsdp: refuse_other_distribution(asked, accelerator, mixed_precision="no")
+        )
+    if state.is_main_process:
+        (directory / "seen.json").write_text(json.dumps(seen), encoding="utf-8")
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
