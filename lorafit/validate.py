@@ -18,6 +18,7 @@ from lorafit.recipe.arithmetic import (
 )
 from lorafit.recipe.load import read
 from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.rules.run import too_long_for
 
 
 @dataclass(frozen=True)
@@ -79,11 +80,18 @@ def _validation(loaded: LoadedRecipe, data: DataScan) -> Validation:
     recipe = loaded.recipe
     written = recipe.launch.num_processes
     processes = written if isinstance(written, int) else 1
+    numbers = _numbers(recipe, data, processes)
+    if "steps" in numbers:
+        too_long = [
+            loaded.problem(broken.key, broken.message) for broken in too_long_for(recipe, numbers["steps"].value)
+        ]
+        if too_long:
+            raise RecipeError(too_long)
     return Validation(
         loaded=loaded,
         data=data,
         processes=processes,
-        numbers=_numbers(recipe, data, processes),
+        numbers=numbers,
         advice=advise(recipe, train_rows=None if data.skipped_hub else data.train_rows),
     )
 

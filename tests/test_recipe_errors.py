@@ -19,6 +19,9 @@ GOLDEN = {
     'lora: {r: "16"}': 'lora.r: "16" is not a whole number of at least 1; write 16 without quotes',
     "lora: {r: 0}": "lora.r: 0 is not a whole number of at least 1",
     "lora: {lora_dropout: 1}": "lora.lora_dropout: 1 is not a number of at least 0 and below 1",
+    "lora: {lora_alpha: 0}": "lora.lora_alpha: 0 is not a whole number of at least 1 or null",
+    "training: {max_steps: 0}": "training.max_steps: 0 is not a whole number of at least 1 or null",
+    "training: {learning_rate: 0}": "training.learning_rate: 0 is not a number above 0",
     "lora: {use_dora: yes}": 'lora.use_dora: "yes" is not true or false; write true',
     "lora: {r: true}": "lora.r: true is not a whole number of at least 1",
     "lora:": "lora: null is not a mapping (`key: value`); write its keys beneath it, or leave it out",
@@ -61,6 +64,13 @@ MODEL_LINE = "model: {model_name_or_path: gpt2}\n"
         (
             f"data: {{}}\n{MODEL_LINE}",
             ["x.yaml:1: data.train: is missing; name the training rows: `train: [{path: ...}]`"],
+        ),
+        (
+            SMALLEST.replace("gpt2", "gpt2, attn_implementation: org/kernel"),
+            [
+                'x.yaml:1: model.attn_implementation: "org/kernel" is not one of auto, eager, sdpa, flash_attention_2, '
+                "flash_attention_3, flex_attention; a Hub kernel runs code downloaded at start"
+            ],
         ),
         (f"{MODEL_LINE}data: {{train: []}}\n", ["x.yaml:2: data.train: [] is empty; write at least one"]),
         (

@@ -116,15 +116,16 @@ BROKEN = {
     ],
     "adalora_prunes": [
         (f"{SMALLEST}adalora: {{target_r: 12, init_r: 12}}", "adalora.target_r"),
-        (f"{SMALLEST}adalora: {{tinit: 60, tfinal: 40}}\ntraining: {{max_steps: 100}}", "adalora"),
     ],
     "one_half_precision": [(f"{SMALLEST}training: {{fp16: true, bf16: true}}", "training.fp16")],
     "step_counts_are_whole": [
         (f"{SMALLEST}training: {{warmup_steps: 10.5}}", "training.warmup_steps"),
         (f"{SMALLEST}training: {{logging_steps: 1.5}}", "training.logging_steps"),
     ],
-    "warm_up_ends_before_the_run": [
+    "max_steps_leave_room": [
         (f"{SMALLEST}training: {{warmup_steps: 100, max_steps: 100}}", "training.warmup_steps"),
+        (f"{EVAL}training: {{eval_strategy: steps, eval_steps: 20, max_steps: 10}}", "training.eval_steps"),
+        (f"{SMALLEST}adalora: {{tinit: 60, tfinal: 40}}\ntraining: {{max_steps: 100}}", "adalora"),
     ],
     "schedule_uses_its_warm_up": [
         (f"{SMALLEST}training: {{warmup_steps: 100, lr_scheduler_type: constant}}", "training.warmup_steps"),
@@ -151,7 +152,6 @@ BROKEN = {
         (f"{EVAL}training: {{eval_steps: 10}}", "training.eval_steps"),
         (f"{EVAL}training: {{eval_strategy: epoch, eval_steps: 10}}", "training.eval_steps"),
         (f"{EVAL}training: {{eval_strategy: steps}}", "training.eval_strategy"),
-        (f"{EVAL}training: {{eval_strategy: steps, eval_steps: 20, max_steps: 10}}", "training.eval_steps"),
     ],
     "strategy_is_known_or_a_file": [
         (f"{SMALLEST}launch: {{strategy: fsdp}}", "launch.strategy"),

@@ -97,6 +97,15 @@ def test_each_kind_of_problem_has_its_own_exit_code(tmp_path: Path) -> None:
         validate(written(tmp_path, SMALLEST.replace("gpt2", "./base")))
 
 
+def test_what_does_not_fit_into_the_counted_steps_is_refused(tmp_path: Path) -> None:
+    rows(tmp_path, 32)
+    with pytest.raises(
+        RecipeError, match=r"x.yaml:3: training.warmup_steps: 2 steps of warm-up do not end within the run"
+    ):
+        validate(written(tmp_path, f"{SMALLEST}training: {{warmup_steps: 2}}\n"))
+    assert validate(written(tmp_path, f"{SMALLEST}training: {{warmup_steps: 1}}\n")).numbers["steps"].value == 2
+
+
 def test_data_is_not_looked_for_where_its_section_is_wrong(tmp_path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         validate(written(tmp_path, SMALLEST.replace("{path:", "{pth:")))

@@ -118,9 +118,10 @@ def plain_value(text: str) -> Any:
     if text in _BOOL:
         return _BOOL[text]
     if _INT.fullmatch(text):
-        if len(text) > 100:
-            raise ValueError(f"a whole number of {len(text)} digits")
-        return int(text, 0) if text[:2] in ("0o", "0x") else int(text)
+        whole = int(text, 0) if text[:2] in ("0o", "0x") else int(text) if len(text) < 100 else 2**63
+        if abs(whole) >= 2**63:
+            raise ValueError(f"{text[:20]}{'...' * (len(text) > 20)} is too large for a whole number")
+        return whole
     if FLOAT.fullmatch(text):
         number = float(text)
         if number in (float("inf"), float("-inf")):

@@ -47,14 +47,24 @@ def step_counts_are_whole(recipe: Recipe) -> Iterator[Broken]:
             yield Broken(f"training.{key}", message)
 
 
-def warm_up_ends_before_the_run(recipe: Recipe) -> Iterator[Broken]:
-    """The learning rate would never reach its peak."""
-    training = recipe.training
-    if training.max_steps is not None and 1 <= training.warmup_steps >= training.max_steps:
-        message = (
-            f"{training.warmup_steps:g} steps of warm-up do not end within max_steps {training.max_steps}; lower it"
-        )
-        yield Broken("training.warmup_steps", message, ("training.max_steps",))
+def max_steps_leave_room(recipe: Recipe) -> Iterator[Broken]:
+    """Warm-up, evaluations and AdaLoRA's phases end within the run."""
+    if recipe.training.max_steps is not None:
+        yield from too_long_for(recipe, recipe.training.max_steps)
+
+
+def too_long_for(recipe: Recipe, steps: int) -> Iterator[Broken]:
+    """What does not fit into a run of so many optimizer steps; also for runs whose steps follow from their rows."""
+    training, adalora, others = recipe.training, recipe.adalora, ("training.max_steps",)
+    run = f"the run's {steps:,} step{'s' * (steps != 1)}"
+    if 1 <= training.warmup_steps >= steps:
+        message = f"{training.warmup_steps:g} steps of warm-up do not end within {run}; lower it"
+        yield Broken("training.warmup_steps", message, others)
+    if training.eval_steps is not None and training.eval_steps > steps:
+        yield Broken("training.eval_steps", f"{training.eval_steps:g} is more than {run}; lower it", others)
+    if adalora is not None and adalora.tinit + adalora.tfinal >= steps:
+        message = f"tinit {adalora.tinit} + tfinal {adalora.tfinal} leave none of {run} to prune in; lower them"
+        yield Broken("adalora", message, ("adalora.tinit", "adalora.tfinal", *others))
 
 
 def schedule_uses_its_warm_up(recipe: Recipe) -> Iterator[Broken]:
@@ -119,16 +129,13 @@ _EVAL_KEYS = ("data.eval", "data.eval_fraction", "training.eval_strategy")
 def eval_steps_go_with_their_strategy(recipe: Recipe) -> Iterator[Broken]:
     """Without `steps` they are ignored; with it, missing, the library takes logging_steps without a word."""
     training = recipe.training
-    others = ("training.eval_strategy", "training.eval_steps", "training.max_steps")
+    others = ("training.eval_strategy", "training.eval_steps")
     if training.eval_steps is not None and training.eval_strategy != "steps":
         message = f"is ignored with eval_strategy: {training.eval_strategy}; write steps there, or leave it out"
         yield Broken("training.eval_steps", message, others)
     if training.eval_strategy == "steps" and training.eval_steps is None:
         message = "steps needs training.eval_steps; write a number of steps, or a share of the run below 1"
         yield Broken("training.eval_strategy", message, others)
-    if training.max_steps is not None and (training.eval_steps or 0) > training.max_steps:
-        message = f"{training.eval_steps:g} is more than max_steps {training.max_steps}; lower it"
-        yield Broken("training.eval_steps", message, others)
 
 
 def strategy_is_known_or_a_file(recipe: Recipe) -> Iterator[Broken]:
@@ -166,7 +173,7 @@ def silenced_advice_exists(recipe: Recipe) -> Iterator[Broken]:
 RULES: tuple[Rule, ...] = (
     one_half_precision,
     step_counts_are_whole,
-    warm_up_ends_before_the_run,
+    max_steps_leave_room,
     schedule_uses_its_warm_up,
     schedule_knows_its_arguments,
     evaluation_has_rows,

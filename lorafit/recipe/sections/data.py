@@ -37,7 +37,7 @@ class Source(Section):
     limit: int | None = Field(default=None, ge=1)
     """Read only the first so many rows. null means all."""
 
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=1000)
     """How often the rows of this source are seen per epoch: 2.0 twice, 0.5 a random half (by `training.seed`)."""
 
 

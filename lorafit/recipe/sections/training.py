@@ -54,7 +54,7 @@ class TrainingSection(Section):
     """Fill rows of `max_length` with whole documents (best fit, none split); no document sees another. Saves the
     padding and makes a step's work even. Default false, TRL's."""
 
-    num_train_epochs: float = Field(default=1.0, gt=0)
+    num_train_epochs: float = Field(default=1.0, gt=0, le=1e6)
     """Passes over the training rows. Default 1: one epoch is where published LoRA recipes start."""
 
     max_steps: int | None = Field(default=None, ge=1)
