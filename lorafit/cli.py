@@ -37,6 +37,13 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
 ]
+OutputDir = Annotated[
+    Path | None, typer.Option("--output-dir", metavar="DIR", help="The run directory, instead of the recipe's.")
+]
+Smoke = Annotated[
+    bool,
+    typer.Option("--smoke", help="Only try whether the recipe runs: in miniature, in seconds, leaving nothing behind."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
@@ -98,6 +105,8 @@ def _report(error: LorafitError) -> int:
 def train(
     recipe: RecipePath,
     set_: Overrides = None,
+    output_dir: OutputDir = None,
+    is_smoke: Smoke = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -105,8 +114,17 @@ def train(
     """Audit the data, train an adapter, leave a run directory."""
     from lorafit.recipe import load
 
-    loaded = load(recipe, overrides=set_ or ())
+    chosen_directory = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir else []
+    loaded = load(recipe, overrides=[*(set_ or ()), *chosen_directory])
     _quiet_libraries(debug=debug)
+    if is_smoke:
+        from lorafit.training.smoke import smoke
+
+        smoke_result = smoke(loaded, say=_say(quiet=quiet), output_dir=output_dir)
+        from lorafit.report.tables import smoke_table
+
+        _print_result(asdict(smoke_result), as_json=as_json, text=smoke_table(smoke_result))
+        return
     from lorafit.preflight import cache_directory, this_machine
 
     machine = this_machine()
@@ -240,12 +258,13 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a recipe: every key with its meaning, for editors."""
     from lorafit.recipe.schema import recipe_schema
+    from lorafit.recipe.write import write_file
 
     text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
     if output is None:
         print(text)
     else:
-        output.write_text(f"{text}\n", encoding="utf-8")
+        write_file(output, f"{text}\n", overwrite=True)
 
 
 @app.command()

@@ -19,6 +19,10 @@ GOLDEN = {
     'lora: {r: "16"}': 'lora.r: "16" is not a whole number of at least 1; write 16 without quotes',
     "lora: {r: 0}": "lora.r: 0 is not a whole number of at least 1",
     "lora: {lora_dropout: 1}": "lora.lora_dropout: 1 is not a number of at least 0 and below 1",
+    'launch: {strategy: "a\\nb"}': 'launch.strategy: "a\\nb" is not a strategy or an accelerate file; there is no such '
+    "file; write one of ddp, fsdp2, zero2, zero3",
+    '"a\\nb": 1': "a\\nb: not a key of a recipe; its keys are output_dir, task, model, quantization, lora, adalora, "
+    "data, training, optimizer, early_stopping, checkpoints, health, launch, silence, extends",
     "lora: {lora_alpha: 0}": "lora.lora_alpha: 0 is not a whole number of at least 1 or null",
     "training: {max_steps: 0}": "training.max_steps: 0 is not a whole number of at least 1 or null",
     "training: {learning_rate: 0}": "training.learning_rate: 0 is not a number above 0",

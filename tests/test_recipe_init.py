@@ -63,8 +63,9 @@ def test_nothing_is_overwritten(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="never overwritten"):
         write_recipe(SMALLEST, path)
     assert path.read_text(encoding="utf-8") == "mine"
-    with pytest.raises(RecipeError, match="is not a directory"):
-        write_recipe(SMALLEST, tmp_path / "nowhere" / "x.yaml")
+    for nowhere in (tmp_path / "nowhere" / "x.yaml", path / "x.yaml"):
+        with pytest.raises(RecipeError, match="cannot be written"):
+            write_recipe(SMALLEST, nowhere)
 
 
 def test_the_schema_in_the_repository_is_current() -> None:

@@ -91,6 +91,7 @@ def test_every_key_and_value_knows_its_line_and_column() -> None:
         ("a: @x\n", "x:1:4: text that starts with @"),
         ("a: 1\nb\nc: 2\n", "x:2:1: a line without `key: value`"),
         ("a: x\0y\n", "x:1:5: the unprintable character U+0000"),
+        ('a: "x\\0y"\n', "x:1:4: text with the unprintable character U+0000"),
         ("a: 1\n  b: 2\n", "x:2:4: a second `: ` in one value"),
     ],
 )

@@ -156,4 +156,13 @@ def _sorted(path: Path, layer: Layer, wrong: Iterable[Wrong]) -> list[Problem]:
 def _problem(path: Path, layer: Layer, key: KeyPath, message: str) -> Problem:
     origin = layer.origin(key)
     where = origin.where if origin else os.fspath(path)
-    return Problem(f"{where}: {dotted(key)}" if key else where, message, line=origin.line if origin else 0)
+    return Problem(
+        f"{where}: {_on_one_line(dotted(key))}" if key else where,
+        _on_one_line(message),
+        line=origin.line if origin else 0,
+    )
+
+
+def _on_one_line(text: str) -> str:
+    """Line breaks and control characters of quoted YAML text as escapes: a problem is one line."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.errors import RecipeError
 from lorafit.recipe.load import load
 from lorafit.recipe.paths import looks_local, relative, resolved
-from lorafit.recipe.write import dump
+from lorafit.recipe.write import dump, write_file
 
 Preset = Literal["lora", "qlora", "dora"]
 Goal = Literal["style", "knowledge", "code"]
@@ -92,17 +91,7 @@ training:
 
 def write_recipe(text: str, output: Path) -> None:
     """Write a new recipe and load it once. Raises RecipeError when `output` exists or cannot be written."""
-    if not output.parent.is_dir():
-        raise RecipeError(f"{output.parent} is not a directory; make it, or choose another --output", where=str(output))
-    try:
-        with output.open("x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise RecipeError(
-            "is there already and is never overwritten; choose another --output", where=str(output)
-        ) from None
-    except PermissionError as error:
-        raise RecipeError(f"cannot be written ({error.strerror}); choose another --output", where=str(output)) from None
+    write_file(output, text, overwrite=False)
     load(output)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from lorafit.errors import RecipeError
 from lorafit.recipe.paths import relative
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.yaml_reader import FLOAT
@@ -29,3 +30,15 @@ def recipe_yaml(recipe: Recipe, base: Path) -> str:
 def dump(value: Any) -> str:
     """`value` as YAML, keys in their order."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def write_file(path: Path, text: str, *, overwrite: bool) -> None:
+    """`text` in the file that the command line asks for. Raises RecipeError where there can be no such file."""
+    where = str(path)
+    try:
+        with path.open("w" if overwrite else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise RecipeError("is there already and is never overwritten; choose another --output", where=where) from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        raise RecipeError(f"cannot be written ({error.strerror}); choose another --output", where=where) from None

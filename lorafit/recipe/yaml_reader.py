@@ -216,6 +216,8 @@ class _Composer:
         return self._scalar(event)
 
     def _scalar(self, event: Any) -> Any:
+        if found := _UNPRINTABLE.search(event.value):
+            self._refuse(event, f"text with the unprintable character U+{ord(found[0]):04X}; leave it out")
         if not _is_plain(event):
             return event.value
         try:
