@@ -64,7 +64,7 @@ def attach_adapter(
     # bits and, with checkpointing, the inputs need gradients.
     is_quantized = getattr(model, "is_quantized", False)
     if is_quantized:
-        _keep_backward_on_cpu(model)
+        keep_backward_on_cpu(model)
         model = prepare_model_for_kbit_training(
             model,
             use_gradient_checkpointing=gradient_checkpointing,
@@ -89,7 +89,7 @@ def attach_adapter(
     return adapted
 
 
-def _keep_backward_on_cpu(model: nn.Module) -> None:
+def keep_backward_on_cpu(model: nn.Module) -> None:
     """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 in the first evaluation.
 
     The repacked product has no backward: after one evaluation no gradient passes a 4-bit layer any more, and training

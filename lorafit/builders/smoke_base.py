@@ -39,7 +39,7 @@ SMALLER = {
 
 
 def write_smoke_base(
-    config: PreTrainedConfig, tokenizer_dir: Path, *, out_dir: Path, trust_remote_code: bool = False
+    config: PreTrainedConfig, tokenizer_dir: Path, *, out_dir: Path, layers: int = 2, trust_remote_code: bool = False
 ) -> Path:
     """Write a model of `config`'s architecture, a few MB, with the tokenizer, and return `out_dir`.
 
@@ -49,7 +49,7 @@ def write_smoke_base(
     if problems := list(task_problems(config.to_dict(), where=config.name_or_path)):
         raise ModelError(problems)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=trust_remote_code)
-    small = shrunken_config(config, tokenizer=tokenizer)
+    small = shrunken_config(config, tokenizer=tokenizer, layers=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)

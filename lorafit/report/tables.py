@@ -21,3 +21,13 @@ def train_table(result: Any) -> str:
         rows.insert(1, ("held-out loss", losses))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def smoke_table(result: Any) -> str:
+    """What a smoke run came to. `result` is a `SmokeResult`."""
+    kept = f", left in {result.run}" if result.run else ""
+    difference = result.max_abs_logit_difference
+    return (
+        f"runs: {result.architecture}, {result.steps} steps in {result.seconds:.1f} s{kept}; "
+        f"the reloaded adapter gives the trained logits (largest difference {difference:.2g})"
+    )

@@ -57,7 +57,20 @@ class TrainResult:
     outcome: str
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The result, with the model still in memory."""
+
+    result: TrainResult
+    model: PeftModel
+
+
 def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None) -> TrainResult:
+    """Train one adapter as the recipe says, and leave a run directory; see `run_training`."""
+    return run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir).result
+
+
+def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
     `say` takes one line for people at a time. Raises every LorafitError but RecipeError; nothing is created in the
@@ -159,7 +172,7 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     )
     figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
     _finish(run, trainer, facts | figures, outcome=result.outcome)
-    return result
+    return Trained(result, model)
 
 
 def _model_with_adapter(

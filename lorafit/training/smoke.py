@@ -1,0 +1,200 @@
+"""Does this recipe really run? Its architecture in miniature, its first rows, a few steps, and the adapter reloaded."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from peft import PeftModel, prepare_model_for_kbit_training
+from torch import nn
+
+from lorafit.builders.adapter import keep_backward_on_cpu
+from lorafit.builders.base_model import load_base_model
+from lorafit.builders.model_files import is_on_hub
+from lorafit.builders.smoke_base import write_smoke_base
+from lorafit.errors import VerificationError
+from lorafit.planning.known_shapes import architecture
+from lorafit.preflight import Machine, bf16_choice, this_machine
+from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe.sections import LoraSection, ModelSection, Source
+from lorafit.training.train import Say, Trained, run_training
+
+STEPS, TRAIN_ROWS, EVAL_ROWS = 3, 24, 8
+SHIPPED_TOKENIZER = Path(__file__).parent.parent / "smoke_tokenizer"
+"""The quickstart's; a link to its base in a checkout, the tokenizer files alone in a wheel."""
+
+LARGEST_DIFFERENCE = 1e-2
+"""Of a logit, between the trained model and the reloaded adapter on a quantised base; 0 on any other."""
+
+
+@dataclass(frozen=True)
+class SmokeResult:
+    """What a smoke run came to; the JSON of `lorafit train --smoke`."""
+
+    steps: int
+    architecture: str
+    changed: tuple[str, ...]
+    """What differs from the recipe so that it runs here in seconds, one sentence each."""
+
+    max_abs_logit_difference: float
+    seconds: float
+    run: str | None
+    """The run directory that was asked for; None when it was thrown away."""
+
+
+def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeResult:
+    """Run the recipe in miniature. Leaves nothing but `output_dir`, where one is given.
+
+    Raises every error that the real run could raise before its first step, and VerificationError when the reloaded
+    adapter is not the one that was trained.
+    """
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="lorafit-smoke-") as scratch:
+        directory = Path(scratch)
+        config = architecture(loaded.recipe.model)
+        tokenizer_dir = _own_tokenizer(loaded.recipe.model)
+        base = write_smoke_base(
+            config,
+            tokenizer_dir or SHIPPED_TOKENIZER,
+            out_dir=directory / "base",
+            layers=_layers_named(loaded.recipe.lora),
+            trust_remote_code=loaded.recipe.model.trust_remote_code,
+        )
+        machine = this_machine()
+        changes = _Changes(loaded.recipe, machine)
+        small = changes.small_recipe(base, output_dir or directory / "run", has_own_tokenizer=tokenizer_dir is not None)
+        for sentence in changes.said:
+            say(f"smoke: {sentence}")
+        trained = run_training(
+            replace(loaded, recipe=small), say=say, show_progress=False, cache_dir=directory / "tokens"
+        )
+        bf16 = bf16_choice(small.training, machine).value
+        difference = _reload_and_compare(trained, small, bf16=bf16)
+    return SmokeResult(
+        steps=trained.result.steps,
+        architecture=config.model_type,
+        changed=tuple(changes.said),
+        max_abs_logit_difference=difference,
+        seconds=round(time.monotonic() - started, 2),
+        run=str(output_dir) if output_dir else None,
+    )
+
+
+def _own_tokenizer(section: ModelSection) -> Path | None:
+    """Where the model's tokenizer lies, if on this machine: its directory, or the Hub's cache."""
+    if not is_on_hub(section):
+        directory = Path(section.model_name_or_path)
+        return directory if (directory / "tokenizer_config.json").is_file() else None
+    found = try_to_load_from_cache(section.model_name_or_path, "tokenizer_config.json", revision=section.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _layers_named(lora: LoraSection) -> int:
+    """Layers the miniature needs: two, or as many as the section's indices and names reach."""
+    chosen = lora.layers_to_transform
+    indices = [] if chosen is None else [chosen] if isinstance(chosen, int) else list(chosen)
+    names = [*lora.rank_pattern, *lora.alpha_pattern]
+    for listed in (lora.target_modules, lora.exclude_modules, lora.target_parameters, lora.modules_to_save):
+        names += [listed] if isinstance(listed, str) else listed or ()
+    indices += [int(number) for name in names for number in re.findall(r"(?:layers|h|blocks?)\\?\.(\d+)", name)]
+    return max([2, *(index + 1 for index in indices)])
+
+
+class _Changes:
+    """The recipe in miniature, and a sentence for each thing that is not as the recipe says."""
+
+    def __init__(self, recipe: Recipe, machine: Machine) -> None:
+        self._recipe = recipe
+        self._on_cpu = machine.device == "cpu"
+        self.said: list[str] = ["two small layers of random weights, the first rows, three steps"]
+
+    def small_recipe(self, base: Path, run: Path, *, has_own_tokenizer: bool) -> Recipe:
+        recipe = self._recipe
+        model: dict[str, Any] = {"model_name_or_path": str(base), "revision": "main", "extra": {}}
+        training = dict(self._training())
+        data: dict[str, Any] = {
+            "train": tuple(_first_rows(source, TRAIN_ROWS) for source in recipe.data.train),
+            "eval": tuple(_first_rows(source, EVAL_ROWS) for source in recipe.data.eval),
+        }
+        lora: dict[str, Any] = {}
+        if not has_own_tokenizer:
+            self.said.append("the quickstart's tokenizer, since the model's own is not on this machine")
+            data |= {"over_length": "truncate", "max_lost_rows": 1.0}
+            if recipe.lora.trainable_token_indices is not None:
+                lora["trainable_token_indices"] = None
+                self.said.append("no lora.trainable_token_indices: they are ids of the model's own tokenizer")
+        if self._on_cpu:
+            if recipe.model.attn_implementation.startswith(("flash", "flex")):
+                model["attn_implementation"] = "sdpa"
+                self.said.append(f"sdpa instead of {recipe.model.attn_implementation}, which needs a GPU")
+            if recipe.lora.init_lora_weights == "loftq":
+                lora["init_lora_weights"] = True
+                self.said.append("a plain start instead of loftq, which needs a GPU")
+        update: dict[str, Any] = {
+            "output_dir": str(run),
+            "model": recipe.model.model_copy(update=model),
+            "lora": recipe.lora.model_copy(update=lora),
+            "data": recipe.data.model_copy(update=data),
+            "training": recipe.training.model_copy(update=training),
+            "launch": recipe.launch.model_copy(update={"num_processes": 1, "strategy": "ddp"}),
+        }
+        if recipe.adalora is not None:
+            update["adalora"] = recipe.adalora.model_copy(update={"tinit": 1, "tfinal": 0, "delta_t": 1})
+        return recipe.model_copy(update=update)
+
+    def _training(self) -> Iterator[tuple[str, Any]]:
+        training = self._recipe.training
+        yield "max_steps", STEPS
+        yield "per_device_train_batch_size", min(training.per_device_train_batch_size, 4)
+        yield "gradient_accumulation_steps", min(training.gradient_accumulation_steps, 2)
+        yield "warmup_steps", min(training.warmup_steps, 0.1)
+        yield "logging_steps", 1
+        yield "report_to", ()
+        if training.eval_steps is not None:
+            yield "eval_steps", 1
+        if not self._on_cpu:
+            return
+        if training.optim.startswith("paged_"):
+            yield "optim", "adamw_torch_fused"
+            self.said.append(f"adamw_torch_fused instead of {training.optim}, which needs a GPU")
+        if training.fp16:
+            yield "fp16", False
+            self.said.append("no fp16, which needs a GPU")
+        if training.torch_compile:
+            yield "torch_compile", False
+            self.said.append("no torch_compile: compiling takes longer than this whole run")
+
+
+def _first_rows(source: Source, count: int) -> Source:
+    return source.model_copy(update={"limit": min(source.limit or count, count)})
+
+
+def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> float:
+    """Largest difference of a logit between the model in memory and its adapter, read back onto its base."""
+    base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=None)
+    if recipe.quantization is not None:  # the base in memory went through the same
+        keep_backward_on_cpu(base)
+        base = prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    reloaded = PeftModel.from_pretrained(base, trained.result.adapter).to(trained.model.device).eval()
+    with torch.autocast(trained.model.device.type, torch.bfloat16, enabled=bf16):
+        after, before = _logits(reloaded), _logits(trained.model.eval())
+    difference = (after - before).abs().max().item()
+    if not difference <= (0.0 if recipe.quantization is None else LARGEST_DIFFERENCE):
+        raise VerificationError(
+            f"the reloaded adapter differs from the trained one by {difference:.3g} in a logit", where="smoke"
+        )
+    return difference
+
+
+@torch.no_grad()
+def _logits(model: nn.Module) -> torch.Tensor:
+    """[1, 16, vocabulary] for fixed token ids."""
+    ids = torch.arange(3, 19, device=next(model.parameters()).device).unsqueeze(0)
+    return model(input_ids=ids).logits.float()
