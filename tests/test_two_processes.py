@@ -25,12 +25,13 @@ CLOSE = {"rtol": 0, "atol": 2e-6}
 
 
 def command(directory: Path, *words: str) -> subprocess.Popen[str]:
-    """`lorafit WORDS`, in a process group of its own, with an empty cache."""
-    environment = {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(directory / "cache")}
-    environment["WANDB_MODE"] = ""  # transformers prints a line on stdout for any other
+    """`python -m WORDS`, in a process group of its own, with an empty cache."""
     return subprocess.Popen(
-        [sys.executable, "-m", "lorafit", *words],
-        env=os.environ | environment | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"},
+        [sys.executable, "-m", *words],
+        env=os.environ
+        | {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(directory / "cache")}
+        | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
+        | {"WANDB_MODE": ""},  # transformers prints a line on stdout for `offline`
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -84,7 +85,7 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path, tiny_base: Path) ->
     _, said = run(small_recipe(one, tiny_base))
     halves = {"per_device_train_batch_size": 2}
     loaded = small_recipe(two, tiny_base, training=halves, launch={"num_processes": 2})
-    code, out, err = finished(command(two, "train", str(loaded.path), "--json"))
+    code, out, err = finished(command(two, "lorafit", "train", str(loaded.path), "--json"))
     assert code == 0, err
     assert json.loads(out)["steps"] == 3
     # The data, the adapter and all else are told once, in the words of one process.
@@ -101,7 +102,7 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path, tiny_base: Path) ->
 def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_path: Path, tiny_base: Path) -> None:
     together = command(
         tmp_path,
-        *("processes", "--config_file", str(launch.config_file("ddp")), "--num_processes", "2"),
+        *("lorafit", "processes", "--config_file", str(launch.config_file("ddp")), "--num_processes", "2"),
         *("--main_process_port", "0", "--num_cpu_threads_per_process", "1"),
         *(str(TESTS / "together.py"), str(tmp_path / "two"), str(tiny_base)),
     )
@@ -131,7 +132,7 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
 def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny_base: Path) -> None:
     broken = {"learning_rate": 1e30, "per_device_train_batch_size": 2}
     loaded = small_recipe(tmp_path, tiny_base, training=broken, launch={"num_processes": 2})
-    code, out, err = finished(command(tmp_path, "train", str(loaded.path), "--quiet"))
+    code, out, err = finished(command(tmp_path, "lorafit", "train", str(loaded.path), "--quiet"))
     assert (code, out) == (6, "")
     assert len(err.splitlines()) == 1, err
     assert err.startswith(("error: process 0: training: step ", "error: process 1: training: step "))
@@ -141,7 +142,7 @@ def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny
 
 def test_a_killed_process_ends_the_run(tmp_path: Path, tiny_base: Path) -> None:
     endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
     workers = until_training(process, tmp_path)
     assert len(workers) == 2
     os.kill(workers[1], signal.SIGKILL)
@@ -155,7 +156,7 @@ def test_a_killed_process_ends_the_run(tmp_path: Path, tiny_base: Path) -> None:
 @pytest.mark.slow
 def test_control_c_ends_all_processes(tmp_path: Path, tiny_base: Path) -> None:
     endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
     until_training(process, tmp_path)
     os.killpg(process.pid, signal.SIGINT)
     assert finished(process) == (75, "", "error: launch: stopped on request; all processes were ended\n")
@@ -164,7 +165,7 @@ def test_control_c_ends_all_processes(tmp_path: Path, tiny_base: Path) -> None:
 @pytest.mark.slow
 def test_no_process_outlives_the_launcher(tmp_path: Path, tiny_base: Path) -> None:
     endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "train", str(endless.path), "--quiet")
+    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
     until_training(process, tmp_path)
     process.kill()
     assert finished(process)[0] == -signal.SIGKILL
@@ -174,20 +175,17 @@ def test_no_process_outlives_the_launcher(tmp_path: Path, tiny_base: Path) -> No
 @pytest.mark.parametrize("config", ["ddp", "fsdp2"])
 def test_accelerate_launch_by_hand_trains_or_says_why_not(tmp_path: Path, tiny_base: Path, config: str) -> None:
     loaded = small_recipe(tmp_path, tiny_base)
-    by_hand = ["-m", "accelerate.commands.launch", "--config_file", str(launch.config_file(config))]
-    done = subprocess.run(
-        [sys.executable, *by_hand, "--main_process_port", "0", "-m", "lorafit", "train", str(loaded.path), "--json"],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
+    process = command(
+        tmp_path,
+        *("accelerate.commands.launch", "--config_file", str(launch.config_file(config)), "--main_process_port", "0"),
+        *("-m", "lorafit", "train", str(loaded.path), "--json"),
     )
+    code, out, err = finished(process)
     if config == "ddp":
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["steps"] == 3
+        assert code == 0, err
+        assert json.loads(out)["steps"] == 3
         return
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, done.stderr
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, err
     assert "FSDP was asked for, data parallel was started on cpu" in errors[0]
     assert not (tmp_path / "run").exists()
