@@ -168,7 +168,10 @@ def _exit_code(arguments: list[str]) -> int:
             traceback.print_exc()
         return _report(error)
     except typer.TyperException as error:
-        return _report(RecipeError(f"{error.format_message()} (see `lorafit {' '.join(arguments[:1])} --help`)"))
+        known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+        command = "lorafit " + " ".join(word for word in arguments[:1] if word in known)
+        said = error.format_message().replace(" Value error,", "")
+        return _report(RecipeError(f"{said} (see `{command.strip()} --help`)"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise

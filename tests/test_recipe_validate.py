@@ -138,3 +138,23 @@ def test_the_command_exits_2_with_a_line_per_problem_and_creates_nothing(tmp_pat
     assert done.stderr == "error: x.yaml:3: lora.lora_alfa: not a key of lora; did you mean lora_alpha?\n"
     assert sorted(tmp_path.rglob("*")) == before
     assert lorafit(tmp_path, "validate", "nowhere.yaml").stderr == "error: nowhere.yaml: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["validat"], "error: No such command 'validat'. Did you mean 'validate'? (see `lorafit --help`)"),
+        (["validate"], "error: Missing argument 'RECIPE'. (see `lorafit validate --help`)"),
+        (["validate", "x.yaml", "--sett"], "error: No such option: --sett"),
+        (["init", "--preset", "x"], "error: Invalid value for '--preset': 'x' is not one of 'lora', 'qlora', 'dora'."),
+    ],
+)
+def test_a_wrong_command_line_is_one_line_and_exit_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lorafit.cli import _exit_code
+
+    assert _exit_code(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith(said) and captured.err.count("\n") == 1
+    assert captured.out == ""
