@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ class RunDir:
     def adapter(self) -> Path:
         """The plain PEFT adapter."""
         return self.path / "adapter"
+
+    def adapter_hashes(self) -> dict[str, str]:
+        """SHA-256 of each file of the adapter, by which a later command knows that it is as training left it."""
+        files = sorted(path for path in self.adapter.iterdir() if path.is_file())
+        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def refuse_used(self) -> None:
         """A run directory is never overwritten: it must be absent, or an empty directory, and writable.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -44,6 +45,9 @@ def test_a_run_leaves_everything_its_directory_promises(tmp_path: Path, tiny_bas
     assert manifest["outcome"] == "finished"
     assert manifest["planned_steps"] == manifest["steps"] == 3
     assert len(manifest["modules"]) == 14
+    assert len(manifest["base"]["fingerprint"]) == 64
+    weights = (tmp_path / "run/adapter/adapter_model.safetensors").read_bytes()
+    assert manifest["adapter"]["adapter_model.safetensors"] == hashlib.sha256(weights).hexdigest()
 
 
 def test_the_run_directory_names_no_path_of_this_machine_and_holds_no_pickle(tmp_path: Path, tiny_base: Path) -> None:

@@ -24,6 +24,7 @@ from lorafit import __version__, launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
+from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
 from lorafit.errors import LorafitError
@@ -133,7 +134,7 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         run.path.mkdir(parents=True, exist_ok=True)
         placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
         run.recipe.write_text(placed.yaml(relative_to=run.path), encoding="utf-8")
-    facts = _facts(loaded, data, run, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
+    facts = _facts(loaded, base_files, data, run, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
     before = remember(model)
     with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
         try:
@@ -269,6 +270,7 @@ def _say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say)
 
 def _facts(
     loaded: LoadedRecipe,
+    base_files: BaseModelFiles,
     data: PreparedData,
     run: RunDir,
     *,
@@ -289,6 +291,12 @@ def _facts(
         "seed": loaded.recipe.training.seed,
         "bf16": bf16,
         "planned_steps": steps,
+        "base": {
+            "name": base_files.name if base_files.revision else None,  # a directory is in recipe.yaml, relative
+            "commit": base_files.revision,
+            "fingerprint": base_files.fingerprint(),
+            "tensors": len(base_files.tensors),
+        },
         "data": {"fingerprint": data.fingerprint, **data.audit.as_dict(), "files": _relative(data.files, run)},
         "modules": [asdict(module) for module in table],
     }
@@ -300,5 +308,7 @@ def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
 
 
 def _finish(run: RunDir, trainer: LoraTrainer, facts: dict[str, Any], *, outcome: str) -> None:
-    if trainer.is_world_process_zero():
-        run.write_manifest(facts | {"outcome": outcome})
+    if not trainer.is_world_process_zero():
+        return
+    adapter = {"adapter": run.adapter_hashes()} if run.adapter.is_dir() else {}
+    run.write_manifest(facts | {"outcome": outcome} | adapter)
