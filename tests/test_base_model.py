@@ -33,6 +33,7 @@ from transformers import (
 
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.model_files import BaseModelFiles
+from lorafit.builders.weight_files import fingerprint, tensor_table
 from lorafit.errors import MachineError, ModelError
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
@@ -475,6 +476,33 @@ def test_the_fingerprint_tells_changed_weights_and_settings_but_not_the_place(
     other = Path(shutil.copytree(tiny_base, tmp_path / "other"))
     change_json(other / "config.json", rms_norm_eps=1e-3)
     assert checked(other).fingerprint() != own
+
+
+def weights(directory: Path, files: dict[str, dict[str, torch.Tensor]]) -> str:
+    """Fingerprint of a directory of weight files with their index."""
+    directory.mkdir()
+    for name, tensors in files.items():
+        save_file(tensors, directory / name)
+    index = {"weight_map": {tensor: name for name, tensors in files.items() for tensor in tensors}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    return fingerprint(directory, config={}, tensors=tensor_table(directory))
+
+
+def test_the_fingerprint_does_not_depend_on_how_the_tensors_are_cut_into_files(tmp_path: Path) -> None:
+    a, b = torch.ones(3), torch.zeros(5)
+    first = weights(tmp_path / "first", {"model-1.safetensors": {"a": a, "b": b}})
+    assert weights(tmp_path / "second", {"model-1.safetensors": {"b": b}, "model-2.safetensors": {"a": a}}) == first
+    assert weights(tmp_path / "third", {"model-1.safetensors": {"a": b, "b": a}}) != first
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
+def test_the_fingerprint_samples_a_large_tensor_from_end_to_end(tmp_path: Path, share: float) -> None:
+    large = torch.zeros(1_000_000)
+    changed = large.clone()
+    changed[round(share * (len(large) - 1024)) :][:1024] = 1  # one block's worth, where a block lies
+    assert weights(tmp_path / "first", {"model-1.safetensors": {"a": large}}) != weights(
+        tmp_path / "second", {"model-1.safetensors": {"a": changed}}
+    )
 
 
 def test_files_are_looked_at_without_torch(tiny_base: Path) -> None:

@@ -19,6 +19,7 @@ from transformers import (
     FalconConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     MistralConfig,
     MixtralConfig,
     PhiConfig,
@@ -97,6 +98,13 @@ def test_experts_are_parameters_that_all_linear_leaves_out() -> None:
     assert table.experts().lora_parameters == counted
     gate_up = next(target for target in table.targets if target.name == "mlp.experts.gate_up_proj")
     assert (gate_up.shape, gate_up.count, gate_up.all_linear) == ((4, 256, 64), 2, False)
+
+
+def test_experts_stored_the_other_way_round_are_shown_as_out_by_in() -> None:
+    config = GptOssConfig(**SMALL, intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
+    shapes = {target.name: target.shape for target in target_table(config).targets}
+    assert shapes["mlp.experts.gate_up_proj"] == (4, 256, 64)
+    assert shapes["mlp.experts.down_proj"] == (4, 64, 128)
 
 
 def test_a_conv1d_is_shown_as_out_by_in_and_names_shared_by_two_modules_say_which() -> None:

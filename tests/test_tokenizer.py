@@ -62,6 +62,14 @@ def test_the_end_of_text_pads_where_there_is_nothing_else_and_that_is_said(
     ]
 
 
+def test_the_end_of_text_is_not_taken_for_a_padding_token_by_its_name(copied: Path) -> None:
+    rename_padding(copied, "<pad>")
+    for path in copied.glob("tokenizer*.json"):
+        path.write_text(path.read_text().replace("<pad>", "<unk>").replace("<|im_end|>", "<pad>"))
+    tokenizer = load_tokenizer(section(copied))
+    assert (tokenizer.eos_token, tokenizer.pad_token) == ("<pad>", "<unk>")
+
+
 def without_end(base: Path) -> None:
     facts = json.loads((base / "tokenizer_config.json").read_text())
     del facts["eos_token"]
