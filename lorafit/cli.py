@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from lorafit import __version__, launch
-from lorafit.errors import DiskError, LorafitError, RecipeError
+from lorafit.errors import DiskError, LorafitError, RecipeError, StopRequested
 
 app = typer.Typer(
     name="lorafit",
@@ -172,6 +172,8 @@ def _exit_code(arguments: list[str]) -> int:
         command = "lorafit " + " ".join(word for word in arguments[:1] if word in known)
         said = error.format_message().replace(" Value error,", "")
         return _report(RecipeError(f"{said} (see `{command.strip()} --help`)"))
+    except (KeyboardInterrupt, typer.Abort):
+        return _report(StopRequested("stopped on request; nothing was written"))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
             raise

@@ -17,7 +17,7 @@ from runs import QUICK, logits, reloaded, run, small_recipe
 from safetensors.torch import load_file
 from tiny import sums, write_jsonl
 
-from lorafit.errors import HealthStop, LorafitError, RunDirError, VerificationError
+from lorafit.errors import HealthStop, LorafitError, RunDirError, StopRequested, VerificationError
 from lorafit.training import train as train_module
 
 
@@ -184,6 +184,24 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(
     monkeypatch.setattr(train_module.LoraTrainer, "training_step", poison)
     with pytest.raises(HealthStop, match=r"step 2: gradient norm is (inf|nan); rows .*train\.jsonl:\d+"):
         run(small_recipe(tmp_path, tiny_base, training={"gradient_accumulation_steps": 2}))
+
+
+def test_ctrl_c_ends_the_run_in_one_line_and_writes_no_adapter(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = train_module.LoraTrainer.training_step
+
+    def interrupt(self: Any, *rest: Any, **named: Any) -> Any:
+        if self.state.global_step == 2:
+            raise KeyboardInterrupt
+        return step(self, *rest, **named)
+
+    monkeypatch.setattr(train_module.LoraTrainer, "training_step", interrupt)
+    with pytest.raises(StopRequested, match="stopped on request after step 2 of 3; no adapter was written") as caught:
+        run(small_recipe(tmp_path, tiny_base))
+    assert caught.value.exit_code == 75
+    assert not (tmp_path / "run/adapter").exists()
+    assert json.loads((tmp_path / "run/manifest.json").read_text())["outcome"].startswith("stopped on request")
 
 
 def test_on_nan_warn_goes_on_but_never_saves_a_broken_adapter(

@@ -27,7 +27,7 @@ from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
@@ -139,6 +139,10 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
         try:
             trainer.train()
+        except KeyboardInterrupt as interrupt:
+            done = f"stopped on request after step {trainer.state.global_step} of {steps}"
+            _finish(run, trainer, facts, outcome=done)
+            raise StopRequested(f"{done}; no adapter was written", where=str(run.path)) from interrupt
         except LorafitError as error:
             _finish(run, trainer, facts, outcome=f"stopped: {error}")
             # All processes stop at one step. One that left now would have the others ended before that is written.
