@@ -20,8 +20,9 @@ class ChatTemplate:
 
     def __init__(self, text: str, variables: dict[str, Any]) -> None:
         """Raises jinja2.TemplateSyntaxError."""
-        # transformers gives every call of this function an environment of its own, so it can be narrowed further.
-        environment = _cached_compile_jinja_template(text).environment
+        # transformers makes an environment for every call of this function, so this one can be narrowed further; not
+        # with the text itself, since compiling computes constants before they can be bounded.
+        environment = _cached_compile_jinja_template("").environment
         _bound(environment)
         self._template = environment.from_string(text)
         self._variables = variables
