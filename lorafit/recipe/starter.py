@@ -65,7 +65,8 @@ def starter_recipe(*, model: str, data: str, preset: Preset, goal: Goal, output:
 #   lorafit preview {output}       the rows as the model will see them
 #   lorafit train {output}
 #
-# `lorafit schema` describes every key; left out, a key has the default it names.
+# Left out, a key has its default: `lorafit schema --output lorafit.schema.json` describes every one, and editors
+# complete them where a recipe says `yaml-language-server: $schema=lorafit.schema.json` in a comment on its first line.
 
 model:
 {_indented(dump(moved["model"]))}\
