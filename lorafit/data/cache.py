@@ -23,8 +23,8 @@ def load(cache: Path, fingerprint: str) -> tuple[dict[str, Path], dict[str, Any]
         tables = {name: entry / f"{name}.arrow" for name in facts["sha256"]}
         if all(_sha256(path) == facts["sha256"][name] for name, path in tables.items()):
             return tables, facts["audit"]
-    except FileNotFoundError:
-        if not entry.exists():
+    except OSError:
+        if not entry.is_dir():
             return None
     except (ValueError, KeyError, TypeError):
         pass
