@@ -89,7 +89,9 @@ def main(directory: Path, base: Path) -> None:
     verify_result(sharded, before=before, gathered=gathered, **planned)
     if state.is_main_process:
         target = directory / "sharded"
-        write_adapter(sharded, byte_tokenizer(), target=target, base_name=None, state_dict=gathered, initial=None)
+        write_adapter(
+            sharded, byte_tokenizer(), target=target, base_name=None, state_dict=gathered, initial=None, card=""
+        )
     own_part = {name: p.to_local() for name, p in sharded.named_parameters() if p.requires_grad}
     if state.is_main_process:
         gathered = own_part

@@ -2,25 +2,54 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
+
+MAX_EXPONENT = 700
+"""exp of more is not a float."""
 
 
 def train_table(result: Any) -> str:
     """What a run came to, one fact a line. `result` is a `TrainResult`."""
+    adapter = Path(result.adapter)
+    weights = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     rows = [
         ("outcome", result.outcome),
-        ("steps", f"{result.steps:,}"),
-        ("tokens", f"{result.tokens:,}"),
-        ("seconds", f"{result.seconds:.1f}"),
-        ("peak memory", f"{result.peak_memory_bytes / 2**30:.2f} GiB"),
-        ("adapter", result.adapter),
+        *_held_out(result.eval_loss_before, result.eval_loss_after),
+        ("steps", f"{result.steps:>11,}"),
+        ("tokens", f"{result.tokens:>11,}   {result.tokens_per_second:,.0f} per second of training"),
+        ("time", f"{_duration(result.seconds):>11}"),
+        ("peak memory", f"{result.peak_memory_bytes / 2**30:>7.2f} GiB"),
+        ("adapter", f"{adapter} ({weights / 1e6:.1f} MB)"),
+        ("next", f"cat {adapter / 'README.md'}   # what was trained, and how to load it with plain PEFT"),
     ]
-    if result.eval_loss_before is not None:
-        change = result.eval_loss_after / result.eval_loss_before - 1
-        losses = f"{result.eval_loss_before:.4f} before, {result.eval_loss_after:.4f} after ({change:+.1%})"
-        rows.insert(1, ("held-out loss", losses))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _held_out(before: float | None, after: float | None) -> list[tuple[str, str]]:
+    """Loss and perplexity before and after, one below the other."""
+    if before is None or after is None:
+        return [("held-out loss", "not known: data.eval and data.eval_fraction are empty")]
+    pairs = (("held-out loss", before, after, ".4f"), ("perplexity", perplexity(before), perplexity(after), ",.2f"))
+    return [
+        (name, f"{first:>11{form}} before {last:>11{form}} after {last / first - 1:>+8.1%}")
+        for name, first, last, form in pairs
+    ]
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many equally likely tokens the model hesitates."""
+    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
+
+
+def _duration(seconds: float) -> str:
+    """3 min 49 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{seconds:.1f} s"
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def smoke_table(result: Any) -> str:

@@ -22,6 +22,7 @@ class MetricsFile(TrainerCallback):
         self._path = path
         self._started = time.monotonic()
         self._seen = (self._started, 0)
+        self._training_seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.tokens = 0
 
@@ -30,13 +31,14 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Append one line."""
         entry: dict[str, Any] = {"step": state.global_step}
+        self.tokens = int(logs.get("num_tokens", self.tokens))  # the summary at the end counts the last steps, too
         entry |= {_METRIC_NAMES.get(key, key): value for key, value in logs.items() if key in (*_KEPT, *_METRIC_NAMES)}
         if "loss" in logs:
             now = time.monotonic()
-            seconds, tokens = now - self._seen[0], int(logs.get("num_tokens", 0)) - self._seen[1]
-            self.tokens = int(logs.get("num_tokens", 0))
+            seconds, tokens = now - self._seen[0], self.tokens - self._seen[1]
             entry |= {"tokens": self.tokens, "tokens_per_second": round(tokens / max(seconds, 1e-9), 1)}
             self._seen = (now, self.tokens)
+            self._training_seconds += seconds
         elif not any(key.startswith("eval_loss") for key in logs):
             return
         entry["seconds"] = round(time.monotonic() - self._started, 3)
@@ -44,6 +46,10 @@ class MetricsFile(TrainerCallback):
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps(entry) + "\n")
+
+    def tokens_per_second(self) -> float:
+        """Throughput of the logged steps, evaluations left out."""
+        return round(self._seen[1] / max(self._training_seconds, 1e-9), 1)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Time counts from the first step."""

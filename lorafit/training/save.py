@@ -49,11 +49,13 @@ def write_adapter(
     base_name: str | None,
     state_dict: dict[str, torch.Tensor] | None,
     initial: Path | None,
+    card: str,
 ) -> None:
     """Write a plain PEFT adapter with its tokenizer to `target`, which must not exist.
 
     `base_name` is a Hub id, or None for a base in a directory (no path of this machine is recorded). `state_dict` is
-    the gathered one of a sharded model. Raises VerificationError when the file is not what is in memory.
+    the gathered one of a sharded model, `card` the text of README.md. Raises VerificationError when the file is not
+    what is in memory.
     """
     stage = target.with_name(target.name + ".tmp")
     shutil.rmtree(stage, ignore_errors=True)
@@ -71,7 +73,7 @@ def write_adapter(
         )
     _settle_config(stage / "adapter_config.json", base_name)
     tokenizer.save_pretrained(str(stage))
-    (stage / "README.md").unlink(missing_ok=True)  # peft's own card; the run writes a fuller one
+    (stage / "README.md").write_text(card, encoding="utf-8")  # in place of peft's own, which names the base's path
     if initial is None:
         _refuse_difference(model, stage / WEIGHTS, state_dict)
     _refuse_broken(stage)

@@ -31,6 +31,7 @@ from lorafit.errors import LorafitError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
+from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
@@ -51,6 +52,7 @@ class TrainResult:
     adapter: str
     steps: int
     tokens: int
+    tokens_per_second: float
     eval_loss_before: float | None
     eval_loss_after: float | None
     peak_memory_bytes: int
@@ -161,14 +163,22 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         losses = _held_out_losses(trainer, metrics)
         if trainer.is_world_process_zero():
             base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
+            reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
             write_adapter(
-                model, tokenizer, target=run.adapter, base_name=base_name, state_dict=gathered, initial=initial
+                model,
+                tokenizer,
+                target=run.adapter,
+                base_name=base_name,
+                state_dict=gathered,
+                initial=initial,
+                card=model_card(recipe, facts=facts | reached, history=metrics.history),
             )
     result = TrainResult(
         run=str(run.path),
         adapter=str(run.adapter),
         steps=trainer.state.global_step,
         tokens=metrics.tokens,
+        tokens_per_second=metrics.tokens_per_second(),
         eval_loss_before=losses[0],
         eval_loss_after=losses[1],
         peak_memory_bytes=_peak_memory_bytes(),
