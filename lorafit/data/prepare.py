@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import date
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +145,9 @@ def _rendered(rows: Iterable[Row], renderer: Renderer, findings: Findings) -> It
 
 def _audit_of(sequences: list[Sequence], findings: Findings) -> SideAudit:
     lengths = [len(sequence.input_ids) for sequence in sequences]
-    trained = [length - sequence.labels.count(NOT_TRAINED) for length, sequence in zip(lengths, sequences, strict=True)]
-    split = findings.counts["split"] and len({sequence.place for sequence in sequences})
-    return side_audit(split or len(sequences), lengths, trained, findings.count("lost"))
+    trained = [int((sequence.labels != NOT_TRAINED).sum()) for sequence in sequences]
+    rows = sum(1 for _ in groupby(sequences, key=lambda sequence: sequence.place))
+    return side_audit(rows, lengths, trained, findings.count("lost"))
 
 
 def _table(sequences: list[Sequence]) -> pyarrow.Table:
@@ -180,6 +181,7 @@ def _fingerprint(
         for source in (*section.train, *section.eval)
     ]
     template = tokenizer.chat_template if section.template == "chat" else renderer.template_text
+    draws = section.eval_fraction is not None or any(source.weight % 1 for source in section.train)
     writes_date = "strftime_now" in str(template)
     facts = {
         "versions": (lorafit.__version__, transformers.__version__, tokenizers.__version__),
@@ -191,6 +193,6 @@ def _fingerprint(
         "tokenizer": hashlib.sha256(text_tokenizer.content.encode()).hexdigest(),
         "special_tokens": tokenizer.special_tokens_map,
         "limits": (limits.max_length, sorted(limits.stop_token_ids), limits.vocab_size),
-        "seed": seed,
+        "seed": seed if draws else None,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -12,7 +12,7 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,9 @@ class Renderer:
         self.template_text = self._template_text(has_tools=False)
         self.adds_bos = section.template in ("alpaca", "plain")
         """Whether the tokenizer's own beginning goes before the text: chat templates write it themselves."""
-        self._special = _special_token_pattern(tokenizer)
+        added = tokenizer.added_tokens_decoder.values()
+        self._special = frozenset(token.content for token in added if token.special and token.content.strip())
+        self._special_pattern = _special_token_pattern(self._special)
 
     def render(self, row: Row, findings: Findings) -> list[Rendered]:
         """The sequences of a row: one, unless the template renders earlier turns differently; none when it is lost."""
@@ -107,9 +109,10 @@ class Renderer:
 
     def _find_special_tokens(self, row: Row, findings: Findings) -> None:
         for text in texts(row):
-            found = self._special.search(text.removesuffix(self._eos))
-            if found:
-                findings.add("special_tokens", row.place, found.group())
+            found = self._special_pattern.findall(text.removesuffix(self._eos))
+            special = next((token for token in found if token in self._special), None)
+            if special:
+                findings.add("special_tokens", row.place, special)
                 return
 
     def _template(self, has_tools: bool) -> ChatTemplate:
@@ -241,8 +244,7 @@ def _is_in(message: Message, text: str) -> bool:
     )
 
 
-def _special_token_pattern(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches any special token; longer ones first."""
-    tokens: list[Any] = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ordered = sorted((token for token in tokens if token.strip()), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, ordered)) or "(?!)")
+def _special_token_pattern(tokens: frozenset[str]) -> re.Pattern[str]:
+    """Matches every special token, and what differs from one by a number only: some tokenizers number thousands."""
+    patterns = {re.sub(r"\d+", r"\\d+", re.escape(token)) for token in tokens}
+    return re.compile("|".join(sorted(patterns, key=len, reverse=True)) or "(?!)")

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import numpy as np
+import numpy.typing as npt
 from tokenizers import Encoding, Tokenizer
 from tokenizers.processors import Sequence as NoPostProcessing
 from transformers import PreTrainedTokenizerBase
@@ -15,6 +17,8 @@ from lorafit.data.findings import Findings
 from lorafit.data.render import Rendered, Span
 from lorafit.data.rows import Place
 from lorafit.errors import ModelError
+
+TokenIds = npt.NDArray[np.int32]
 
 NOT_TRAINED = -100
 """Label of a token that is context only: the index torch's cross entropy ignores."""
@@ -38,8 +42,8 @@ class Sequence:
     """One training sequence."""
 
     place: Place
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: TokenIds
+    labels: TokenIds
 
 
 class TextTokenizer:
@@ -78,24 +82,25 @@ class TextTokenizer:
     def _sequence(self, item: Rendered, encoding: Encoding, limits: Limits, findings: Findings) -> Sequence | None:
         ids: list[int] = encoding.ids
         spans = [_token_span(encoding, span, len(item.text)) for span in item.spans]
-        if item.spans and not item.is_whole and any(_straddles(encoding, span) for span in item.spans if span[0]):
-            findings.add("straddling", item.place)
         if not item.is_whole and all(first >= end for first, end in spans):
             findings.add("no_answer", item.place)
             return None
-        opening = self._opening if ids[: len(self._opening)] != self._opening else []
-        labels = ids[:] if item.is_whole else [NOT_TRAINED] * len(ids)
+        if not item.is_whole and any(_straddles(encoding, span) for span in item.spans if span[0]):
+            findings.add("straddling", item.place)
         for first, end in spans:
-            labels[first:end] = ids[first:end]
             self._find_missing_stop(ids[max(first, end - TOKENS_AFTER_STOP) : end], item, limits, findings)
-        if opening:
-            ids = opening + ids
-            labels = (opening if item.is_whole else [NOT_TRAINED] * len(opening)) + labels
-        if len(ids) > 1 and ids[0] == ids[1] == self._bos:
+        opening = self._opening if ids[: len(self._opening)] != self._opening else []
+        # int32 arrays, since Python's integers would take eight times the memory of the tokens.
+        input_ids = np.array(opening + ids, np.int32)
+        labels = input_ids.copy() if item.is_whole else np.full_like(input_ids, NOT_TRAINED)
+        for first, end in spans:
+            answer = slice(first + len(opening), end + len(opening))
+            labels[answer] = input_ids[answer]
+        if len(input_ids) > 1 and input_ids[0] == input_ids[1] == self._bos:
             findings.add("double_bos", item.place)
-        if ids and max(ids) >= limits.vocab_size:
-            findings.add("outside_vocabulary", item.place, self._foreign(max(ids), limits.vocab_size))
-        return _fit(Sequence(item.place, ids, labels), limits, findings)
+        if len(ids) and (largest := int(input_ids.max())) >= limits.vocab_size:
+            findings.add("outside_vocabulary", item.place, self._foreign(largest, limits.vocab_size))
+        return _fit(Sequence(item.place, input_ids, labels), limits, findings)
 
     def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:
         if limits.stop_token_ids.isdisjoint(end):
@@ -161,9 +166,9 @@ def _fit(sequence: Sequence, limits: Limits, findings: Findings) -> Sequence | N
         findings.add("over_length_dropped", sequence.place, message)
         return None
     kept, cut = sequence.labels[:longest], sequence.labels[longest:]
-    if all(label == NOT_TRAINED for label in kept):
+    if (kept == NOT_TRAINED).all():
         findings.add("answer_cut_off", sequence.place, message)
         return None
-    if any(label != NOT_TRAINED for label in cut):
+    if (cut != NOT_TRAINED).any():
         findings.add("answer_cut", sequence.place, message)
     return Sequence(sequence.place, sequence.input_ids[:longest], kept)
