@@ -219,15 +219,16 @@ def test_a_tensor_without_a_place_is_said_once(copied: Path, caplog: pytest.LogC
     ]
 
 
-def test_a_hub_model_is_read_from_the_cache_and_keeps_its_name(tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("subfolder", ["", "a/b"])
+def test_a_hub_model_is_read_from_the_cache_and_keeps_its_name(tiny_base: Path, tmp_path: Path, subfolder: str) -> None:
     commit = "0123456789abcdef0123456789abcdef01234567"
     repository = tmp_path / "hub" / "models--org--name"
-    shutil.copytree(tiny_base, repository / "snapshots" / commit)
+    shutil.copytree(tiny_base, repository / "snapshots" / commit / subfolder)
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text(commit)
-    model = section("org/name", extra={"cache_dir": str(tmp_path / "hub")})
+    model = section("org/name", extra={"cache_dir": str(tmp_path / "hub"), "subfolder": subfolder})
     files = check_base_model(model)
-    assert (files.revision, files.directory) == (commit, repository / "snapshots" / commit)
+    assert (files.revision, files.directory) == (commit, repository / "snapshots" / commit / subfolder)
     assert checked(tiny_base).revision is None
     base = load_base_model(model, None, dtype="auto", device_map=None)
     assert base.name_or_path == base.config._name_or_path == "org/name"
@@ -325,8 +326,16 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: change_json(base / "generation_config.json", eos_token_id="</s>"),
         "/generation_config.json: has eos_token_id '</s>'; it is a token id or a list of them",
     ),
+    "adapter besides": (
+        lambda base: (base / "adapter_config.json").write_text("{}"),
+        "/adapter_config.json: lies in a base model and would be loaded with it: move the adapter elsewhere",
+    ),
     "adapter": (
-        lambda base: (base / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}'),
+        lambda base: (
+            (base / "config.json")
+            .rename(base / "adapter_config.json")
+            .write_text('{"base_model_name_or_path": "org/base"}')
+        ),
         ": is an adapter, not a base model: set model.model_name_or_path to its base (org/base)",
     ),
     "no tokenizer": (
@@ -357,7 +366,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "float8": (stored_as_float8, "stores lm_head.weight (1 weights in all) as F8_E4M3, and config.json does not say"),
 }
-assert len(BREAKS) == 33
+assert len(BREAKS) == 34
 
 
 @pytest.mark.parametrize("name", BREAKS)
@@ -398,6 +407,23 @@ def test_all_problems_of_a_config_are_said_at_once(copied: Path) -> None:
     with pytest.raises(ModelError) as caught:
         checked(copied)
     assert len(caught.value.problems) == 4
+
+
+def test_own_code_runs_only_with_the_recipes_consent(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(copied.parent / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    (copied / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
+        "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    change_json(copied / "config.json", model_type="own", auto_map=auto_map, architectures=["OwnForCausalLM"])
+    assert "set model.trust_remote_code: true" in refusal(copied)
+    assert not (copied.parent / "modules").exists()
+    assert checked(copied, trust_remote_code=True).vocab_size == 264
+    model = load_base_model(section(copied, trust_remote_code=True), None, dtype="auto", device_map=None)
+    assert type(model).__name__ == "OwnForCausalLM"
 
 
 def test_own_code_may_come_with_an_architecture_that_the_library_knows(copied: Path) -> None:

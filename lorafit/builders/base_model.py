@@ -111,8 +111,9 @@ def _mend(section: ModelSection) -> str:
 
 
 def _commit(section: ModelSection, *, directory: Path) -> str | None:
-    """A snapshot lies in `snapshots/<commit>`."""
-    return directory.parts[directory.parts.index("snapshots") + 1] if is_on_hub(section) else None
+    """A snapshot is called after its commit; `directory` is it, or the subfolder in it."""
+    snapshot = [directory, *directory.parents][len(Path(section.extra.get("subfolder", "")).parts)]
+    return snapshot.name if is_on_hub(section) else None
 
 
 def load_config(section: ModelSection, *, directory: Path) -> PreTrainedConfig:

@@ -92,8 +92,15 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """config.json of a base model. Raises ModelError when it is missing, broken, or this is an adapter."""
+    """config.json of a base model. Raises ModelError when it is missing, broken, or there is an adapter.
+
+    transformers would load the adapter on top of its base, without a word.
+    """
     adapter = directory / "adapter_config.json"
+    if adapter.is_file() and (directory / "config.json").is_file():
+        raise ModelError(
+            "lies in a base model and would be loaded with it: move the adapter elsewhere", where=str(adapter)
+        )
     if adapter.is_file():
         base = read_json(adapter).get("base_model_name_or_path")
         raise ModelError(
