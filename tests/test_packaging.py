@@ -1,0 +1,222 @@
+"""What a stranger meets first: the README, what is installed, the wheel, and the script that tries it all."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import distribution, packages_distributions
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+from typer.testing import CliRunner
+
+from lorafit import errors
+from lorafit.cli import app
+from lorafit.recipe import load
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+RUN_LINE = "pip install -c constraints.txt -e . && lorafit train recipes/quickstart.yaml"
+TEST_LINE = "pip install -c constraints.txt -e '.[test]' && pytest"
+OF_CUDA = ("nvidia-", "cuda-", "triton")
+"""What torch brings along where it computes on GPUs, in the versions that it wants."""
+
+
+def requirements(*extras: str) -> list[Requirement]:
+    """What lorafit asks for, with the extras."""
+    asked = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
+    return [Requirement(line) for line in asked]
+
+
+def pins() -> dict[str, str]:
+    """Distribution -> version, as constraints.txt has them."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {canonicalize_name(name): version for name, version in pairs}
+
+
+def installed_with(asked: list[Requirement]) -> set[str]:
+    """Everything that installing `asked` brings along here."""
+    found: dict[str, set[str]] = {}
+    waiting = list(asked)
+    while waiting:
+        requirement = waiting.pop()
+        name = canonicalize_name(requirement.name)
+        if name.startswith(OF_CUDA) or (name in found and requirement.extras <= found[name]):
+            continue
+        found[name] = found.get(name, set()) | requirement.extras
+        for line in distribution(name).requires or ():
+            further = Requirement(line)
+            extras = ("", *requirement.extras)
+            if further.marker is None or any(further.marker.evaluate({"extra": extra}) for extra in extras):
+                waiting.append(further)
+    return set(found)
+
+
+def imported_by(directory: str) -> set[str]:
+    """Distributions that the Python files of a directory import, under their canonical names."""
+    modules: set[str] = set()
+    for file in (ROOT / directory).rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                modules |= {name.name.partition(".")[0] for name in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                modules.add(node.module.partition(".")[0])
+    of_module = packages_distributions()
+    return {canonicalize_name(of_module[module][0]) for module in modules if module in of_module} - {"lorafit"}
+
+
+def test_what_is_installed_is_pinned_and_nothing_else() -> None:
+    assert installed_with(requirements("test")) == set(pins())
+
+
+def test_the_versions_tested_here_are_the_pinned_ones() -> None:
+    here = {name: Version(distribution(name).version).public for name in pins()}
+    assert here == pins()
+
+
+def test_every_pin_lies_in_its_range() -> None:
+    for requirement in requirements("test"):
+        assert pins()[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+
+
+@pytest.mark.parametrize(("directory", "extras"), [("lorafit", ()), ("tests", ("test",))])
+def test_what_is_imported_is_asked_for(directory: str, extras: tuple[str, ...]) -> None:
+    asked = {canonicalize_name(requirement.name) for requirement in requirements(*extras)}
+    assert imported_by(directory) - asked == set()
+
+
+def test_the_wheel_holds_every_file_that_the_code_reads(tmp_path: Path) -> None:
+    """The two links in the package become directories, and the quickstart's weights stay out."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("lorafit", "configs", "recipes"):
+        shutil.copytree(ROOT / name, tmp_path / name, symlinks=True, ignore=ignore)
+    build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=tmp_path, check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    with ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if name.startswith("lorafit/")}
+    for path in (ROOT / "lorafit").rglob("*.py"):
+        assert path.relative_to(ROOT).as_posix() in held
+    assert {f"lorafit/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")} <= held
+    shapes = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lorafit/planning/shapes").rglob("*.json")}
+    assert len(shapes) >= 9 and shapes <= held
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {f"lorafit/smoke_tokenizer/{name}" for name in tokenizer} <= held
+    assert not [name for name in held if name.endswith(".safetensors")]
+
+
+def test_the_readme_has_the_two_lines() -> None:
+    lines = README.splitlines()
+    assert RUN_LINE in lines and TEST_LINE in lines
+
+
+def test_every_command_and_option_of_the_readme_exists() -> None:
+    listed = CliRunner().invoke(app, ["--help"]).output.partition("Commands:")[2]
+    commands = set(re.findall(r"^  ([a-z][a-z-]*)  ", listed, re.MULTILINE))
+    inline = re.findall(r"`lorafit ([a-z][a-z-]*)([^`]*)`", README)
+    typed = re.findall(r"^(?:\$ |.*&& )lorafit ([a-z][a-z-]*)(.*)$", README, re.MULTILINE)
+    assert {name for name, _ in inline} == commands and typed
+    for name, rest in [*inline, *typed]:
+        page = CliRunner().invoke(app, [name, "--help"])
+        assert page.exit_code == 0
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in page.output, (name, option)
+
+
+def test_every_file_the_readme_names_exists() -> None:
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
+    typed = re.findall(r"(?:python|-r|--config_file) ([\w./-]+\.\w+)|(?<=train )(recipes/[\w.-]+)", README)
+    files = [*links, *(name for names in typed for name in names if name)]
+    assert len(files) > 20
+    assert [name for name in files if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_lists_every_recipe_with_the_memory_its_header_says() -> None:
+    for path in (ROOT / "recipes").glob("*.yaml"):
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| [{path.name}]")]
+        needs = re.search(r"# Needs   ([\d.]+ [MG]B) for the weights", path.read_text(encoding="utf-8"))
+        if needs:
+            assert row.endswith(f"| {needs.group(1)} |")
+        assert ("QLoRA" in row) == (load(path).recipe.quantization is not None)
+
+
+def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
+    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "$schema" in block]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    assert load(path).recipe.training.learning_rate == 2e-4
+
+
+def test_the_mistakes_of_the_readme_are_named_as_it_shows(tmp_path: Path) -> None:
+    recipe = re.search(r"```yaml\n(# bad\.yaml\n.*?)```", README, re.DOTALL).group(1)  # type: ignore[union-attr]
+    shown = re.search(r"\$ lorafit train bad\.yaml\n(.*?)```", README, re.DOTALL).group(1)  # type: ignore[union-attr]
+    (tmp_path / "bad.yaml").write_text(recipe, encoding="utf-8")
+    command = [sys.executable, "-m", "lorafit", "train", "bad.yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stderr) == (2, shown)
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LorafitError)]
+    assert listed == {0} | {kind.exit_code for kind in kinds}
+
+
+@pytest.mark.parametrize("pip_fails", [False, True])
+def test_ci_runs_the_second_line_in_a_fresh_environment(tmp_path: Path, pip_fails: bool) -> None:
+    """With programs in place of Python, pip and pytest that only say how they were called."""
+    program = '#!/bin/sh\necho "$(basename $0) in $PWD: $*"\n'
+    python = tmp_path / "python"
+    failing = "exit 7\n" if pip_fails else ""
+    python.write_text(
+        f'{program}mkdir -p "$3/bin"\n'
+        f"printf '%s' '{program}{failing}' > \"$3/bin/pip\"\n"
+        f"printf '%s' '{program}' > \"$3/bin/pytest\"\n"
+        'chmod +x "$3"/bin/*\n'
+    )
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "TMPDIR": str(tmp_path), "CI": "true"}
+    done = subprocess.run(
+        ["bash", str(ROOT / ".ci/run")],
+        cwd=tmp_path,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    made, _, *called = done.stdout.splitlines()
+    fresh = made.removeprefix(f"python in {ROOT}: -m venv ")
+    assert called[0] == f"pip in {ROOT}: install -c constraints.txt -e .[test]"
+    assert called[1:] == ([] if pip_fails else [f"pytest in {ROOT}: "])
+    assert done.returncode == (7 if pip_fails else 0)
+    assert fresh.startswith(str(tmp_path)) and not Path(fresh).exists()
+
+
+def test_the_workflow_runs_the_same_script_on_the_tested_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
+    steps = workflow["jobs"]["test"]["steps"]
+    assert [step["run"] for step in steps if "run" in step] == ["bash .ci/run"]
+    assert [step["with"]["python-version"] for step in steps if "with" in step] == ["3.11"]
+
+
+def test_the_scripts_can_be_run() -> None:
+    for name in (".ci/run", "scripts/check"):
+        assert (ROOT / name).stat().st_mode & stat.S_IXUSR
+        subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
