@@ -25,7 +25,7 @@ class ChatTemplate:
         environment = _cached_compile_jinja_template("").environment
         _bound(environment)
         self._template = environment.from_string(text)
-        self._variables = variables
+        self._variables = {**self._template.globals, **variables, "documents": None}
 
     def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, is_prompt: bool = False) -> str:
         """The conversation as text; as a prompt it ends where the assistant's answer begins.
@@ -34,13 +34,10 @@ class ChatTemplate:
         """
         try:
             pieces, length = [], 0
-            for piece in self._template.generate(
-                messages=_alias_reasoning_fields(messages),
-                tools=tools,
-                documents=None,
-                add_generation_prompt=is_prompt,
-                **self._variables,
-            ):
+            row = {"messages": _alias_reasoning_fields(messages), "tools": tools, "add_generation_prompt": is_prompt}
+            # What `Template.generate` does, without copying every global for every row: half of the time of a render.
+            context = self._template.new_context({**self._variables, **row}, shared=True)
+            for piece in self._template.root_render_func(context):
                 pieces.append(piece)
                 length += len(piece)
                 if length > LONGEST_TEXT:
