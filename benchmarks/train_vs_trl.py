@@ -21,6 +21,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 import yaml
 from datasets import load_dataset
@@ -130,6 +131,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     transformers_logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
     ours, theirs = once(with_lorafit, steps=20, bf16=False), once(plain_trl, steps=20, bf16=False)
     apart = max(abs(a - b) for a, b in zip(ours["losses"], theirs["losses"], strict=True))

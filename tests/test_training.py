@@ -17,7 +17,7 @@ from runs import QUICK, logits, reloaded, run, small_recipe
 from safetensors.torch import load_file
 from tiny import sums, write_jsonl
 
-from lorafit.errors import HealthStop, LorafitError, RunDirError, StopRequested, VerificationError
+from lorafit.errors import HealthStop, LorafitError, RecipeError, RunDirError, StopRequested, VerificationError
 from lorafit.training import train as train_module
 
 
@@ -122,7 +122,7 @@ def test_an_output_dir_that_cannot_become_one_is_refused(obstacle: str, tmp_path
 def test_nothing_is_created_when_the_adapter_does_not_fit(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(LorafitError):
         run(small_recipe(tmp_path, tiny_base, lora={"target_modules": ["q_porj"]}))
-    with pytest.raises(LorafitError):
+    with pytest.raises(RecipeError, match="leave none of the run's 6 steps to prune in"):
         adalora = {"tinit": 3, "tfinal": 3}
         run(small_recipe(tmp_path, tiny_base, lora=None, adalora=adalora, training={"max_steps": None}))
     assert not (tmp_path / "run").exists()
@@ -327,6 +327,14 @@ def test_derived_numbers_are_said_with_their_arithmetic(tmp_path: Path, tiny_bas
     _, said = run(small_recipe(tmp_path, tiny_base, training={"gradient_accumulation_steps": 2}))
     assert "8 sequences per step = 4 per device x 2 accumulated x 1 process" in said
     assert any(line.startswith("adapter: 14 modules") for line in said)
+
+
+def test_advice_is_said_and_can_be_silenced(tmp_path: Path, tiny_base: Path) -> None:
+    for silence, expected in (((), 1), (["low-learning-rate"], 0)):
+        directory = tmp_path / str(expected)
+        directory.mkdir()
+        _, said = run(small_recipe(directory, tiny_base, training={"learning_rate": 1e-5}, silence=list(silence)))
+        assert len([line for line in said if "1e-05 is a rate for full fine-tuning" in line]) == expected
 
 
 def test_rows_that_cannot_be_trained_on_end_before_the_base_is_read(

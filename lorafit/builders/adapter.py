@@ -110,20 +110,11 @@ def _run(model: nn.Module, batches: Batches) -> None:
 
 
 def set_total_steps(model: PeftModel, total_steps: int) -> None:
-    """Tell AdaLoRA how many optimizer steps the run has; it shares out ranks between `tinit` and `total - tfinal`.
-
-    Raises AdapterError when that leaves no step.
-    """
+    """Tell AdaLoRA how many optimizer steps the run has; it shares out ranks between `tinit` and `total - tfinal`."""
     config = model.peft_config["default"]
-    if not isinstance(config, AdaLoraConfig):
-        return
-    if config.tinit >= total_steps - config.tfinal:
-        message = (
-            f"tinit {config.tinit} + tfinal {config.tfinal} leave none of the {total_steps} steps to share out ranks"
-        )
-        raise AdapterError(f"{message}; lower them", where="adalora")
-    config.total_step = total_steps
-    model.base_model.rankallocator.set_total_step(total_steps)
+    if isinstance(config, AdaLoraConfig):
+        config.total_step = total_steps
+        model.base_model.rankallocator.set_total_step(total_steps)
 
 
 def adapted_modules(model: PeftModel) -> tuple[AdaptedModule, ...]:

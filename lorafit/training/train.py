@@ -27,10 +27,12 @@ from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
-from lorafit.errors import LorafitError, StopRequested
+from lorafit.errors import LorafitError, RecipeError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.advice import advise
+from lorafit.recipe.rules.run import too_long_for
 from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
@@ -87,6 +89,8 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     with state.main_process_first():  # the others find the rows in the cache
         base_files, tokenizer, data = read_inputs(loaded, cache_dir=cache_dir)
     _say_data(data, say)
+    for advice in advise(recipe, train_rows=len(data.train)):
+        say(f"advice: {advice}")
 
     bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
@@ -126,6 +130,7 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     try:
         refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
         steps = planned_steps(trainer)
+        _refuse_too_long(loaded, steps)
         set_total_steps(model, steps)
     except LorafitError:
         run.remove_if_empty()  # the trainer makes its checkpoint directory when it is built
@@ -252,6 +257,13 @@ def _peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _refuse_too_long(loaded: LoadedRecipe, steps: int) -> None:
+    """A warm-up, an evaluation interval or an AdaLoRA schedule that does not fit into the run. Raises RecipeError."""
+    problems = [loaded.problem(broken.key, broken.message) for broken in too_long_for(loaded.recipe, steps)]
+    if problems:
+        raise RecipeError(problems)
 
 
 def _say_data(data: PreparedData, say: Say) -> None:
