@@ -1,0 +1,105 @@
+"""An adapter on disk: its settings, its tensors, and the base model it says it belongs to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.builders.weight_files import TensorInfo, tensors_in
+from lorafit.errors import AdapterError, ModelError, RunDirError
+from lorafit.recipe import LoadedRecipe, load
+from lorafit.recipe.sections import ModelSection
+from lorafit.run_dir import RunDir
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter directory, read but for its weights."""
+
+    directory: Path
+    config: Mapping[str, Any]
+    """adapter_config.json."""
+    tensors: Mapping[str, TensorInfo]
+    base: ModelSection
+    """The base model: the recipe's, else what the adapter names, unless another was asked for."""
+    run_dir: RunDir | None
+    """The run that trained it; None for a plain PEFT adapter."""
+    recipe: LoadedRecipe | None
+    """The recipe of that run."""
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.directory / WEIGHTS
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+
+def read_adapter(run_or_adapter: Path, *, base: str | None = None) -> Adapter:
+    """The adapter of a run directory, or a plain PEFT adapter directory; `base` names another base model.
+
+    Raises RunDirError when there is none, AdapterError when its files cannot be used or name no base model.
+    """
+    if (run_or_adapter / "adapter" / CONFIG).is_file():
+        run = RunDir(run_or_adapter)
+        recipe = load(run.recipe)
+        named = recipe.recipe.model if base is None else ModelSection(model_name_or_path=base)
+        return _read(run.adapter, base=named, run_dir=run, recipe=recipe)
+    if not (run_or_adapter / CONFIG).is_file():
+        what = "holds no adapter" if run_or_adapter.is_dir() else "is not a directory"
+        raise RunDirError(
+            f"{what}: name a run directory that training has finished, or one with an {CONFIG}",
+            where=str(run_or_adapter),
+        )
+    return _read(run_or_adapter, base=_named_base(run_or_adapter, base), run_dir=None, recipe=None)
+
+
+def _read(directory: Path, *, base: ModelSection, run_dir: RunDir | None, recipe: LoadedRecipe | None) -> Adapter:
+    config = read_adapter_config(directory)
+    if not (directory / WEIGHTS).is_file():
+        pickled = directory / "adapter_model.bin"
+        problem = (
+            f"has its weights in {pickled.name}, a pickle that can run code when it is read; load it and write it "
+            "with `save_pretrained`, which writes safetensors"
+            if pickled.is_file()
+            else f"has no {WEIGHTS}: copy the whole adapter again"
+        )
+        raise AdapterError(problem, where=str(directory))
+    try:
+        tensors = tensors_in(directory / WEIGHTS)
+    except ModelError as error:
+        raise AdapterError(error.problems) from None
+    return Adapter(
+        directory=directory, config=config, tensors=tensors, base=base, run_dir=run_dir, recipe=recipe
+    )
+
+
+def read_adapter_config(directory: Path) -> dict[str, Any]:
+    """adapter_config.json. Raises AdapterError when it is not the settings of a LoRA or AdaLoRA adapter."""
+    path = directory / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind not in ("LORA", "ADALORA"):
+        raise AdapterError(f"has peft_type {kind!r}; lorafit merges LORA and ADALORA adapters", where=str(path))
+    return config
+
+
+def _named_base(directory: Path, base: str | None) -> ModelSection:
+    if base is not None:
+        return ModelSection(model_name_or_path=base)
+    config = read_adapter_config(directory)
+    name = config.get("base_model_name_or_path")
+    if not isinstance(name, str) or not name:
+        raise AdapterError("names no base model: say which with --base", where=str(directory / CONFIG))
+    return ModelSection(model_name_or_path=name, revision=config.get("revision") or "main")
