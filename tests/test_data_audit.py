@@ -47,8 +47,8 @@ def test_the_length_table_gives_what_shares_of_the_rows_stay_within() -> None:
 def test_over_long_rows_are_refused_with_their_lengths(tmp_path: Path) -> None:
     data = section(write_jsonl(tmp_path / "a.jsonl", [PAIR, PAIR | {"completion": "long " * 9}]))
     assert prepare_problems(data, byte_tokenizer(), max_length=40) == [
-        "a.jsonl:2: 70 tokens, training.max_length is 40; raise training.max_length, or set data.over_length: drop or "
-        "truncate"
+        "a.jsonl:2: 70 tokens, training.max_length is 40",
+        "training.max_length: the longest row has 70 tokens; raise it to that, or set data.over_length: drop or truncate",
     ]
     assert len(prepared(data, byte_tokenizer(), max_length=70).train) == 2
 
@@ -98,6 +98,14 @@ def test_special_tokens_inside_text_are_reported(tmp_path: Path) -> None:
     made = prepared(section(write_jsonl(tmp_path / "a.jsonl", rows)), word_tokenizer(CHATML))
     assert "special tokens inside their text" in made.audit.warnings[0]
     assert "a.jsonl:2 (<|im_end|>)" in made.audit.warnings[0]
+
+
+def test_a_number_only_some_special_tokens_have_makes_no_special_token(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer(CHATML)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<extra_1>", "<extra_22>"]})
+    rows = [PAIR | {"prompt": "<extra_7>"}, PAIR | {"prompt": "<extra_7><extra_22>"}]
+    (warning,) = prepared(section(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer).audit.warnings
+    assert ": 1, at " in warning and "a.jsonl:2 (<extra_22>)" in warning
 
 
 def test_text_the_template_drops_is_reported(tmp_path: Path) -> None:

@@ -214,6 +214,7 @@ def test_broken_json_is_named_by_its_line_in_a_long_file(tmp_path: Path) -> None
         ('{"prompt": NaN, "completion": "b"}', "NaN is not JSON; write a number, null or text"),
         ('{"prompt": -Infinity}', "-Infinity is not JSON; write a number, null or text"),
         ("[" * 100_000, "broken JSON: nested too deeply"),
+        ('{"prompt": "a', "broken JSON: Unterminated string starting at column 12"),
         ('{"prompt": "a"} {"prompt": "b"}', "broken JSON: Extra data at column 17"),
     ],
 )

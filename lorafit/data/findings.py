@@ -51,11 +51,7 @@ KINDS = {
         "lost", "rows of which no answer is left within training.max_length", "raise training.max_length"
     ),
     # what makes training wrong
-    "over_length": Kind(
-        "error",
-        "rows longer than training.max_length",
-        "raise training.max_length, or set data.over_length: drop or truncate",
-    ),
+    "over_length": Kind("error", "rows longer than training.max_length", ""),
     "no_stop": Kind("error", "answers that do not end with a token generation stops on", ""),
     "double_bos": Kind("error", "rows that begin with two BOS tokens", "write it once: in the template or in the text"),
     "outside_vocabulary": Kind("error", "rows with token ids the base model has no embedding for", ""),

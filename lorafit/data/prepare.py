@@ -29,7 +29,7 @@ from lorafit.data.render import Rendered, Renderer
 from lorafit.data.rows import Row
 from lorafit.data.scan import DataScan, Side, epoch_rows, scan
 from lorafit.data.tokens import NOT_TRAINED, Limits, Sequence, TextTokenizer
-from lorafit.errors import DataError
+from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
 logger = logging.getLogger(__name__)
@@ -116,6 +116,10 @@ def _make(
         for side, findings in scanned.findings.items()
     }
     problems = [p for findings in scanned.findings.values() for p in findings.problems("error", scanned.files)]
+    longest = max((len(sequence.input_ids) for made in sequences.values() for sequence in made), default=0)
+    if longest > limits.max_length:
+        mend = f"the longest row has {longest:,} tokens; raise it to that, or set data.over_length: drop or truncate"
+        problems.append(Problem("training.max_length", mend))
     if problems:
         raise DataError(problems)
     tables, audits = {}, {}

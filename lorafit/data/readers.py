@@ -123,7 +123,7 @@ def _skip_blank(text: str, position: int) -> int:
 
 def _json_problem(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg} at column {error.colno}"
+        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
     if isinstance(error, RecursionError):
         return "broken JSON: nested too deeply"
     return str(error)

@@ -13,8 +13,8 @@ class Source(Section):
     """One file, directory, glob or Hub data set."""
 
     path: str | None = Field(default=None, min_length=1)
-    """File (`.jsonl .json .csv .parquet .txt`, each also `.gz`), directory or glob, relative to the recipe. Exactly one
-    of `path` and `hub`."""
+    """File (`.jsonl .json .csv .parquet .txt`, each also `.gz`), directory or glob (both in the order of their names),
+    relative to the recipe. Exactly one of `path` and `hub`. A line of a `.txt` file is a row; CSV fields stay text."""
 
     hub: str | None = Field(default=None, min_length=1)
     """Hub data set id (`openai/gsm8k`), read through `datasets`."""
@@ -61,10 +61,11 @@ class DataSection(Section):
     """Variables handed to the chat template, e.g. `{enable_thinking: false}`."""
 
     train_on: Literal["answers", "all"] = "answers"
-    """Which tokens are trained: the answers with their stop token, or every token."""
+    """Which tokens are trained: the answers of every turn, up to and with what the template writes after them (the stop
+    token first), or every token. Text rows are trained whole."""
 
     over_length: Literal["error", "drop", "truncate"] = "error"
-    """What happens to rows longer than `training.max_length`; always counted."""
+    """What happens to rows longer than `training.max_length`: refused, left out, or cut at the end; always counted."""
 
     max_lost_rows: float = Field(default=0.01, ge=0, le=1)
     """Stop (exit 3) when more than this share of the rows has no trainable answer left."""
