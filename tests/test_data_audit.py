@@ -48,7 +48,8 @@ def test_over_long_rows_are_refused_with_their_lengths(tmp_path: Path) -> None:
     data = section(write_jsonl(tmp_path / "a.jsonl", [PAIR, PAIR | {"completion": "long " * 9}]))
     assert prepare_problems(data, byte_tokenizer(), max_length=40) == [
         "a.jsonl:2: 70 tokens, training.max_length is 40",
-        "training.max_length: the longest row has 70 tokens; raise it to that, or set data.over_length: drop or truncate",
+        "training.max_length: the longest row has 70 tokens; raise it to that, or set data.over_length: drop or "
+        "truncate",
     ]
     assert len(prepared(data, byte_tokenizer(), max_length=70).train) == 2
 
