@@ -185,6 +185,45 @@ def _exit_code(arguments: list[str]) -> int:
 
 
 @app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory, or a plain PEFT adapter directory.")],
+    out: Annotated[Path | None, typer.Option("--out", metavar="DIR", help="Default: RUN/merged.")] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"] | None,
+        typer.Option("--dtype", help="Type of the weights; by default each keeps the base's."),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None, typer.Option("--max-shard-size", metavar="SIZE", help="As in 5GB; by default the base's files.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Hub id or directory, instead of the recorded base.")
+    ] = None,
+    verify: Annotated[bool, typer.Option(help="Read it back and compare it with base + adapter.")] = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Merge an adapter into its base: a standalone model that plain transformers loads."""
+    _quiet_libraries(debug=debug)
+    from lorafit.merging.merge import merge as merge_adapter
+    from lorafit.preflight import cache_directory
+    from lorafit.report.merge import merge_table, progress_in_bytes
+
+    result = merge_adapter(
+        run,
+        out=out,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        base=base,
+        verify=verify,
+        say=_say(quiet=quiet),
+        progress=progress_in_bytes(is_shown=sys.stderr.isatty() and not quiet),
+        cache_dir=cache_directory(),
+    )
+    _print_result(asdict(result), as_json=as_json, text=merge_table(result))
+
+
+@app.command()
 def targets(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id, or shipped shape (llama3-8b).")],
     r: Annotated[int, typer.Option("--r", min=1, help="Rank to count adapter parameters at.")] = 16,

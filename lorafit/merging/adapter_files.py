@@ -77,9 +77,7 @@ def _read(directory: Path, *, base: ModelSection, run_dir: RunDir | None, recipe
         tensors = tensors_in(directory / WEIGHTS)
     except ModelError as error:
         raise AdapterError(error.problems) from None
-    return Adapter(
-        directory=directory, config=config, tensors=tensors, base=base, run_dir=run_dir, recipe=recipe
-    )
+    return Adapter(directory=directory, config=config, tensors=tensors, base=base, run_dir=run_dir, recipe=recipe)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:

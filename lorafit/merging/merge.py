@@ -1,0 +1,121 @@
+"""One merge, top to bottom: check, plan, write beside the target, verify, put in place."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.builders.base_model import check_base_model
+from lorafit.builders.model_files import (
+    BaseModelFiles,
+    fetch_weights,
+    model_directory,
+    read_config,
+    stop_token_ids,
+)
+from lorafit.builders.weight_files import tensor_table
+from lorafit.errors import RecipeError
+from lorafit.merging.adapted_model import AUTO_CLASSES
+from lorafit.merging.adapter_files import Adapter, read_adapter
+from lorafit.merging.identity import refuse_wrong_base
+from lorafit.merging.peft_merge import merge_with_peft
+from lorafit.merging.plan import plan_merge
+from lorafit.merging.settings_files import write_settings
+from lorafit.merging.stage import staged
+from lorafit.merging.write import Progress, write_merged
+
+Say = Callable[[str], None]
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """What one merge came to; the JSON of `lorafit merge`."""
+
+    out: str
+    max_abs_logit_difference: float | None
+    """Between the merged model, read back from disk, and base + adapter; None when it was not verified."""
+    top1_agreement: float | None
+    """Share of positions at which both predict the same next token."""
+    delta_retained: float | None
+    """Share of the update that is left after rounding to the type of the file."""
+    streamed: bool
+    """False when peft had to merge it in memory."""
+    seconds: float
+
+
+def merge(
+    run_or_adapter: Path,
+    *,
+    out: Path | None,
+    dtype: str | None,
+    max_shard_size: str | None,
+    base: str | None,
+    verify: bool,
+    say: Say,
+    progress: Callable[[int], Progress],
+    cache_dir: Path | None,
+) -> MergeResult:
+    """Merge the adapter of a run, or a plain PEFT adapter, into its base: a model that plain transformers loads.
+
+    `progress` is given the number of bytes to come, and takes the bytes that were written. Raises AdapterError,
+    ModelError and RunDirError before anything is written; VerificationError and DiskError leave nothing behind.
+    """
+    started = time.monotonic()
+    target = (run_or_adapter / "merged") if out is None else out
+    shard_bytes = None if max_shard_size is None else bytes_of(max_shard_size)
+    adapter = read_adapter(run_or_adapter, base=base)
+    base_files = read_base(adapter)
+    refuse_wrong_base(adapter, base_files, say=say)
+    plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
+    with staged(target, needed=plan.total_bytes) as stage:
+        if plan.peft_reason is None:
+            say(f"merge: {plan.changed} weights change, {plan.total_bytes:,} bytes in {len(plan.shards)} files")
+            write_merged(plan, stage, progress=progress(plan.total_bytes))
+        else:
+            say(f"merge: by peft, with the whole model in memory: {plan.peft_reason}")
+            merge_with_peft(adapter, base_files, stage, dtype=dtype, max_shard_size=shard_bytes)
+        write_settings(
+            stage, adapter=adapter, base_files=base_files, config=plan.config, dtype=dtype or "the base's type"
+        )
+    return MergeResult(
+        out=str(target),
+        max_abs_logit_difference=None,
+        top1_agreement=None,
+        delta_retained=None,
+        streamed=plan.peft_reason is None,
+        seconds=round(time.monotonic() - started, 2),
+    )
+
+
+def read_base(adapter: Adapter) -> BaseModelFiles:
+    """The files of the adapter's base, looked at before a weight is read. Raises ModelError."""
+    section = adapter.base
+    if str(adapter.config.get("task_type")) not in AUTO_CLASSES:
+        return check_base_model(section)
+    directory = model_directory(section)
+    config = read_config(directory)
+    fetch_weights(section, directory=directory)
+    return BaseModelFiles(
+        name=section.model_name_or_path,
+        directory=directory,
+        revision=None,
+        config=config,
+        tensors=tensor_table(directory),
+        stop_token_ids=stop_token_ids(directory, config=config),
+        vocab_size=config.get("vocab_size", 0),
+    )
+
+
+def bytes_of(size: str) -> int:
+    """`5GB` -> 5,000,000,000. Raises RecipeError for what is no size."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?B?|[KMG]iB)\s*", size, flags=re.IGNORECASE)
+    unit = found[2].upper() if found else ""
+    unit = unit if unit.endswith("B") or not unit else f"{unit}B"
+    count = int(float(found[1]) * UNITS["" if unit == "B" else unit]) if found else 0
+    if count < 1:
+        raise RecipeError(f"{size!r} is no size: write a number and KB, MB or GB, as in 5GB", where="--max-shard-size")
+    return count
