@@ -80,4 +80,4 @@ class RunDir:
         """Replace the manifest in one step, so that a reader sees the old one or the new one."""
         stage = self.manifest.with_suffix(".tmp")
         stage.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(stage, self.manifest)
+        stage.replace(self.manifest)

@@ -89,9 +89,7 @@ def test_the_reloaded_adapter_gives_the_trained_logits_bit_for_bit(
 
 
 @pytest.mark.filterwarnings("ignore:The following rank_pattern keys:RuntimeWarning")  # peft's, on every loading
-def test_adalora_shares_out_ranks_and_reloads(
-    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_adalora_shares_out_ranks_and_reloads(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = {"lora": None, "adalora": {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1}}
     trained, after, base = _train_and_reload(tmp_path, tiny_base, changes, monkeypatch)
     # Pruned ranks are left out of the file: the same function, summed in another order.

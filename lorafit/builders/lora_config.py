@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
+from transformers import PreTrainedModel
 
 from lorafit.errors import AdapterError, Problem
 from lorafit.recipe.sections import AdaLoraSection, LoraSection
@@ -16,7 +17,9 @@ from lorafit.recipe.sections import AdaLoraSection, LoraSection
 _UNKNOWN_TOTAL_STEPS = 2**31
 
 
-def lora_config(lora: LoraSection, *, adalora: AdaLoraSection | None, model: nn.Module, where: Where) -> LoraConfig:
+def lora_config(
+    lora: LoraSection, *, adalora: AdaLoraSection | None, model: PreTrainedModel, where: Where
+) -> LoraConfig:
     """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a causal language model.
 
     `where(key, message)` places a problem in the recipe. Raises AdapterError when a listed name matches nothing.
@@ -73,7 +76,7 @@ def _as_list(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _target_modules(lora: LoraSection, model: nn.Module) -> object:
+def _target_modules(lora: LoraSection, model: PreTrainedModel) -> object:
     """What peft is told to adapt. Its CorDA preparation does not know `all-linear`, so it gets the names."""
     if lora.init_lora_weights == "corda" and lora.target_modules == "all-linear":
         head = model.get_output_embeddings()
@@ -98,7 +101,7 @@ def _has_conv1d(model: nn.Module) -> bool:
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
 
 
-def _names_without_match(lora: LoraSection, model: nn.Module, where: Where) -> Iterable[Problem]:
+def _names_without_match(lora: LoraSection, model: PreTrainedModel, where: Where) -> Iterable[Problem]:
     """One problem for each name in the section that no module or parameter of the model answers to.
 
     PEFT itself complains only when no target at all matches.
@@ -169,7 +172,7 @@ def _layers_out_of_range(lora: LoraSection, modules: list[str], where: Where) ->
             )
 
 
-def _tokens_out_of_range(lora: LoraSection, model: nn.Module, where: Where) -> Iterable[Problem]:
+def _tokens_out_of_range(lora: LoraSection, model: PreTrainedModel, where: Where) -> Iterable[Problem]:
     indices = lora.trainable_token_indices
     if indices is None:
         return

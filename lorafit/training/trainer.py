@@ -42,7 +42,7 @@ class LoraTrainer(SFTTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
-        if self._loraplus_lr_ratio is None or self.optimizer is not None:
+        if self._loraplus_lr_ratio is None:
             return super().create_optimizer(model)
         optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
         settings.setdefault("weight_decay", self.args.weight_decay)
