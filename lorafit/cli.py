@@ -330,9 +330,12 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented recipe to start from."""
+    from lorafit.data.familiar import familiar_mapping
     from lorafit.recipe.starter import starter_recipe, write_recipe
 
-    write_recipe(starter_recipe(model=model, data=data, preset=preset, goal=goal, output=output), output)
+    mapping = familiar_mapping(data)
+    text = starter_recipe(model=model, data=data, mapping=mapping, preset=preset, goal=goal, output=output)
+    write_recipe(text, output)
     _print_result({"recipe": str(output)}, as_json=as_json, text=f"{output}: next, `lorafit validate {output}`")
 
 

@@ -30,7 +30,7 @@ def test_a_starting_recipe_validates_and_says_what_was_asked(
     (tmp_path / "recipes").mkdir()
     output = Path("recipes/mine.yaml")
     model, data = os.path.relpath(BASE), os.path.relpath(ROWS)
-    write_recipe(starter_recipe(model=model, data=data, preset=preset, goal=goal, output=output), output)
+    write_recipe(starter_recipe(model=model, data=data, mapping={}, preset=preset, goal=goal, output=output), output)
     result = validate(output)
     recipe = result.loaded.recipe
     assert (recipe.model.model_name_or_path, recipe.data.train[0].path) == (str(BASE), str(ROWS))
@@ -42,7 +42,7 @@ def test_a_starting_recipe_validates_and_says_what_was_asked(
 def test_goals_differ_in_rank_and_modules(tmp_path: Path) -> None:
     ranks = {}
     for goal in get_args(Goal):
-        text = starter_recipe(model="gpt2", data="a/b", preset="lora", goal=goal, output=Path("x.yaml"))
+        text = starter_recipe(model="gpt2", data="a/b", mapping={}, preset="lora", goal=goal, output=Path("x.yaml"))
         recipe = loaded(tmp_path, text).recipe
         ranks[goal] = (recipe.lora.r, recipe.lora.exclude_modules)
         assert recipe.data.train[0].hub == "a/b"
@@ -54,7 +54,9 @@ def test_a_base_without_chat_template_starts_plain(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "tokenizer_config.json").write_text("{}", encoding="utf-8")
-    text = starter_recipe(model="base", data="rows.jsonl", preset="lora", goal="code", output=Path("x.yaml"))
+    text = starter_recipe(
+        model="base", data="rows.jsonl", mapping={}, preset="lora", goal="code", output=Path("x.yaml")
+    )
     assert loaded(tmp_path, text).recipe.data.template == "plain"
 
 
@@ -100,3 +102,22 @@ def test_the_schema_refuses_what_loading_refuses(tmp_path: Path, line: str) -> N
         loaded(tmp_path, text)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(yaml.safe_load(text), recipe_schema())
+
+
+@pytest.mark.parametrize(
+    ("columns", "expected"),
+    [
+        (("question", "answer"), {"prompt": "question", "completion": "answer"}),
+        (("problem", "solution", "id"), {"prompt": "problem", "completion": "solution"}),
+        (("prompt", "completion"), None),
+        (("left", "right"), None),
+    ],
+)
+def test_familiar_columns_are_mapped_and_no_others(
+    columns: tuple[str, ...], expected: dict[str, str] | None, tmp_path: Path
+) -> None:
+    from lorafit.data.familiar import familiar_mapping
+
+    (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "text")) + "\n", encoding="utf-8")
+    assert familiar_mapping(str(tmp_path / "rows.jsonl")).get("columns") == expected
+    assert familiar_mapping(str(tmp_path / "missing.jsonl")) == {}

@@ -50,10 +50,13 @@ quantization:                         # QLoRA: the frozen base in 4 bits
 """
 
 
-def starter_recipe(*, model: str, data: str, preset: Preset, goal: Goal, output: Path) -> str:
-    """The text of a recipe at `output` for a model and a data set; paths start at the current directory."""
+def starter_recipe(*, model: str, data: str, mapping: dict[str, Any], preset: Preset, goal: Goal, output: Path) -> str:
+    """The text of a recipe at `output` for a model and a data set; paths start at the current directory.
+
+    `mapping` holds the `format` and `columns` of the data set, where its columns have names of their own.
+    """
     here = Path.cwd()
-    source: dict[str, Any] = {"path": data} if _is_file_like(data, here) else {"hub": data}
+    source: dict[str, Any] = ({"path": data} if _is_file_like(data, here) else {"hub": data}) | mapping
     written: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": [source]}}
     moved = relative(resolved(written, here), here / output.parent)
     settings = _GOALS[goal]
