@@ -52,9 +52,11 @@ def test_a_run_leaves_everything_its_directory_promises(tmp_path: Path, tiny_bas
 
 def test_the_run_directory_names_no_path_of_this_machine_and_holds_no_pickle(tmp_path: Path, tiny_base: Path) -> None:
     run(small_recipe(tmp_path, tiny_base))
+    assert list((tmp_path / "run/checkpoints").iterdir())
     for path in (tmp_path / "run").rglob("*"):
         if path.suffix in (".json", ".yaml", ".jsonl", ".md", ".jinja"):
-            assert str(tmp_path) not in path.read_text(encoding="utf-8"), path
+            text = path.read_text(encoding="utf-8")
+            assert str(tmp_path) not in text and str(tiny_base) not in text, path
     assert not list((tmp_path / "run").rglob("training_args.bin"))
     assert not list((tmp_path / "run/adapter").glob("*.bin"))
 
@@ -75,7 +77,7 @@ def test_adapter_files_are_readable_as_the_umask_says(tmp_path: Path, tiny_base:
         result, _ = run(small_recipe(tmp_path, tiny_base))
     finally:
         os.umask(previous)
-    modes = {stat.S_IMODE(path.stat().st_mode) for path in Path(result.adapter).iterdir()}
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in Path(result.run).rglob("*") if path.is_file()}
     assert modes == {0o640}
 
 

@@ -71,13 +71,12 @@ def write_adapter(
             save_embedding_layers=False,
             path_initial_model_for_weight_conversion=None if initial is None else str(initial),
         )
-    _settle_config(stage / "adapter_config.json", base_name)
     tokenizer.save_pretrained(str(stage))
-    (stage / "README.md").write_text(card, encoding="utf-8")  # in place of peft's own, which names the base's path
+    settle_files(stage, base_name=base_name)
+    (stage / "README.md").write_text(card, encoding="utf-8")
     if initial is None:
         _refuse_difference(model, stage / WEIGHTS, state_dict)
     _refuse_broken(stage)
-    _give_usual_permissions(stage)
     stage.replace(target)
 
 
@@ -99,6 +98,13 @@ def _refuse_broken(stage: Path) -> None:
     wrong = [name for name, tensor in tensors.items() if tensor.numel() == 0 or not torch.isfinite(tensor).all()]
     if not tensors or wrong:
         raise VerificationError(f"empty or not finite: {', '.join(wrong[:3]) or 'no tensors at all'}", where=str(stage))
+
+
+def settle_files(directory: Path, *, base_name: str | None) -> None:
+    """Files of a saved adapter that name no path of this machine and can be read by whom the umask lets."""
+    _settle_config(directory / "adapter_config.json", base_name)
+    (directory / "README.md").unlink(missing_ok=True)  # peft's card names the base's path
+    _give_usual_permissions(directory)
 
 
 def _settle_config(file: Path, base_name: str | None) -> None:

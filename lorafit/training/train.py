@@ -113,11 +113,13 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     _say_adapter(table, model, say)
 
     metrics = MetricsFile(run.metrics)
+    base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
     trainer = LoraTrainer(
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         on_nan=recipe.health.on_nan,
         rows_of_batch=RowFinder(data),
         say=say,
+        base_name=base_name,
         model=model,
         args=arguments,
         train_dataset=data.train,
@@ -167,7 +169,6 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         )
         losses = _held_out_losses(trainer, metrics)
         if trainer.is_world_process_zero():
-            base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
             reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
             write_adapter(
                 model,

@@ -15,6 +15,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
 from lorafit.errors import HealthStop
+from lorafit.training.save import settle_files
 
 RowsOfBatch = Callable[[dict[str, Any]], list[str]]
 
@@ -29,12 +30,14 @@ class LoraTrainer(SFTTrainer):
         on_nan: str,
         rows_of_batch: RowsOfBatch,
         say: Callable[[str], None],
+        base_name: str | None,
         **sft_arguments: Any,
     ) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
         self._on_nan = on_nan
         self._rows_of_batch = rows_of_batch
         self._say = say
+        self._base_name = base_name
         self._batches_of_step: list[dict[str, Any]] = []
         self._broken_losses: list[tuple[str, dict[str, Any]]] = []
         self._held_out: list[torch.Tensor] = []
@@ -132,7 +135,9 @@ class LoraTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the library saves, without its pickle of all arguments: nothing reads it, and it can hold a token."""
         super()._save(output_dir, state_dict)
-        (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        directory = Path(output_dir or self.args.output_dir)
+        (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        settle_files(directory, base_name=self._base_name)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside checkpoints: the one card of a run is written with its adapter."""
