@@ -14,7 +14,9 @@ import torch
 from huggingface_hub.constants import HF_HOME
 
 from lorafit.errors import MachineError, Problem
+from lorafit.launch import is_worker
 from lorafit.recipe.load import LoadedRecipe
+from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.sections import TrainingSection
 
 T = TypeVar("T")
@@ -111,10 +113,15 @@ _LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "
 
 def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
     recipe = loaded.recipe
-    wanted = recipe.launch.num_processes
-    if machine.gpus and isinstance(wanted, int) and wanted > machine.gpus:
+    wanted, strategy = recipe.launch.num_processes, recipe.launch.strategy
+    is_here = not is_worker() and strategy in STRATEGIES  # else some of the processes may be on other machines
+    if machine.gpus and isinstance(wanted, int) and wanted > machine.gpus and is_here:
         message = f"{wanted} processes, but this machine has {machine.gpus} GPUs; write auto, or at most {machine.gpus}"
         yield loaded.problem("launch.num_processes", message)
+    if strategy in ("fsdp2", "zero2", "zero3") and not machine.gpus:
+        yield loaded.problem("launch.strategy", f"{strategy} splits the model over GPUs, there is none; write ddp")
+    elif strategy in ("zero2", "zero3") and not _has_package("deepspeed"):
+        yield loaded.problem("launch.strategy", f"{strategy} needs the package deepspeed; install it, or write fsdp2")
     if recipe.training.fp16 and machine.device == "cpu":
         yield loaded.problem("training.fp16", "needs a GPU; leave it out and let bf16 be auto")
     if recipe.training.optim.startswith("paged_") and machine.device == "cpu":

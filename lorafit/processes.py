@@ -18,6 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
@@ -91,6 +92,15 @@ def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *,
     if got == "FSDP1":
         message = "FSDP 1 melts the adapter into the weights it shards; write fsdp_version: 2 in the accelerate file"
         raise MachineError(loaded.problem("launch.strategy", message))
+    if got == "FSDP2" and accelerator.state.fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+        message = "checkpoints would hold a part per process; write fsdp_state_dict_type: FULL_STATE_DICT in that file"
+        raise MachineError(loaded.problem("launch.strategy", message))
+    # Started by hand the recipe need not name the strategy, and its rules have not yet spoken.
+    started = section.model_copy(update={"strategy": {"FSDP2": "fsdp2", "ZeRO-3": "zero3"}.get(got, "ddp")})
+    as_started = loaded.recipe.model_copy(update={"launch": started})
+    broken = [*quantized_weights_can_be_sharded(as_started), *adapter_can_be_sharded(as_started)]
+    if broken:
+        raise MachineError(loaded.problem(rule.key, rule.message) for rule in broken)
     if accelerator.mixed_precision != mixed_precision:
         message = (
             f"the accelerate file sets mixed_precision {accelerator.mixed_precision}, the recipe {mixed_precision}"

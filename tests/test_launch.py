@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
+from runs import small_recipe
 
 from lorafit import launch
+from lorafit.errors import MachineError
+from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import LaunchSection
 
 STARTED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
@@ -102,3 +106,35 @@ def test_one_process_of_a_run_reports_its_error(tmp_path: Path, monkeypatch: pyt
     assert launch.is_first_to_fail()
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
     assert not launch.is_first_to_fail()
+
+
+def machine(gpus: int) -> Machine:
+    return Machine(device="cuda" if gpus else "cpu", name="x", gpus=gpus, has_bf16=True, memory_bytes=2**33)
+
+
+@pytest.mark.parametrize(
+    ("keys", "gpus", "said"),
+    [
+        ({"strategy": "fsdp2"}, 0, "launch.strategy: fsdp2 splits the model over GPUs, there is none; write ddp"),
+        ({"strategy": "zero3"}, 2, "launch.strategy: zero3 needs the package deepspeed"),
+        ({"num_processes": 3}, 2, "launch.num_processes: 3 processes, but this machine has 2 GPUs"),
+    ],
+)
+def test_what_cannot_start_here_is_said_before_anything_starts(
+    tmp_path: Path, keys: dict[str, object], gpus: int, said: str
+) -> None:
+    assert importlib.util.find_spec("deepspeed") is None
+    loaded = small_recipe(tmp_path, tmp_path / "base", launch=keys)
+    with pytest.raises(MachineError, match=said):
+        refuse_what_this_machine_lacks(loaded, machine(gpus))
+    refuse_what_this_machine_lacks(small_recipe(tmp_path, tmp_path / "base"), machine(gpus))
+
+
+def test_processes_on_other_machines_are_not_counted_against_this_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in (STARTED | {"WORLD_SIZE": "16"}).items():
+        monkeypatch.setenv(name, text)
+    refuse_what_this_machine_lacks(
+        small_recipe(tmp_path, tmp_path / "base", launch={"num_processes": 16}), machine(gpus=8)
+    )

@@ -34,6 +34,16 @@ BROKEN = {
         (f"{SMALLEST}{Q4}launch: {{strategy: zero3}}", "quantization.bnb_4bit_quant_storage"),
         (f"{SMALLEST}{Q8}launch: {{strategy: fsdp2}}", "quantization.load_in_8bit"),
     ],
+    "adapter_can_be_sharded": [
+        (f"{SMALLEST}lora: {{init_lora_weights: pissa}}\nlaunch: {{strategy: zero3}}", "lora.init_lora_weights"),
+        (f"{SMALLEST}{ADALORA}launch: {{strategy: fsdp2}}", "adalora"),
+        (f"{SMALLEST}lora: {{modules_to_save: [lm_head]}}\nlaunch: {{strategy: fsdp2}}", "lora.modules_to_save"),
+        (
+            f"{SMALLEST}{Q4[:-2]}, bnb_4bit_quant_storage: bfloat16}}\nlora: {{use_dora: true}}\n"
+            "launch: {strategy: fsdp2}",
+            "lora.use_dora",
+        ),
+    ],
     "no_adapter_on_the_output_head": [
         (f"{SMALLEST}lora: {{target_modules: [q_proj, lm_head]}}", "lora.target_modules"),
         (f"{SMALLEST}lora: {{target_modules: [model.lm_head]}}", "lora.target_modules"),

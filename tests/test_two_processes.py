@@ -15,7 +15,7 @@ import torch
 from peft import get_peft_model_state_dict
 from runs import run, small_recipe
 from safetensors.torch import load_file
-from together import VARIANTS, lora_model, step_by_hand
+from together import SPREAD, VARIANTS, lora_model, step_by_hand
 
 from lorafit import launch
 
@@ -48,6 +48,7 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     return process.returncode, out, err
 
 
@@ -62,6 +63,10 @@ def assert_same_curves(one: Path, two: Path) -> None:
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
         assert pairs
         torch.testing.assert_close(*(torch.tensor(side) for side in zip(*pairs, strict=True)), **CLOSE, msg=name)
+
+
+def saved_adapter(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "run" / "adapter" / "adapter_model.safetensors")
 
 
 def children(pid: int) -> list[int]:
@@ -94,8 +99,7 @@ def test_two_processes_leave_what_one_leaves(tmp_path: Path, tiny_base: Path) ->
     assert_same_curves(one / "run", two / "run")
     manifests = [json.loads((place / "run" / "manifest.json").read_text("utf-8")) for place in (one, two)]
     assert [manifest["world_size"] for manifest in manifests] == [1, 2]
-    adapters = [load_file(place / "run" / "adapter" / "adapter_model.safetensors") for place in (one, two)]
-    torch.testing.assert_close(adapters[0], adapters[1], rtol=0, atol=1e-4)
+    torch.testing.assert_close(saved_adapter(two), saved_adapter(one), rtol=0, atol=1e-4)
     assert {path.name for path in two.iterdir()} == {"recipe.yaml", "train.jsonl", "eval.jsonl", "run", "cache"}
 
 
@@ -108,12 +112,17 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
     )
     code, _, err = finished(together)
     assert code == 0, err
-    for name, training in VARIANTS.items():
+    for name, sections in {**VARIANTS, "fsdp2": SPREAD}.items():
         place = tmp_path / name
         place.mkdir()
-        alone = training | {"per_device_train_batch_size": 2 * training["per_device_train_batch_size"]}
-        run(small_recipe(place, tiny_base, training=alone))
+        batch = 2 * sections["training"].get("per_device_train_batch_size", 2)
+        alone = sections | {"training": sections["training"] | {"per_device_train_batch_size": batch}}
+        run(small_recipe(place, tiny_base, **alone))
         assert_same_curves(place / "run", tmp_path / "two" / name / "run")
+        adapters = [
+            load_file(run / "run/adapter/adapter_model.safetensors") for run in (place, tmp_path / "two" / name)
+        ]
+        torch.testing.assert_close(*adapters, rtol=0, atol=1e-4)
 
     whole = lora_model(tiny_base)
     step_by_hand(whole, process=0, processes=1)
@@ -126,7 +135,10 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
     assert "3 processes were asked for, 2 started" in seen["asked three"]
     assert "FSDP was asked for, data parallel was started on cpu" in seen["asked fsdp2 by file"]
     assert "FSDP2 was asked for, data parallel was started on cpu" in seen["asked fsdp2 by recipe"]
-    assert [text[:2] for text in seen.values()] == ["5:", "4:", "4:", "4:"]
+    assert "lora.init_lora_weights: pissa is computed from whole base weights" in seen["pissa by hand"]
+    assert "lora.modules_to_save: lm_head: the loss reads it around fsdp2" in seen["head by hand"]
+    assert "write fsdp_state_dict_type: FULL_STATE_DICT" in seen["checkpoints in parts"]
+    assert [text[:2] for text in seen.values()] == ["5:", *["4:"] * 6]
 
 
 def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny_base: Path) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
 from peft import LoraConfig, PeftModel
 from runs import small_recipe
 from tiny import byte_tokenizer
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import StateDictType, fully_shard
 from transformers import AutoModelForCausalLM
 
 from lorafit.builders.adapter import attach_adapter
@@ -24,11 +26,24 @@ from lorafit.training.gather import gathered_adapter
 from lorafit.training.save import write_adapter
 from lorafit.training.train import train
 
+PACKED = {"packing": True, "max_length": 96}
 VARIANTS = {
-    "padded": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3},
-    "packed": {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 3, "packing": True, "max_length": 96},
+    "padded": {"training": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3}},
+    "packed": {
+        "training": {
+            "per_device_train_batch_size": 1,
+            "per_device_eval_batch_size": 3,
+            "packing": True,
+            "max_length": 96,
+        }
+    },
 }
 """8 held-out rows in batches of 3 do not divide evenly among two processes, or one."""
+SPREAD = {
+    "lora": {"r": 3},
+    "training": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
+}
+"""A rank that does not divide among two processes, and a checkpoint that is loaded again."""
 STEPS = 3
 
 
@@ -57,6 +72,29 @@ def step_by_hand(model: PeftModel, *, process: int, processes: int) -> None:
         optimizer.zero_grad()
 
 
+def train_spread_over(directory: Path, base: Path, *, process: int) -> None:
+    """One run through accelerate's FSDP2, as on GPUs.
+
+    accelerate calls two CPU processes data parallel whatever it is asked for, but nothing in its FSDP2 needs a GPU: so
+    its state is told the other kind, and the trainer told to keep that state.
+    """
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        cpu_ram_efficient_loading=True,
+        state_dict_type="FULL_STATE_DICT",
+    )
+    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    place = directory / "fsdp2" / str(process)
+    place.mkdir(parents=True)
+    loaded = small_recipe(place, base, output_dir=str(directory / "fsdp2" / "run"), **SPREAD)
+    keeps_state = {"accelerator_config": {"use_configured_state": True}}
+    training = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
+    train(loaded, say=lambda line: None, show_progress=False, cache_dir=directory / "cache")
+
+
 def refusal(check: object) -> str:
     """What a check refuses with."""
     try:
@@ -70,10 +108,10 @@ def main(directory: Path, base: Path) -> None:
     state = PartialState(cpu=True)
     process = state.process_index
     seen: dict[str, object] = {}
-    for name, training in VARIANTS.items():
+    for name, sections in VARIANTS.items():
         place = directory / name / str(process)
         place.mkdir(parents=True)
-        loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), training=training)
+        loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **sections)
         said: list[str] = []
         train(loaded, say=said.append, show_progress=False, cache_dir=directory / "cache")
         state.wait_for_everyone()
@@ -99,12 +137,23 @@ def main(directory: Path, base: Path) -> None:
 
     asks_three = small_recipe(place, base, launch={"num_processes": 3})
     seen["asked three"] = refusal(lambda: join_processes(asks_three, device="cpu", gpus=0))
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
     for name, sections in {"file": {}, "recipe": {"launch": {"strategy": "fsdp2"}}}.items():
         asks_fsdp = small_recipe(place, base, **sections)
         seen[f"asked fsdp2 by {name}"] = refusal(
             lambda asked=asks_fsdp: refuse_other_distribution(asked, accelerator, mixed_precision="no")
+        )
+    train_spread_over(directory, base, process=process)
+    Accelerator(cpu=True).state.fsdp_plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
+    seen["checkpoints in parts"] = refusal(
+        lambda: refuse_other_distribution(small_recipe(place, base), Accelerator(cpu=True), mixed_precision="no")
+    )
+    Accelerator(cpu=True).state.fsdp_plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    for name, lora in {"pissa": {"init_lora_weights": "pissa"}, "head": {"modules_to_save": ["lm_head"]}}.items():
+        unfit = small_recipe(place, base, lora=lora)
+        seen[f"{name} by hand"] = refusal(
+            lambda unfit=unfit: refuse_other_distribution(unfit, Accelerator(cpu=True), mixed_precision="no")
         )
     if state.is_main_process:
         (directory / "seen.json").write_text(json.dumps(seen), encoding="utf-8")

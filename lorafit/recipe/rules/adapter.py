@@ -53,6 +53,33 @@ def quantized_weights_can_be_sharded(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("quantization.bnb_4bit_quant_storage", message, others)
 
 
+_FROM_THE_WHOLE_BASE = ("pissa", "olora", "corda", "eva", "loftq")
+
+
+def adapter_can_be_sharded(recipe: Recipe) -> Iterator[Broken]:
+    """What fails, or trains wrongly without a word, when no process holds a whole weight (tried with two processes)."""
+    strategy, lora = recipe.launch.strategy, recipe.lora
+    if strategy not in _SHARDED:
+        return
+    others, mend = ("launch.strategy",), "leave it out, or write launch.strategy: ddp"
+    if lora.init_lora_weights in _FROM_THE_WHOLE_BASE:
+        message = f"{lora.init_lora_weights} is computed from whole base weights, {strategy} splits them; {mend}"
+        yield Broken("lora.init_lora_weights", message, others)
+    if recipe.adalora is not None:
+        yield Broken("adalora", f"prunes whole matrices, {strategy} splits them; {mend}", others)
+    if strategy != "fsdp2":
+        return
+    if recipe.quantization is not None and lora.use_dora:
+        message = f"with quantization trains tensors of two types, fsdp2 takes one; {mend}"
+        yield Broken("lora.use_dora", message, (*others, "quantization"))
+    for head in {name.rpartition(".")[2] for name in lora.modules_to_save or ()} & {*_HEADS}:
+        # trl 1.16, add_fused_lm_head: `full_tensor()` sends no gradient to the other processes.
+        message = (
+            f"{head}: the loss reads it around fsdp2, each process would train a part on its own rows only; {mend}"
+        )
+        yield Broken("lora.modules_to_save", message, others)
+
+
 def no_adapter_on_the_output_head(recipe: Recipe) -> Iterator[Broken]:
     """TRL computes the loss from `lm_head.weight`: an adapter there would never be trained."""
     targets = recipe.lora.target_modules
@@ -249,6 +276,7 @@ RULES: tuple[Rule, ...] = (
     exactly_one_bit_width,
     no_keys_of_the_other_bit_width,
     quantized_weights_can_be_sharded,
+    adapter_can_be_sharded,
     no_adapter_on_the_output_head,
     patterns_are_regular_expressions,
     module_names_stand_in_lists,
