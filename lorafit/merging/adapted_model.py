@@ -19,6 +19,7 @@ from peft.tuners.lora.variants import DoraEmbeddingVariant, DoraLinearVariant
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -178,7 +179,7 @@ def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
         raise AdapterError(f"lacks {error.args[0]}: copy the whole adapter again", where=str(adapter.weights)) from None
     except (ValueError, TypeError, RuntimeError, NotImplementedError, ImportError, AttributeError) as error:
         raise AdapterError(f"peft cannot attach it to this base: {_one_line(error)}", where=where) from error
-    if unused := sorted(result.unexpected_keys):
+    if unused := sorted(name for name in result.unexpected_keys if not _is_second_copy(name, adapter)):
         raise AdapterError(
             f"nothing in this base takes {_some(unused)}: the weights, adapter_config.json and the base do not belong "
             "together",
@@ -187,6 +188,15 @@ def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
     if missing := sorted(name for name, tensor in _adapter_parameters(attached) if tensor.is_meta):
         raise AdapterError(f"lacks {_some(missing)}: copy the whole adapter again", where=str(adapter.weights))
     return attached
+
+
+def _is_second_copy(name: str, adapter: Adapter) -> bool:
+    """Of a larger vocabulary peft saves a module that was trained whole twice, under two names."""
+    first = name.replace(".modules_to_save.", ".")
+    if first == name or not {name, first} <= adapter.tensors.keys():
+        return False
+    with safe_open(adapter.weights, framework="pt") as file:
+        return torch.equal(file.get_tensor(name), file.get_tensor(first))
 
 
 def _adapter_parameters(attached: PeftModel) -> Iterator[tuple[str, Tensor]]:

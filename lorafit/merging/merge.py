@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lorafit.builders.base_model import check_base_model
+from lorafit.builders.base_model import load_config, model_type_problems
 from lorafit.builders.model_files import (
     BaseModelFiles,
+    config_problems,
     fetch_weights,
+    is_on_hub,
     model_directory,
     read_config,
     stop_token_ids,
+    weight_problems,
 )
 from lorafit.builders.weight_files import tensor_table
-from lorafit.errors import RecipeError
-from lorafit.merging.adapted_model import AUTO_CLASSES
+from lorafit.errors import ModelError, Problem, RecipeError
 from lorafit.merging.adapter_files import Adapter, read_adapter
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.peft_merge import merge_with_peft
@@ -92,22 +95,41 @@ def merge(
 
 
 def read_base(adapter: Adapter) -> BaseModelFiles:
-    """The files of the adapter's base, looked at before a weight is read. Raises ModelError."""
+    """The files of the adapter's base, looked at before a weight is read: any task, unlike for training.
+
+    Raises ModelError with every problem found.
+    """
     section = adapter.base
-    if str(adapter.config.get("task_type")) not in AUTO_CLASSES:
-        return check_base_model(section)
     directory = model_directory(section)
     config = read_config(directory)
+    problems = [
+        *model_type_problems(directory, config=config, section=section),
+        *config_problems(directory, config=config, section=section),
+        *_quantized(directory, config),
+    ]
+    if problems:
+        raise ModelError(problems)
     fetch_weights(section, directory=directory)
+    tensors = tensor_table(directory)
+    if problems := list(weight_problems(directory, tensors=tensors, config=config)):
+        raise ModelError(problems)
     return BaseModelFiles(
         name=section.model_name_or_path,
         directory=directory,
-        revision=None,
+        revision=directory.parts[directory.parts.index("snapshots") + 1] if is_on_hub(section) else None,
         config=config,
-        tensors=tensor_table(directory),
+        tensors=tensors,
         stop_token_ids=stop_token_ids(directory, config=config),
-        vocab_size=config.get("vocab_size", 0),
+        vocab_size=load_config(section, directory=directory).get_text_config().vocab_size,
     )
+
+
+def _quantized(directory: Path, config: Mapping[str, Any]) -> Iterator[Problem]:
+    if "quantization_config" in config:
+        yield Problem(
+            str(directory / "config.json"),
+            "is a quantised checkpoint; a merge goes onto 16-bit weights: name the model it was made from with --base",
+        )
 
 
 def bytes_of(size: str) -> int:

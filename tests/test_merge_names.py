@@ -1,0 +1,169 @@
+"""Weights whose names or shapes on disk are others than in memory: experts, prefixes, other heads, other vocabularies."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from random_adapters import adapted, by_peft, difference, logits, merged, random_adapter, weights
+from tiny import build_base, byte_tokenizer, llama_config
+from transformers import AutoModelForCausalLM
+
+from lorafit.errors import ModelError
+
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+SMALL = {
+    "vocab_size": 264, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": None,
+    "eos_token_id": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+
+
+def _config(kind: str) -> Any:
+    if kind == "mixtral":
+        return transformers.MixtralConfig(**SMALL, num_local_experts=4, num_experts_per_tok=2)
+    if kind == "qwen3 moe":
+        moe = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "head_dim": 16}
+        return transformers.Qwen3MoeConfig(**SMALL, **moe, decoder_sparse_step=1)
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 32}
+    return transformers.GptOssConfig(**SMALL, **layers, num_local_experts=4, num_experts_per_tok=2, head_dim=16)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3 moe", "gpt-oss"])
+def test_every_expert_gets_its_own_update(kind: str, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=_config(kind))
+    settings = {"target_modules": ["q_proj"], "target_parameters": EXPERTS}
+    adapter = random_adapter(tmp_path / "adapter", base, **settings)
+    assert merged(adapter, tmp_path / "merged").streamed
+    expected = logits(adapted(adapter, base))
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(found) - expected).abs().max() <= 1e-5
+    assert (logits(AutoModelForCausalLM.from_pretrained(base)) - expected).abs().max() > 1e-2
+    assert weights(tmp_path / "merged").keys() == weights(base).keys()
+    assert difference(weights(tmp_path / "merged"), weights(by_peft(adapter, base, tmp_path / "peft"))) == 0
+    # In bfloat16 too; peft rounds the update of experts before it adds it, and the sum again.
+    half = build_base(tmp_path / "half", config=_config(kind), dtype=torch.bfloat16)
+    merged(adapter, tmp_path / "bf16", base=str(half))
+    merged(adapter, tmp_path / "fp32", base=str(half), dtype="float32")
+    once = {name: tensor.bfloat16() for name, tensor in weights(tmp_path / "fp32").items()}
+    assert difference(weights(tmp_path / "bf16"), once) == 0
+
+
+def test_names_with_the_prefixes_of_a_model_of_text_and_images_are_found(tmp_path: Path) -> None:
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config=llama_config(), vision_config=transformers.CLIPVisionConfig(**vision), image_token_index=263
+    )
+    base = tmp_path / "base"
+    torch.manual_seed(0)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    auto_class = transformers.AutoModelForImageTextToText
+    names = set(weights(base))
+    assert any(name.startswith("language_model.model.") for name in names), "no other names on disk: nothing to test"
+    target = r".*language_model.*(q_proj|down_proj)"
+    adapter = random_adapter(tmp_path / "adapter", base, auto_class=auto_class, target_modules=target)
+    assert merged(adapter, tmp_path / "merged").streamed
+    expected = logits(adapted(adapter, base, auto_class=auto_class))
+    assert (logits(auto_class.from_pretrained(tmp_path / "merged")) - expected).abs().max() <= 1e-5
+    assert set(weights(tmp_path / "merged")) == names
+    assert (
+        difference(
+            weights(tmp_path / "merged"), weights(by_peft(adapter, base, tmp_path / "peft", auto_class=auto_class))
+        )
+        == 0
+    )
+
+
+def test_a_classification_head_is_merged_and_named_in_the_config(tmp_path: Path, tiny_base: Path) -> None:
+    auto_class = transformers.AutoModelForSequenceClassification
+    adapter = _classifier(tmp_path / "adapter", tiny_base, labels=3)
+    assert merged(adapter, tmp_path / "merged").streamed
+    expected = _classes(adapted(adapter, tiny_base, auto_class=auto_class, num_labels=3))
+    found, info = auto_class.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    assert (_classes(found) - expected).abs().max() <= 1e-5
+    config = json.loads((tmp_path / "merged/config.json").read_text())
+    assert config["architectures"] == ["LlamaForSequenceClassification"] and len(config["id2label"]) == 3
+    assert "lm_head.weight" not in weights(tmp_path / "merged")
+
+
+def _classifier(directory: Path, base: Path, *, labels: int) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels)
+        adapted_model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["q_proj"], r=4))
+        for parameter in adapted_model.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        adapted_model.save_pretrained(str(directory))
+    return directory
+
+
+def _classes(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.arange(1, 25).view(2, 12)).logits
+
+
+def test_a_model_of_encoder_and_decoder_is_merged(tmp_path: Path) -> None:
+    config = transformers.T5Config(
+        vocab_size=264, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    )
+    base, auto_class = tmp_path / "base", transformers.AutoModelForSeq2SeqLM
+    torch.manual_seed(0)
+    auto_class.from_config(config).save_pretrained(base)
+    byte_tokenizer().save_pretrained(base)
+    settings = {"auto_class": auto_class, "task_type": "SEQ_2_SEQ_LM", "target_modules": ["q", "v", "wo"]}
+    adapter = random_adapter(tmp_path / "adapter", base, **settings)
+    assert merged(adapter, tmp_path / "merged").streamed
+
+    def scores(model: torch.nn.Module) -> torch.Tensor:
+        ids = torch.arange(1, 25).view(2, 12)
+        with torch.no_grad():
+            return model(input_ids=ids, decoder_input_ids=ids).logits
+
+    expected = scores(adapted(adapter, base, auto_class=auto_class))
+    assert (scores(auto_class.from_pretrained(tmp_path / "merged")) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_larger_vocabulary_comes_with_the_adapter(is_tied: bool, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(tie_word_embeddings=is_tied))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(270)
+        saved = ["embed_tokens", "lm_head"]
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=saved)
+        larger = get_peft_model(model, config)
+        for parameter in larger.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.1 * torch.randn(parameter.shape)
+        larger.save_pretrained(str(tmp_path / "adapter"))
+    assert merged(tmp_path / "adapter", tmp_path / "merged").streamed
+    found, info = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not any(info.values())
+    assert found.config.vocab_size == 270
+    assert (logits(found) - logits(larger.eval())).abs().max() <= 1e-5
+
+
+def test_a_base_with_fewer_rows_than_the_adapter_leaves_in_place_is_refused(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.resize_token_embeddings(270)
+        config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+        get_peft_model(model, config).save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    with pytest.raises(ModelError, match=r"lm_head.weight as \[264, 64\].*\[270, 64\]"):
+        merged(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
