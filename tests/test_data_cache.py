@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from sources import prepared, section, word_tokenizer
-from test_data_labels import CHATML, GEMMA
+from test_data_labels import CHATML
 from tiny import sums, write_jsonl
 
 from lorafit.data import cache
@@ -56,7 +56,7 @@ def _same_size_other_text(path: Path) -> dict[str, Any]:
 
 CHANGES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "bytes of the data, not size or time": _same_size_other_text,
-    "template": lambda _: {"tokenizer": word_tokenizer(GEMMA, eos_token="<end_of_turn>")},
+    "template": lambda _: {"tokenizer": word_tokenizer(CHATML.replace("\n", " "))},
     "tokens": lambda _: {"tokenizer": word_tokenizer(CHATML, bos_token="<|eot|>")},
     "setting": lambda path: {"data": section(path, train_on="all")},
     "columns": lambda path: {

@@ -194,6 +194,8 @@ def test_the_tokenizers_own_beginning_comes_once(tmp_path: Path) -> None:
         row = prepared(section(path, template=template), tokenizer).train[0]
         assert row["input_ids"][:2].count(bos) == 1
         assert row["labels"][0] == -100
+    write_jsonl(path, [PAIR | {"prompt": "<s>One?"}])
+    assert prepared(section(path, template="plain"), tokenizer).train[0]["input_ids"][:2].count(bos) == 1
     assert tokenizer("One?")["input_ids"][0] == bos
 
 

@@ -9,6 +9,8 @@ import pytest
 from sources import prepared, section, word_tokenizer
 from test_data_labels import CHATML
 from tiny import byte_tokenizer, write_jsonl
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from lorafit.cli import _exit_code
 from lorafit.data.preview import Preview, preview, token_views
@@ -43,6 +45,14 @@ def test_bytes_of_one_character_are_shown_together() -> None:
     ids = tokenizer("aü😀b")["input_ids"]
     views = token_views(ids, [-100, *ids[1:]], tokenizer, frozenset())
     assert [(token.text, len(token.ids)) for token in views] == [("a", 1), ("ü", 2), ("😀", 4), ("b", 1)]
+
+
+def test_the_space_a_token_begins_with_is_shown() -> None:
+    core = Tokenizer(models.WordLevel({"▁one": 0, "▁two": 1}))
+    core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core)
+    assert tokenizer.decode([1]) == "two"
+    assert [token.text for token in token_views([0, 1], [0, 1], tokenizer, frozenset())] == ["one", " two"]
 
 
 def test_data_cannot_steer_the_terminal(tmp_path: Path) -> None:
