@@ -79,7 +79,9 @@ class LoraTrainer(SFTTrainer):
         them, before any weight is touched."""
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         broken = self._broken_losses
-        if not broken and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
+        # With fp16 an overflow is how the loss scale is found: the scaler skips that step and lowers the scale.
+        is_scaled = self.accelerator.scaler is not None
+        if not broken and not is_scaled and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             broken = [(f"gradient norm is {float(norm)}", batch) for batch in self._batches_of_step]
         if self.accelerator.reduce(torch.tensor(float(len(broken)), device=self.accelerator.device)):
             self._stop_or_warn(broken)
@@ -137,7 +139,8 @@ class LoraTrainer(SFTTrainer):
         super()._save(output_dir, state_dict)
         directory = Path(output_dir or self.args.output_dir)
         (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        settle_files(directory, base_name=self._base_name)
+        if self.args.should_save:  # one process writes, all of them come here
+            settle_files(directory, base_name=self._base_name)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside checkpoints: the one card of a run is written with its adapter."""
