@@ -339,6 +339,30 @@ def test_advice_is_said_and_can_be_silenced(tmp_path: Path, tiny_base: Path) -> 
         assert len([line for line in said if "1e-05 is a rate for full fine-tuning" in line]) == expected
 
 
+@pytest.mark.parametrize("kind", ["chat", "alpaca", "file"])
+def test_the_adapters_chat_template_prompts_as_it_was_trained(kind: str, tmp_path: Path, tiny_base: Path) -> None:
+    from transformers import AutoTokenizer
+
+    from lorafit.training.inputs import read_inputs
+
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|im_start|>[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>[assistant]{% endif %}"
+    )
+    template = "own.jinja" if kind == "file" else kind
+    data = {"template": template, "over_length": "truncate"}
+    loaded = small_recipe(tmp_path, tiny_base, data=data, training={"max_length": 256})
+    result, _ = run(loaded)
+    tokenizer = AutoTokenizer.from_pretrained(result.adapter)
+    _, _, prepared = read_inputs(loaded, cache_dir=None)
+    row = sums(1)[0]
+    turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    assert tokenizer.apply_chat_template(turns, return_dict=False) == prepared.train[0]["input_ids"]
+    prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+    first_trained = next(i for i, label in enumerate(prepared.train[0]["labels"]) if label != -100)
+    assert prompt == prepared.train[0]["input_ids"][:first_trained]
+
+
 def test_rows_that_cannot_be_trained_on_end_before_the_base_is_read(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

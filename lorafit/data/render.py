@@ -167,6 +167,27 @@ def alpaca_prompt(instruction: str, context: str) -> str:
     return f"{head}\n\n### Response:\n"
 
 
+def saved_chat_template(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The chat template that goes with the adapter, so that whoever loads it prompts it as it was trained.
+
+    The tokenizer's own for `chat`; the file's text; the Alpaca layout as a template. `plain` lays out no turns, so the
+    tokenizer's own stays. Raises RecipeError when the file cannot be read.
+    """
+    if section.template == "alpaca":
+        opening = "{{- bos_token }}" if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else ""
+        return opening + ALPACA_CHAT_TEMPLATE
+    return tokenizer.chat_template if section.template in LAYOUTS else _read_template(Path(section.template))
+
+
+ALPACA_CHAT_TEMPLATE = (
+    "{%- for message in messages %}{%- if message.role == 'user' %}{{- '"
+    + alpaca_prompt("' + message.content + '", "").replace("\n", "\\n")
+    + "' }}{%- elif message.role == 'assistant' %}{{- message.content + eos_token }}"
+    "{%- else %}{{- raise_exception('the Alpaca layout has no place for the role ' + message.role) }}{%- endif %}"
+    "{%- endfor %}"
+)
+
+
 def _sequences(chat: Chat, template: ChatTemplate, findings: Findings, *, eos: str) -> list[Rendered]:
     """Sequences in which every answer is trained once, after the text generation would see before it."""
     left = answers(chat)

@@ -27,6 +27,7 @@ from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
+from lorafit.data.render import saved_chat_template
 from lorafit.errors import LorafitError, RecipeError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
@@ -169,6 +170,7 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         )
         losses = _held_out_losses(trainer, metrics)
         if trainer.is_world_process_zero():
+            tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
             reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
             write_adapter(
                 model,
