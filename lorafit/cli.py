@@ -134,6 +134,7 @@ def train(
         refuse_before_reading(loaded, machine)
         read_inputs(loaded, cache_dir=cache_directory())
         launch.replace_this_process(launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus))
+    from lorafit.processes import leave_processes
     from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
@@ -143,6 +144,7 @@ def train(
         show_progress=sys.stderr.isatty() and not quiet and is_main,
         cache_dir=cache_directory(),
     )
+    leave_processes()
     if not is_main:
         return
     from lorafit.report.tables import train_table

@@ -71,6 +71,12 @@ def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialSt
     return state
 
 
+def leave_processes() -> None:
+    """Part from the other processes; NCCL complains on stderr of those that just end."""
+    if launch.is_worker():
+        PartialState().destroy_process_group()
+
+
 def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *, mixed_precision: str) -> None:
     """The model is spread as was asked: by the recipe, or, where it does not say, by the accelerate file.
 
