@@ -3,6 +3,7 @@
 The only place that imports inside functions: `lorafit --help` and `lorafit validate` must answer without torch.
 """
 
+import contextlib
 import errno
 import json
 import logging
@@ -15,12 +16,16 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from lorafit import __version__, launch
 from lorafit.errors import DiskError, LorafitError, RecipeError, StopRequested
+
+if TYPE_CHECKING:
+    from lorafit.recipe import LoadedRecipe
+    from lorafit.training.train import TrainResult
 
 app = typer.Typer(
     name="lorafit",
@@ -116,15 +121,26 @@ def train(
 
     chosen_directory = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir else []
     loaded = load(recipe, overrides=[*(set_ or ()), *chosen_directory])
-    _quiet_libraries(debug=debug)
-    if is_smoke:
-        from lorafit.training.smoke import smoke
+    with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
+        _quiet_libraries(debug=debug)
+        if is_smoke:
+            from lorafit.report.tables import smoke_table
+            from lorafit.training.smoke import smoke
 
-        smoke_result = smoke(loaded, say=_say(quiet=quiet), output_dir=output_dir)
-        from lorafit.report.tables import smoke_table
+            tried = smoke(loaded, say=_say(quiet=quiet), output_dir=output_dir)
+            result, text = asdict(tried), smoke_table(tried)
+        else:
+            trained = _train(loaded, quiet=quiet)
+            if launch.rank() != 0:
+                return
+            from lorafit.report.tables import train_table
 
-        _print_result(asdict(smoke_result), as_json=as_json, text=smoke_table(smoke_result))
-        return
+            result, text = asdict(trained), train_table(trained)
+    _print_result(result, as_json=as_json, text=text)
+
+
+def _train(loaded: "LoadedRecipe", *, quiet: bool) -> "TrainResult":
+    """Train in this process, or first become the launcher of those that train."""
     from lorafit.preflight import cache_directory, this_machine
 
     machine = this_machine()
@@ -145,11 +161,7 @@ def train(
         cache_dir=cache_directory(),
     )
     leave_processes()
-    if not is_main:
-        return
-    from lorafit.report.tables import train_table
-
-    _print_result(asdict(result), as_json=as_json, text=train_table(result))
+    return result
 
 
 @app.command(
