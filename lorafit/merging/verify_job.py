@@ -1,0 +1,174 @@
+"""What the two processes of a verification share: what they are told, how they load a model and ask it for logits."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import signal
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from lorafit.merging.disk_names import float32_names
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+}
+"""By `task_type` of an adapter."""
+
+TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Floating types as a safetensors header spells them."""
+
+BATCH = 8
+LOGITS_KEPT = 2**26
+"""256 MiB in float32; as many positions of a prompt are compared as fit."""
+MOST_POSITIONS = 16
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is verified."""
+
+    base: str
+    adapter: str
+    written: str
+    work: str
+    """Directory of what the first process leaves for the second."""
+    task_type: str
+    labels: int | None
+    """Classes of a classification head."""
+    trust_remote_code: bool
+    dtype: str | None
+    """Type that was asked for; None for each tensor's own."""
+    types: dict[str, str]
+    """Name of every floating tensor of the base on disk to its type there."""
+    prompts: list[list[int]]
+
+    @property
+    def main_type(self) -> str:
+        """Type of most of the written tensors."""
+        return self.dtype or max(set(self.types.values()), key=list(self.types.values()).count)
+
+    @property
+    def weights(self) -> Path:
+        """Tensors that the reference leaves."""
+        return Path(self.work) / "reference.safetensors"
+
+    @property
+    def facts(self) -> Path:
+        """Numbers that the reference leaves."""
+        return Path(self.work) / "reference.json"
+
+    @property
+    def findings(self) -> Path:
+        """What the comparison comes to."""
+        return Path(self.work) / "findings.json"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two models' logits at the same positions."""
+
+    largest: float
+    usual: float
+    """The largest but of one position in 100: a mixture of experts sends a token elsewhere over a last bit."""
+    rms: float
+    kl: float
+    """Mean over positions of KL(other ‖ one), in nats."""
+    top1: float
+    """Share of positions where both prefer the same token."""
+
+    @classmethod
+    def of(cls, one: Tensor, other: Tensor) -> Difference:
+        """`one` seen from `other`; both [positions, vocabulary]."""
+        if one.shape != other.shape:
+            return cls(largest=float("nan"), usual=float("nan"), rms=float("nan"), kl=float("nan"), top1=0.0)
+        difference = one - other
+        log_one, log_other = one.double().log_softmax(-1), other.double().log_softmax(-1)
+        return cls(
+            largest=float(difference.abs().max()),
+            usual=float(difference.abs().amax(-1).quantile(0.99)),
+            rms=float(difference.square().mean().sqrt()),
+            kl=max(0.0, float((log_other.exp() * (log_other - log_one)).sum(-1).mean())),
+            top1=float((one.argmax(-1) == other.argmax(-1)).double().mean()),
+        )
+
+
+def stored_types(model: PreTrainedModel, job: Job, names: Iterable[str]) -> dict[str, str]:
+    """Name to the type it is stored in. Parameters that transformers keeps in float32 stay in it."""
+    if job.dtype is None:
+        return {name: job.types.get(name, job.main_type) for name in names}
+    wide = float32_names(model, names, dtype=getattr(torch, job.dtype))
+    return {name: "float32" if name in wide else job.dtype for name in names}
+
+
+def load_model(
+    job: Job, directory: str, *, labels: int | None = None
+) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
+    """The model in float32 and transformers' account of loading it. What is stored in 16 bits is held as it is."""
+    keys = {} if labels is None else {"num_labels": labels}
+    model, loaded = AUTO_CLASSES[job.task_type].from_pretrained(
+        directory,
+        dtype=torch.float32,
+        device_map="cuda" if torch.cuda.is_available() else None,
+        trust_remote_code=job.trust_remote_code,
+        use_safetensors=True,
+        output_loading_info=True,
+        **keys,
+    )
+    return model.eval(), loaded
+
+
+@torch.no_grad()
+def logits(model: nn.Module, job: Job) -> Tensor:
+    """[positions, vocabulary] in float32: some positions of every prompt, evenly spread, the last among them."""
+    kept = []
+    device = next(model.parameters()).device
+    # Classification reads the last token that is no padding, which it knows by its id.
+    size = 1 if job.task_type == "SEQ_CLS" else BATCH
+    for start in range(0, len(job.prompts), size):
+        prompts = job.prompts[start : start + size]
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
+        inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        if job.task_type == "SEQ_2_SEQ_LM":
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+        out = model(**inputs).logits.float().cpu()
+        for row, prompt in zip(out, prompts, strict=True):
+            kept.append(row[None] if row.dim() == 1 else row[_positions(len(prompt), row.shape[-1], len(job.prompts))])
+    return torch.cat(kept)
+
+
+def _positions(length: int, vocabulary: int, prompts: int) -> Tensor:
+    count = min(length, MOST_POSITIONS, max(1, LOGITS_KEPT // (vocabulary * prompts)))
+    return torch.linspace(length - 1, 0, count).round().long()
+
+
+def run_step(step: Callable[[Job], None]) -> None:
+    """One side of a verification, on the job file named on the command line.
+
+    What goes wrong ends in a traceback, of which the process that waits shows the last line. It ends when that does.
+    """
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    step(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,0 +1,167 @@
+"""A merged model is read back in a fresh process, and what it lost is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from merge_cases import Case, case, copied, rewrite, verdict
+from runs import run, small_recipe
+from safetensors.torch import load_file
+
+from lorafit.builders.base_model import check_base_model
+from lorafit.errors import MachineError, VerificationError
+from lorafit.merging import verify as verify_module
+from lorafit.merging.adapter_files import read_adapter
+from lorafit.merging.prompts import prompts_for
+from lorafit.merging.sketch import distance, round_once, sketch
+from lorafit.merging.verify import refuse_too_little_memory, verify
+from lorafit.merging.verify_job import Job
+from lorafit.merging.verify_reference import reference
+from lorafit.recipe.sections import ModelSection
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A plain LoRA merged right, in bfloat16."""
+    return case(tmp_path_factory.mktemp("lora"), "lora", dtype="bfloat16", base_dtype="bfloat16")
+
+
+def verified(made: Case, written: Path) -> verify_module.MergeReport:
+    """As `merge` does it: in processes of their own."""
+    return verify(written, adapter=made.adapter, base_files=made.base_files, dtype=made.job.dtype, prompts=made.prompts)
+
+
+def test_a_right_merge_is_verified_in_fresh_processes_and_reported_beside_the_model(lora: Case) -> None:
+    report = verified(lora, lora.right)
+    left = json.loads((lora.right / "merge_report.json").read_text())
+    assert report.passed and left["passed"] and left["wrong"] == []
+    assert report == verdict(lora, lora.right), "another process gives the same figures"
+    assert 0 < report.max_abs_logit_difference < report.adapter_effect
+    assert report.mean_kl < 1e-4 and report.top1_agreement > 0.9
+    assert len(report.modules) == 14
+    assert 0.9 < report.delta_retained < 1
+    assert left["modules"][0]["retained"] == min(module.retained for module in report.modules)
+
+
+@pytest.fixture
+def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference in this process, which has the libraries loaded; what was written still in another."""
+    run_step = verify_module._run
+
+    def run_here(step: str, job_file: Path, *, where: str) -> None:
+        if step == "reference":
+            reference(Job(**json.loads(job_file.read_text())))
+        else:
+            run_step(step, job_file, where=where)
+
+    monkeypatch.setattr(verify_module, "_run", run_here)
+
+
+@pytest.mark.usefixtures("reference_here")
+def test_a_wrong_merge_ends_in_one_line_naming_the_weight(lora: Case, tmp_path: Path) -> None:
+    written, merged = copied(lora, tmp_path / "written")
+    merged["model.layers.0.self_attn.q_proj.weight"] *= 1.5
+    with pytest.raises(VerificationError, match=r"q_proj.weight is not base \+ update: off by") as caught:
+        verified(lora, rewrite(written, merged))
+    assert caught.value.exit_code == 5
+    assert len(caught.value.problems) == 1 and "\n" not in str(caught.value)
+
+
+@pytest.mark.usefixtures("reference_here")
+def test_a_model_that_does_not_load_is_a_failed_verification(lora: Case, tmp_path: Path) -> None:
+    written, _ = copied(lora, tmp_path / "written")
+    (written / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match="the merged model does not load: "):
+        verified(lora, written)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_what_is_retained_is_what_storage_leaves_of_the_update(dtype: str, tmp_path: Path) -> None:
+    made = case(tmp_path, "lora", dtype=dtype, size=0.02, base_dtype="bfloat16")
+    report = verdict(made, made.right)
+    assert report.passed, report.wrong
+    base = load_file(made.base_files.directory / "model.safetensors")
+    factors = load_file(made.adapter.weights)
+    name = "model.layers.1.mlp.up_proj"
+    a, b = (factors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    update = 8 / 4 * (b @ a)
+    exact = base[f"{name}.weight"].float() + update
+    lost = exact.to(getattr(torch, dtype)).float() - exact
+    expected = 1 - float(lost.norm() / update.norm())
+    module = next(module for module in report.modules if module.name == f"{name}.weight")
+    assert module.retained == pytest.approx(expected, abs=0.03)  # a sketch measures to some percent
+    assert module.update == pytest.approx(float(update.norm()), rel=0.1)
+
+
+def test_float32_is_advised_where_16_bits_swallow_the_update_and_only_there(tmp_path: Path) -> None:
+    small = case(tmp_path / "small", "lora", dtype="bfloat16", size=0.002, base_dtype="bfloat16")
+    report = verdict(small, small.right)
+    assert report.passed, report.wrong
+    assert report.advice is not None and "--dtype float32 keeps all of it" in report.advice
+    assert report.delta_retained < 0.7
+    large = case(tmp_path / "large", "lora", dtype="bfloat16", base_dtype="bfloat16")
+    assert verdict(large, large.right).advice is None
+    wide = case(tmp_path / "wide", "lora", dtype="float32", size=0.002, base_dtype="bfloat16")
+    assert verdict(wide, wide.right).advice is None
+
+
+def test_a_skipped_module_is_caught_where_storage_swallows_most_of_the_update(tmp_path: Path) -> None:
+    made = case(tmp_path / "case", "lora", dtype="bfloat16", size=0.002, base_dtype="bfloat16")
+    written, merged = copied(made, tmp_path / "written")
+    name = "model.layers.0.mlp.gate_proj.weight"
+    merged[name] = load_file(made.base_files.directory / "model.safetensors")[name]
+    report = verdict(made, rewrite(written, merged))
+    assert [line.split()[0] for line in report.wrong] == [name]
+
+
+def test_a_run_is_verified_on_its_own_rows_and_a_plain_adapter_on_random_ones(tmp_path: Path, tiny_base: Path) -> None:
+    run(small_recipe(tmp_path, tiny_base))
+    files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
+    of_run = prompts_for(read_adapter(tmp_path / "run"), files, cache_dir=None)
+    assert of_run.source == "8 held-out rows, 24 training rows, 32 random token sequences (the run has no more rows)"
+    assert len(of_run.ids) == 64 and all(0 < len(ids) <= 64 for ids in of_run.ids)
+    plain = read_adapter(tmp_path / "run" / "adapter", base=str(tiny_base))
+    assert prompts_for(plain, files, cache_dir=None).source.startswith("64 random token sequences (the adapter carries")
+    (tmp_path / "train.jsonl").unlink()
+    gone = prompts_for(read_adapter(tmp_path / "run"), files, cache_dir=None)
+    assert "64 random token sequences (its rows cannot be read: " in gone.source
+
+
+def test_too_little_memory_is_said_before_anything_is_written(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
+    refuse_too_little_memory(files)
+    monkeypatch.setattr(verify_module, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MachineError, match=r"verifying needs 0.0 GiB .*--no-verify"):
+        refuse_too_little_memory(files)
+
+
+def test_sketches_measure_distances() -> None:
+    torch.manual_seed(0)
+    one, change = torch.randn(200, 300), 1e-3 * torch.randn(200, 300)
+    assert distance(sketch(one), sketch(one)) == 0
+    assert distance(sketch(one + change), sketch(one)) == pytest.approx(float(change.norm()), rel=0.1)
+    single = one.clone()
+    single[7, 8] += 1
+    assert distance(sketch(single), sketch(one)) == pytest.approx(1, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_in_another_order_stay_within_what_is_allowed(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(256, 256) * 0.02, torch.randn(16, 256) * 0.05, torch.randn(256, 16) * 0.05
+    first = weight + 2 * (b @ a)
+    other = weight.clone()
+    for rank in reversed(range(16)):
+        other += (2 * b[:, rank : rank + 1]) @ a[rank : rank + 1]
+    assert not torch.equal(first, other)
+    update = float((2 * (b @ a)).norm())
+    allowed = round_once(first, dtype=dtype, update=update, rank=16)
+    round_once(other, dtype=dtype, update=0, rank=16)
+    assert torch.equal(first, first.to(dtype).float())
+    off = distance(sketch(first), sketch(other))
+    assert 0 < off <= allowed < (0.05 if dtype == torch.bfloat16 else 0.3) * update
+    assert round_once(first, dtype=dtype, update=0, rank=16) == 0
