@@ -40,6 +40,7 @@ def test_a_right_merge_is_verified_in_fresh_processes_and_reported_beside_the_mo
     assert report.passed and left["passed"] and left["wrong"] == []
     assert report == verdict(lora, lora.right), "another process gives the same figures"
     assert 0 < report.max_abs_logit_difference < report.adapter_effect
+    assert report.logit_difference_to_reference <= report.allowed_logit_difference
     assert report.mean_kl < 1e-4 and report.top1_agreement > 0.9
     assert len(report.modules) == 14
     assert 0.9 < report.delta_retained < 1

@@ -26,8 +26,11 @@ from lorafit.merging.adapter_files import Adapter, read_adapter
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.peft_merge import merge_with_peft
 from lorafit.merging.plan import plan_merge
+from lorafit.merging.prompts import prompts_for
 from lorafit.merging.settings_files import write_settings
 from lorafit.merging.stage import staged
+from lorafit.merging.verify import refuse_too_little_memory
+from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write import Progress, write_merged
 
 Say = Callable[[str], None]
@@ -73,6 +76,8 @@ def merge(
     adapter = read_adapter(run_or_adapter, base=base)
     base_files = read_base(adapter)
     refuse_wrong_base(adapter, base_files, say=say)
+    if verify:
+        refuse_too_little_memory(base_files)
     plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
     with staged(target, needed=plan.total_bytes) as stage:
         if plan.peft_reason is None:
@@ -84,11 +89,18 @@ def merge(
         write_settings(
             stage, adapter=adapter, base_files=base_files, config=plan.config, dtype=dtype or "the base's type"
         )
+        report = None
+        if verify:
+            prompts = prompts_for(adapter, base_files, cache_dir=cache_dir)
+            say(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
+            report = verify_merged(stage, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts)
+            if report.advice is not None:
+                say(f"advice: {report.advice}")
     return MergeResult(
         out=str(target),
-        max_abs_logit_difference=None,
-        top1_agreement=None,
-        delta_retained=None,
+        max_abs_logit_difference=None if report is None else report.max_abs_logit_difference,
+        top1_agreement=None if report is None else report.top1_agreement,
+        delta_retained=None if report is None else report.delta_retained,
         streamed=plan.peft_reason is None,
         seconds=round(time.monotonic() - started, 2),
     )

@@ -72,8 +72,10 @@ class MergeReport:
     """Positions of them whose logits were compared, all in float32."""
     max_abs_logit_difference: float
     """Between the written model and base + adapter."""
+    logit_difference_to_reference: float
+    """Between the written model and what is right in its type, but for one position in 100."""
     allowed_logit_difference: float
-    """Between the written model and the reference, rounded once: see the module's text."""
+    """The most that may be: see the module's text."""
     mean_kl: float
     """KL(base + adapter ‖ written) in nats, mean over positions."""
     top1_agreement: float
@@ -134,13 +136,14 @@ def verify(
         job_file = Path(work) / "job.json"
         job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         _run("reference", job_file, where=str(adapter.directory))
-        _run("written", job_file, where=str(written))
+        _run("written", job_file, where=str(adapter.directory))
         findings = json.loads(job.findings.read_text(encoding="utf-8"))
     report = judge(findings, job=job, prompts=prompts, adapter=adapter)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     if not report.passed:
         more = f" and {len(report.wrong) - MOST_NAMED} more faults" if len(report.wrong) > MOST_NAMED else ""
-        raise VerificationError("; ".join(report.wrong[:MOST_NAMED]) + more, where=str(written))
+        message = f"the merged model is wrong and was not kept: {'; '.join(report.wrong[:MOST_NAMED])}{more}"
+        raise VerificationError(message, where=str(adapter.directory))
     return report
 
 
@@ -209,6 +212,7 @@ def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: A
         prompts=prompts.source,
         positions=findings["positions"],
         max_abs_logit_difference=exact["largest"],
+        logit_difference_to_reference=findings["written_to_rounded"]["usual"],
         allowed_logit_difference=allowed,
         mean_kl=exact["kl"],
         top1_agreement=exact["top1"],
