@@ -1,4 +1,4 @@
-"""Weights whose names or shapes on disk are others than in memory: experts, prefixes, other heads, other vocabularies."""
+"""Weights whose names or shapes on disk are not those in memory: experts, prefixes, other heads and vocabularies."""
 
 from __future__ import annotations
 

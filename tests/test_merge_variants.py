@@ -1,4 +1,4 @@
-"""Every kind of LoRA merges into the model it was, in float32 and in bfloat16, and as peft merges it where peft is right."""
+"""Every kind of LoRA merges into the model it was, in float32 and bfloat16, and as by peft where peft is right."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from random_adapters import adapted, by_peft, difference, logits, merged, random_adapter, weights
 from peft import LoraConfig
+from random_adapters import adapted, by_peft, difference, logits, merged, random_adapter, weights
 from tiny import build_base, llama_config
 from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 

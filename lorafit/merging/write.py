@@ -6,8 +6,11 @@ import errno
 import json
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,11 +24,13 @@ from lorafit.merging.plan import TORCH, MergePlan, OutputShard, OutputTensor, Pi
 Progress = Callable[[int], None]
 """Takes the number of bytes written since it was last called."""
 
-BLOCK = 1 << 20
-"""Elements of a block; a few MB in float32, so that the steps of a change find it in the processor's cache."""
-COPY = 64 << 20
+BLOCK = 1 << 18
+"""Elements of a block: 1 MiB in float32, so that the steps of a change find it in a core's own cache."""
+TASK = 16 << 20
+"""Bytes that one thread takes on at a time."""
 FLUSH = 256 << 20
 """Bytes after which the disk is set to work on them, beside the computing of the next."""
+THREADS = 4
 NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
@@ -34,11 +39,22 @@ def write_merged(plan: MergePlan, directory: Path, *, progress: Progress) -> Non
 
     Raises ModelError when a weight does not fit into float16; what the disk says (full, read-only) comes as OSError.
     """
-    size = max((_columns(tensor.shape) for shard in plan.shards for tensor in shard.tensors), default=1)
-    blocks = _Blocks(max(BLOCK, size))
-    with ThreadPoolExecutor(max_workers=1) as flusher:
+    columns = max((_columns(tensor.shape) for shard in plan.shards for tensor in shard.tensors), default=1)
+    # A thread works on blocks of its own, on one core: cores that share a block this small wait more than they work.
+    threads = torch.get_num_threads()
+    buffers = threading.local()
+
+    def prepare() -> None:
+        torch.set_num_threads(1)
+        buffers.blocks = _Blocks(max(BLOCK, columns))
+
+    workers = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), initializer=prepare)
+    try:
         for shard in plan.shards:
-            _write_shard(shard, plan.base_directory, directory / shard.file, blocks, flusher, progress)
+            _write_shard(shard, plan.base_directory, directory / shard.file, workers, buffers, progress)
+    finally:
+        workers.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
     if [shard.file for shard in plan.shards] != [WEIGHTS]:
         index = {"metadata": {"total_size": plan.total_bytes}, "weight_map": dict(sorted(plan.weight_map.items()))}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
@@ -57,37 +73,69 @@ def header(tensors: Sequence[OutputTensor]) -> bytes:
 
 
 def _write_shard(
-    shard: OutputShard, base: Path, path: Path, blocks: _Blocks, flusher: ThreadPoolExecutor, progress: Progress
+    shard: OutputShard,
+    base: Path,
+    path: Path,
+    workers: ThreadPoolExecutor,
+    buffers: threading.local,
+    progress: Progress,
 ) -> None:
-    head = header(shard.tensors)
-    sources: dict[str, int] = {}
-    target = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-    flushed: Future[None] | None = None
-    try:
-        for tensor in shard.tensors:
-            if isinstance(tensor.source, TensorInfo) and tensor.source.file not in sources:
-                sources[tensor.source.file] = os.open(base / tensor.source.file, os.O_RDONLY)
+    with ExitStack() as files:
+
+        def opened(name: Path, flags: int) -> int:
+            descriptor = os.open(name, flags, 0o666)
+            files.callback(os.close, descriptor)
+            return descriptor
+
+        target = opened(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
+        names = {tensor.source.file for tensor in shard.tensors if isinstance(tensor.source, TensorInfo)}
+        sources = {name: opened(base / name, os.O_RDONLY) for name in sorted(names)}
+        tasks: list[Future[int]] = []
+        flusher = files.enter_context(ThreadPoolExecutor(max_workers=1))
+        files.callback(lambda: wait([task for task in tasks if not task.cancel()]))
+        head = header(shard.tensors)
         os.pwrite(target, head, 0)
-        offset = unflushed = len(head)
+        offset = len(head)
         for run in _runs(shard.tensors):
-            first = run[0]
+            first, nbytes = run[0], sum(tensor.nbytes for tensor in run)
             source = sources[first.source.file] if isinstance(first.source, TensorInfo) else -1
-            nbytes = sum(tensor.nbytes for tensor in run)
             if isinstance(first.source, TensorInfo) and first.is_copy:
-                _copy(source, target, start=first.source.start, offset=offset, nbytes=nbytes, progress=progress)
+                for start in range(0, nbytes, TASK):
+                    span = (first.source.start + start, offset + start, min(TASK, nbytes - start))
+                    tasks.append(workers.submit(_copy, source, target, span))
             else:
-                blocks.rewrite(first, source, target, offset=offset, progress=progress)
+                for piece in _tasks(first):
+                    tasks.append(workers.submit(_rewrite, buffers, first, piece, source, target, offset))
             offset += nbytes
-            if offset - unflushed > FLUSH and (flushed is None or flushed.done()):
-                flushed, unflushed = flusher.submit(os.fdatasync, target), offset
-        if flushed is not None:
-            flushed.result()
+        unflushed = 0
+        for task in tasks:
+            progress(task.result())
+            unflushed += task.result()
+            if unflushed > FLUSH:
+                flusher.submit(os.fdatasync, target)
+                unflushed = 0
         os.fsync(target)
-    finally:
-        if flushed is not None:
-            flushed.exception()  # waits: the file must stay open that long
-        for descriptor in (target, *sources.values()):
-            os.close(descriptor)
+
+
+def _tasks(tensor: OutputTensor) -> Iterator[Piece]:
+    """The pieces of a tensor, cut into what one thread takes on at a time."""
+    columns = max(_columns(tensor.shape), 1)
+    rows = math.prod(tensor.shape) // columns
+    step = max(1, TASK // (columns * 4))
+    for piece in tensor.pieces or (Piece(None, None, 0, 0, rows),):
+        if isinstance(piece.change, ScaleColumns):  # looks at all rows before it changes one
+            yield piece
+            continue
+        for start in range(0, piece.rows, step):
+            rows = min(step, piece.rows - start)
+            yield replace(piece, first=piece.first + start, row=piece.row + start, rows=rows)
+
+
+def _rewrite(
+    buffers: threading.local, tensor: OutputTensor, piece: Piece, source: int, target: int, offset: int
+) -> int:
+    blocks: _Blocks = buffers.blocks
+    return blocks.rewrite(tensor, piece, source=source, target=target, offset=offset)
 
 
 def _runs(tensors: Sequence[OutputTensor]) -> Iterator[list[OutputTensor]]:
@@ -109,29 +157,26 @@ def _is_next(one: OutputTensor, other: OutputTensor) -> bool:
     return one.source.file == other.source.file and one.source.start + one.source.nbytes == other.source.start
 
 
-def _copy(source: int, target: int, *, start: int, offset: int, nbytes: int, progress: Progress) -> None:
+def _copy(source: int, target: int, span: tuple[int, int, int]) -> int:
     """Let the kernel copy; where it does not (another file system), read and write."""
+    start, offset, nbytes = span
     done, in_kernel = 0, True
     while done < nbytes:
-        count = min(COPY, nbytes - done)
         if in_kernel:
             try:
-                count = os.copy_file_range(source, target, count, start + done, offset + done)
+                count = os.copy_file_range(source, target, nbytes - done, start + done, offset + done)
             except OSError as error:
                 if error.errno not in NO_KERNEL_COPY:
                     raise
-                in_kernel = False
-                continue
-            if not count:
-                in_kernel = False
-                continue
+                count = 0
+            in_kernel = count > 0
         else:
-            data = os.pread(source, min(count, 8 << 20), start + done)
+            data = os.pread(source, min(nbytes - done, 4 << 20), start + done)
             if not data:
                 raise ModelError("a weight file of the base became shorter while it was read: merge again")
             count = os.pwrite(target, data, offset + done)
         done += count
-        progress(count)
+    return nbytes
 
 
 def _columns(shape: Sequence[int]) -> int:
@@ -146,28 +191,27 @@ class _Blocks:
         self.elements = elements
         self.work = torch.empty(elements, dtype=torch.float32)
         self.scratch = torch.empty(elements, dtype=torch.float32)
-        self.stored = torch.empty(elements * 8, dtype=torch.uint8)
+        self.stored = torch.empty(elements * 8, dtype=torch.uint8)  # F64 is the widest
 
-    def rewrite(self, tensor: OutputTensor, source: int, target: int, *, offset: int, progress: Progress) -> None:
-        """Write `tensor` at `offset`: each block read, widened to float32, changed, rounded once, written."""
-        columns = _columns(tensor.shape)
-        rows = math.prod(tensor.shape) // max(columns, 1)
-        step = max(1, self.elements // max(columns, 1))
-        width = columns * TORCH[tensor.dtype].itemsize
-        for piece in tensor.pieces or (Piece(None, None, 0, 0, rows),):
-            change = piece.change
-            if isinstance(change, ScaleColumns):
-                for start, count in _steps(piece.rows, step):
-                    block = self._load(tensor.source, source, row=piece.row + start, count=count, columns=columns)
-                    change.observe(block, first=piece.first + start, scratch=self._scratch(count, columns))
-            for start, count in _steps(piece.rows, step):
-                row = piece.row + start
-                block = self._load(tensor.source, source, row=row, count=count, columns=columns)
-                if change is not None:
-                    scratch = self._scratch(count, columns)
-                    change.apply(block, expert=piece.expert, first=piece.first + start, scratch=scratch)
-                self._store(block, tensor, target, offset=offset + row * width)
-                progress(count * width)
+    def rewrite(self, tensor: OutputTensor, piece: Piece, *, source: int, target: int, offset: int) -> int:
+        """Write one piece of `tensor`, which begins at `offset`: each block is read, widened to float32, changed,
+        rounded once, and written. Gives the bytes written."""
+        columns = max(_columns(tensor.shape), 1)
+        step = max(1, self.elements // columns)
+        steps = [(start, min(step, piece.rows - start)) for start in range(0, piece.rows, step)]
+        width, change = columns * TORCH[tensor.dtype].itemsize, piece.change
+        if isinstance(change, ScaleColumns):
+            for start, count in steps:
+                block = self._load(tensor.source, source, row=piece.row + start, count=count, columns=columns)
+                change.observe(block, first=piece.first + start, scratch=self._scratch(count, columns))
+        for start, count in steps:
+            row = piece.row + start
+            block = self._load(tensor.source, source, row=row, count=count, columns=columns)
+            if change is not None:
+                scratch = self._scratch(count, columns)
+                change.apply(block, expert=piece.expert, first=piece.first + start, scratch=scratch)
+            self._store(block, tensor, target, offset=offset + row * width)
+        return piece.rows * width
 
     def _scratch(self, count: int, columns: int) -> Tensor:
         return self.scratch[: count * columns].view(count, columns)
@@ -190,12 +234,6 @@ class _Blocks:
             if dtype == torch.float16 and not torch.isfinite(block).all():
                 raise ModelError(f"{tensor.name} has values beyond float16's 65,504: use --dtype bfloat16 or float32")
         _write(target, block.view(-1).view(torch.uint8), offset)
-
-
-def _steps(rows: int, step: int) -> Iterator[tuple[int, int]]:
-    """(first row, number of rows) of each block."""
-    for start in range(0, rows, step):
-        yield start, min(step, rows - start)
 
 
 def _read(source: int, into: Tensor, offset: int) -> None:
