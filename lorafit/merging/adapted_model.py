@@ -75,9 +75,9 @@ class AdaptedModel:
 def adapted_model(adapter: Adapter, base_files: BaseModelFiles, *, dtype: torch.dtype) -> AdaptedModel:
     """The outline of `adapter` on its base. Raises AdapterError when its tensors are not those peft expects."""
     config = load_config(adapter.base, directory=base_files.directory)
-    model = _outline(adapter, config)
+    model = outline(adapter, config)
     if _fit_to_adapter(config, adapter, model):
-        model = _outline(adapter, config)
+        model = outline(adapter, config)
     names = {module: name for name, module in model.named_modules()}
     hollow = set(model.parameters())
     on_disk = disk_names(model, base_files.tensors)
@@ -103,7 +103,7 @@ def adapted_model(adapter: Adapter, base_files: BaseModelFiles, *, dtype: torch.
     )
 
 
-def _outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
+def outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with zeros that take no memory for its weights, of the class that the adapter was trained on."""
     auto_class = getattr(transformers, AUTO_CLASSES.get(str(adapter.config.get("task_type")), "AutoModelForCausalLM"))
     if type(config) not in auto_class._model_mapping and not adapter.base.trust_remote_code:
@@ -171,7 +171,9 @@ def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
             warnings.simplefilter("ignore")  # peft's advice on tied weights and unused patterns is checked for here
             settings = PeftConfig.from_pretrained(where)
             settings.inference_mode, settings.init_lora_weights = True, False
-            attached = PeftModel(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+            # AdaLoRA cuts its matrices to their ranks before they are loaded, and for that they must be there.
+            is_empty = adapter.config["peft_type"] != "ADALORA"
+            attached = PeftModel(model, settings, autocast_adapter_dtype=False, low_cpu_mem_usage=is_empty)
             result = attached.load_adapter(
                 where, "default", torch_device="cpu", autocast_adapter_dtype=False, low_cpu_mem_usage=True
             )
@@ -185,7 +187,7 @@ def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
             "together",
             where=str(adapter.weights),
         )
-    if missing := sorted(name for name, tensor in _adapter_parameters(attached) if tensor.is_meta):
+    if missing := sorted(name.replace(".default", "") for name in result.missing_keys):
         raise AdapterError(f"lacks {_some(missing)}: copy the whole adapter again", where=str(adapter.weights))
     return attached
 
@@ -197,14 +199,6 @@ def _is_second_copy(name: str, adapter: Adapter) -> bool:
         return False
     with safe_open(adapter.weights, framework="pt") as file:
         return torch.equal(file.get_tensor(name), file.get_tensor(first))
-
-
-def _adapter_parameters(attached: PeftModel) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that peft put into the model; ranknum is a count that is never saved."""
-    for name, tensor in attached.named_parameters():
-        parts = name.split(".")
-        if "default" in parts and "ranknum" not in parts:
-            yield name, tensor
 
 
 def _values(
