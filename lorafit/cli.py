@@ -238,6 +238,53 @@ def merge(
 
 
 @app.command()
+def combine(
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="RUN:WEIGHT...", help="Run or adapter directories, each with its weight.")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Where the new adapter goes; never overwritten.")],
+    method: Annotated[
+        Literal[
+            "linear", "cat", "svd", "ties", "ties_svd", "dare_linear", "dare_ties", "dare_linear_svd", "magnitude_prune"
+        ],
+        typer.Option("--method", help="cat is the exact sum; svd the nearest to it of one rank."),
+    ] = "cat",
+    density: Annotated[
+        float | None, typer.Option("--density", help="Share of entries that ties, dare and magnitude_prune keep.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", help="Rank of the new adapter, for the svd methods.")] = None,
+    seed: Annotated[int, typer.Option("--seed", help="For dare, which drops entries at random.")] = 0,
+    base: Annotated[
+        str | None, typer.Option("--base", metavar="MODEL", help="Hub id or directory, instead of the recorded base.")
+    ] = None,
+    loss: Annotated[bool, typer.Option(help="Compare the held-out losses of the runs; loads the base.")] = True,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Make one adapter of several of the same base."""
+    _quiet_libraries(debug=debug)
+    from lorafit.merging.combine import combine as combine_adapters
+    from lorafit.merging.combine import weighted
+    from lorafit.preflight import cache_directory
+    from lorafit.report.merge import combine_table
+
+    result = combine_adapters(
+        [weighted(text) for text in adapters],
+        out=out,
+        method=method,
+        density=density,
+        rank=rank,
+        seed=seed,
+        base=base,
+        with_losses=loss,
+        say=_say(quiet=quiet),
+        cache_dir=cache_directory(),
+    )
+    _print_result(asdict(result), as_json=as_json, text=combine_table(result))
+
+
+@app.command()
 def targets(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id, or shipped shape (llama3-8b).")],
     r: Annotated[int, typer.Option("--r", min=1, help="Rank to count adapter parameters at.")] = 16,

@@ -22,6 +22,27 @@ def merge_table(result: Any) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def combine_table(result: Any) -> str:
+    """What a combination came to, one fact a line, and the losses as a table. `result` is a `CombineResult`."""
+    rows = [
+        ("combined adapter", result.out),
+        ("method", f"{result.method}, rank {result.rank}"),
+        ("inputs", ", ".join(f"{name} x {weight:g}" for name, weight in result.inputs.items())),
+        ("off the exact sum", f"{result.off_the_sum:.2%} in the module that is farthest off"),
+    ]
+    if result.cosine is not None:
+        words = f"cosine {result.cosine:+.3f}, opposite signs in {result.sign_conflict:.1%} of the entries"
+        rows.insert(3, ("overlap", f"{words} (0 and 50.0% if unrelated)"))
+        worst = max((one for one in result.modules if one.cosine is not None), key=lambda one: one.sign_conflict)
+        rows.insert(4, ("most in conflict", f"{worst.module}: {worst.sign_conflict:.1%}, cosine {worst.cosine:+.3f}"))
+    for loss in result.losses:
+        told = ", ".join(f"{name} {value:.4f}" for name, value in loss.losses.items())
+        rows.append((f"held-out loss, {loss.rows_of}", f"{told} ({loss.rows} rows)"))
+    rows.append(("seconds", f"{result.seconds:.1f}"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
 def progress_in_bytes(*, is_shown: bool) -> Callable[[int], Callable[[int], Any]]:
     """Given the bytes to come, a bar that takes the bytes done since it was last told."""
     return lambda total: tqdm(total=total, unit="B", unit_scale=True, disable=not is_shown).update
