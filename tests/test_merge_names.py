@@ -12,10 +12,12 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from random_adapters import adapted, by_peft, difference, logits, merged, random_adapter, weights
+from safetensors.torch import save_file
 from tiny import build_base, byte_tokenizer, llama_config
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, conversion_mapping
+from transformers.core_model_loading import Chunk, Concatenate, WeightConverter
 
-from lorafit.errors import ModelError
+from lorafit.errors import AdapterError, ModelError
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 SMALL = {
@@ -53,6 +55,58 @@ def test_every_expert_gets_its_own_update(kind: str, tmp_path: Path) -> None:
     merged(adapter, tmp_path / "fp32", base=str(half), dtype="float32")
     once = {name: tensor.bfloat16() for name, tensor in weights(tmp_path / "fp32").items()}
     assert difference(weights(tmp_path / "bf16"), once) == 0
+
+
+def _rule(monkeypatch: pytest.MonkeyPatch, kind: str, rule: WeightConverter) -> None:
+    """Let models of this kind lie on disk in another form; every shipped rule of the form belongs to a large model."""
+    conversion_mapping.get_checkpoint_conversion_mapping(kind)  # builds the table
+    monkeypatch.setitem(conversion_mapping._checkpoint_conversion_mapping_cache, kind, [rule])
+
+
+def test_a_weight_that_is_fused_in_memory_is_changed_in_each_of_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts, fused = [r"\.gate_proj.weight", r"\.up_proj.weight"], r"\.gate_up_proj.weight"
+    _rule(monkeypatch, "phi3", WeightConverter(parts, fused, [Concatenate(dim=0)]))
+    base = build_base(tmp_path / "base", config=transformers.Phi3Config(**SMALL))
+    assert any(name.endswith("up_proj.weight") and "gate_up" not in name for name in weights(base)), "not cut on disk"
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=["gate_up_proj", "qkv_proj"])
+    assert merged(adapter, tmp_path / "merged").streamed
+    assert difference(weights(tmp_path / "merged"), weights(by_peft(adapter, base, tmp_path / "peft"))) == 0
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(found) - logits(adapted(adapter, base))).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("target", ["gate_proj", "up_proj"])
+def test_a_weight_that_is_cut_out_of_a_larger_one_is_merged_by_peft(
+    target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rule = WeightConverter("mlp.both.weight", ["mlp.gate_proj.weight", "mlp.up_proj.weight"], [Chunk(dim=0)])
+    _rule(monkeypatch, "llama", rule)
+    base = build_base(tmp_path / "base")
+    assert any("both" in name for name in weights(base)), "not one on disk"
+    adapter = random_adapter(tmp_path / "adapter", base, target_modules=[target])
+    assert not merged(adapter, tmp_path / "merged").streamed
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(found) - logits(adapted(adapter, base))).abs().max() <= 1e-5
+    # What leaves such weights alone can be streamed.
+    assert merged(random_adapter(tmp_path / "q", base, target_modules=["q_proj"]), tmp_path / "q-merged").streamed
+
+
+def test_a_bias_that_the_architecture_has_no_place_for_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter", tiny_base, target_modules=["q_proj"], lora_bias=True)
+    with pytest.raises(ModelError, match=r"q_proj.bias to a layer that has none \(lora_bias\)"):
+        merged(adapter, tmp_path / "merged")
+
+
+def test_an_adapter_that_lacks_a_tensor_is_refused(tmp_path: Path, tiny_base: Path) -> None:
+    adapter = random_adapter(tmp_path / "adapter", tiny_base, modules_to_save=["lm_head"])
+    for missing in ("lora_B", "lm_head"):
+        tensors = weights(adapter)
+        del tensors[next(name for name in tensors if missing in name)]
+        save_file(tensors, adapter / "adapter_model.safetensors")
+        with pytest.raises(AdapterError, match=rf"lacks .*{missing}"):
+            merged(adapter, tmp_path / "merged")
 
 
 def test_names_with_the_prefixes_of_a_model_of_text_and_images_are_found(tmp_path: Path) -> None:

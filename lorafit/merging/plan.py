@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -130,9 +131,13 @@ def plan_merge(
 
 
 def _converted(model: AdaptedModel, touched: Sequence[str]) -> Iterator[str]:
+    converted = model.on_disk.converted
+    steps = ", ".join(sorted(set(converted.values())))
     for parameter in touched:
-        if parameter in model.on_disk.converted:
-            yield f"{parameter} lies in its files in another form ({model.on_disk.converted[parameter]})"
+        # Of a tensor that is cut into several parameters only the first is known by name.
+        is_cut = bool(converted) and parameter in model.shapes and not _slices(parameter, model)
+        if parameter in converted or is_cut:
+            yield f"{parameter} lies in its files in another form ({converted.get(parameter, steps)})"
 
 
 def _kept(model: AdaptedModel, base_files: BaseModelFiles) -> dict[str, TensorInfo]:
@@ -155,7 +160,9 @@ def _refuse_other_shapes(model: AdaptedModel, base_files: BaseModelFiles, touche
                 f"{list(shape)}: this is not the base it was trained on"
             )
     for parameter in touched:
-        if parameter not in model.values and not _slices(parameter, model):
+        if parameter not in model.shapes:
+            problems.append(f"gives {parameter} to a layer that has none (lora_bias): no merged model can hold it")
+        elif parameter not in model.values and not _slices(parameter, model):
             problems.append(f"has no {parameter}, which the adapter changes: this is not the base it was trained on")
     if problems:
         raise ModelError(Problem(base_files.name, problem) for problem in problems)
@@ -248,27 +255,21 @@ def _config(
     adapter: Adapter, base_files: BaseModelFiles, model: AdaptedModel, *, dtype: str | None, is_untied: bool
 ) -> dict[str, Any]:
     """config.json of the base, changed only where the merged model differs."""
-    config = {key: value for key, value in base_files.config.items() if key not in ("_name_or_path", "torch_dtype")}
-    text_config = dict(config["text_config"]) if isinstance(config.get("text_config"), dict) else config
-    stored = dtype or base_files.config.get("dtype") or base_files.config.get("torch_dtype")
-    if stored:
-        config["dtype"] = stored
-    for name, section in config.items():
-        if dtype and isinstance(section, dict) and ("dtype" in section or "torch_dtype" in section):
-            config[name] = {key: value for key, value in section.items() if key != "torch_dtype"} | {"dtype": dtype}
+    config = copy.deepcopy(dict(base_files.config))
+    config.pop("_name_or_path", None)  # where the base lay on some machine
+    parts = [value for value in config.values() if isinstance(value, dict)]
+    for section in (config, *parts):
+        stored = [section.pop(key) for key in ("torch_dtype", "dtype") if key in section]
+        if stored or (dtype and section is config):
+            section["dtype"] = dtype or stored[-1]
+    text_config = config["text_config"] if isinstance(config.get("text_config"), dict) else config
     vocab_size = model.config.get_text_config().vocab_size
-    if vocab_size != text_config.get("vocab_size", vocab_size):
+    if text_config.get("vocab_size", vocab_size) != vocab_size:
         text_config["vocab_size"] = vocab_size
     if is_untied:
         config["tie_word_embeddings"] = text_config["tie_word_embeddings"] = False
-    if text_config is not config:
-        config["text_config"] = (
-            text_config
-            | (config["text_config"] if dtype else {})
-            | ({key: text_config[key] for key in ("vocab_size", "tie_word_embeddings") if key in text_config})
-        )
     if str(adapter.config.get("task_type")) in AUTO_CLASSES:
         config["architectures"] = [model.class_name]
-        if "id2label" in (labels := model.config.to_dict()):
-            config |= {"id2label": labels["id2label"], "label2id": labels["label2id"]}
+        labels = model.config.to_dict()
+        config |= {key: labels[key] for key in ("id2label", "label2id") if key in labels}
     return config

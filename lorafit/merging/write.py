@@ -201,6 +201,7 @@ class _Blocks:
         steps = [(start, min(step, piece.rows - start)) for start in range(0, piece.rows, step)]
         width, change = columns * TORCH[tensor.dtype].itemsize, piece.change
         if isinstance(change, ScaleColumns):
+            change.squares.zero_()
             for start, count in steps:
                 block = self._load(tensor.source, source, row=piece.row + start, count=count, columns=columns)
                 change.observe(block, first=piece.first + start, scratch=self._scratch(count, columns))
