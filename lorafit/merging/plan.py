@@ -248,7 +248,8 @@ def _shards(
             size += tensor.nbytes
     for index, group in enumerate(groups, start=1):
         name = WEIGHTS if len(groups) == 1 else f"model-{index:05}-of-{len(groups):05}.safetensors"
-        yield OutputShard(file=name, tensors=tuple(group))
+        # The widest type first, so that each number begins at a multiple of its size; else in the base's order.
+        yield OutputShard(file=name, tensors=tuple(sorted(group, key=lambda tensor: -ITEM_BITS[tensor.dtype])))
 
 
 def _config(

@@ -94,7 +94,7 @@ def _write_shard(
         flusher = files.enter_context(ThreadPoolExecutor(max_workers=1))
         files.callback(lambda: wait([task for task in tasks if not task.cancel()]))
         head = header(shard.tensors)
-        os.pwrite(target, head, 0)
+        _write(target, memoryview(head), 0)
         offset = len(head)
         for run in _runs(shard.tensors):
             first, nbytes = run[0], sum(tensor.nbytes for tensor in run)
@@ -107,13 +107,15 @@ def _write_shard(
                 for piece in _tasks(first):
                     tasks.append(workers.submit(_rewrite, buffers, first, piece, source, target, offset))
             offset += nbytes
-        unflushed = 0
+        unflushed, flushes = 0, []
         for task in tasks:
             progress(task.result())
             unflushed += task.result()
             if unflushed > FLUSH:
-                flusher.submit(os.fdatasync, target)
+                flushes.append(flusher.submit(os.fdatasync, target))
                 unflushed = 0
+        for flush in flushes:
+            flush.result()  # the kernel tells of a failed write once: the sync below would not hear of it again
         os.fsync(target)
 
 
@@ -234,11 +236,16 @@ class _Blocks:
             block = stored.copy_(block)
             if dtype == torch.float16 and not torch.isfinite(block).all():
                 raise ModelError(f"{tensor.name} has values beyond float16's 65,504: use --dtype bfloat16 or float32")
-        _write(target, block.view(-1).view(torch.uint8), offset)
+        _write(target, _bytes_of(block.view(-1).view(torch.uint8)), offset)
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a uint8 tensor."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]
 
 
 def _read(source: int, into: Tensor, offset: int) -> None:
-    view, done = memoryview(into.numpy()), 0  # type: ignore[arg-type]
+    view, done = _bytes_of(into), 0
     while done < len(view):
         count = os.preadv(source, [view[done:]], offset + done)
         if not count:
@@ -246,7 +253,7 @@ def _read(source: int, into: Tensor, offset: int) -> None:
         done += count
 
 
-def _write(target: int, data: Tensor, offset: int) -> None:
-    view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]
+def _write(target: int, view: memoryview, offset: int) -> None:
+    done = 0
     while done < len(view):
         done += os.pwrite(target, view[done:], offset + done)
