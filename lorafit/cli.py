@@ -212,7 +212,14 @@ def merge(
     base: Annotated[
         str | None, typer.Option("--base", metavar="MODEL", help="Hub id or directory, instead of the recorded base.")
     ] = None,
-    verify: Annotated[bool, typer.Option(help="Read it back and compare it with base + adapter.")] = True,
+    onto: Annotated[
+        Literal["original", "dequantized", "auto"] | None,
+        typer.Option("--onto", help="After training in 4 or 8 bits: which weights to merge into (merge.base)."),
+    ] = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option("--verify/--no-verify", help="Read it back and compare it with base + adapter (merge.verify)."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -229,6 +236,7 @@ def merge(
         dtype=dtype,
         max_shard_size=max_shard_size,
         base=base,
+        onto=onto,
         verify=verify,
         say=_say(quiet=quiet),
         progress=progress_in_bytes(is_shown=sys.stderr.isatty() and not quiet),

@@ -35,7 +35,7 @@ def random_adapter(directory: Path, base: Path, *, auto_class: Any = AutoModelFo
 
 def merged(adapter: Path, out: Path, **keys: Any) -> MergeResult:
     """Merge without verification, in silence."""
-    arguments: dict[str, Any] = {"dtype": None, "max_shard_size": None, "base": None, "verify": False}
+    arguments: dict[str, Any] = {"dtype": None, "max_shard_size": None, "base": None, "onto": None, "verify": False}
     return merge(
         adapter,
         out=out,

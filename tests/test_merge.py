@@ -162,8 +162,8 @@ def test_an_adapter_that_changes_its_base_at_loading_is_merged_by_peft_and_that_
     adapter = random_adapter(tmp_path / "adapter", tiny_base, init_lora_weights="pissa")
     said: list[str] = []
     result = merge_module.merge(
-        adapter, out=tmp_path / "merged", dtype=None, max_shard_size=None, base=None, verify=False, say=said.append,
-        progress=lambda total: lambda done: None, cache_dir=None,
+        adapter, out=tmp_path / "merged", dtype=None, max_shard_size=None, base=None, onto=None, verify=False,
+        say=said.append, progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     assert not result.streamed
     assert any("by peft" in line and "init_lora_weights 'pissa'" in line for line in said)
@@ -417,6 +417,15 @@ def test_the_command_prints_one_json_object(adapter: Path, tmp_path: Path) -> No
         "--json",
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    keys = ["out", "max_abs_logit_difference", "top1_agreement", "delta_retained", "streamed", "seconds"]
+    keys = [
+        "out",
+        "max_abs_logit_difference",
+        "top1_agreement",
+        "delta_retained",
+        "streamed",
+        "onto",
+        "bases",
+        "seconds",
+    ]
     assert list(json.loads(done.stdout)) == keys
     assert "14 weights change" in done.stderr

@@ -50,15 +50,15 @@ def test_a_right_merge_is_verified_in_fresh_processes_and_reported_beside_the_mo
 @pytest.fixture
 def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference in this process, which has the libraries loaded; what was written still in another."""
-    run_step = verify_module._run
+    run_process = verify_module.run_process
 
-    def run_here(step: str, job_file: Path, *, where: str) -> None:
-        if step == "reference":
+    def run_here(module: str, job_file: Path, *, what: str, where: Path) -> None:
+        if module.endswith("verify_reference"):
             reference(Job(**json.loads(job_file.read_text())))
         else:
-            run_step(step, job_file, where=where)
+            run_process(module, job_file, what=what, where=where)
 
-    monkeypatch.setattr(verify_module, "_run", run_here)
+    monkeypatch.setattr(verify_module, "run_process", run_here)
 
 
 @pytest.mark.usefixtures("reference_here")

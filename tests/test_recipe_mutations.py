@@ -143,6 +143,7 @@ RECIPES: list[dict[str, Any]] = [
         "data": ROWS,
         "checkpoints": {"every": 50},
         "launch": {"num_processes": "auto", "strategy": "zero2"},
+        "merge": {"dtype": "float16", "base": "original", "verify": False},
     },
 ]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,13 +28,21 @@ from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.peft_merge import merge_with_peft
 from lorafit.merging.plan import plan_merge
 from lorafit.merging.prompts import prompts_for
+from lorafit.merging.quantized_base import (
+    BaseDifference,
+    quantization_of,
+    settle_base,
+)
 from lorafit.merging.settings_files import write_settings
 from lorafit.merging.stage import staged
 from lorafit.merging.verify import refuse_too_little_memory
 from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write import Progress, write_merged
+from lorafit.recipe.sections import MergeSection
 
 Say = Callable[[str], None]
+DEQUANTIZED = "dequantized"
+"""Where a dequantised base lies in the stage for as long as it is needed."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -50,6 +59,10 @@ class MergeResult:
     """Share of the update that is left after rounding to the type of the file."""
     streamed: bool
     """False when peft had to merge it in memory."""
+    onto: str
+    """`original`, or `dequantized`: the weights that training on a quantised base saw."""
+    bases: tuple[BaseDifference, ...]
+    """How far the merge into each is from the quantised model as it runs; empty where that was not measured."""
     seconds: float
 
 
@@ -60,26 +73,47 @@ def merge(
     dtype: str | None,
     max_shard_size: str | None,
     base: str | None,
-    verify: bool,
+    onto: str | None,
+    verify: bool | None,
     say: Say,
     progress: Callable[[int], Progress],
     cache_dir: Path | None,
 ) -> MergeResult:
     """Merge the adapter of a run, or a plain PEFT adapter, into its base: a model that plain transformers loads.
 
-    `progress` is given the number of bytes to come, and takes the bytes that were written. Raises AdapterError,
-    ModelError and RunDirError before anything is written; VerificationError and DiskError leave nothing behind.
+    None for `dtype`, `onto` and `verify` is what the run's recipe says. `progress` is given the number of bytes to
+    come, and takes the bytes that were written. Raises AdapterError, ModelError and RunDirError before anything is
+    written; VerificationError and DiskError leave nothing behind.
     """
     started = time.monotonic()
     target = (run_or_adapter / "merged") if out is None else out
     shard_bytes = None if max_shard_size is None else bytes_of(max_shard_size)
     adapter = read_adapter(run_or_adapter, base=base)
-    base_files = read_base(adapter)
+    base_files = original = read_base(adapter)
+    wanted = MergeSection() if adapter.recipe is None else adapter.recipe.recipe.merge
+    dtype, onto = dtype or wanted.dtype, onto or wanted.base
+    verify = wanted.verify if verify is None else verify
+    quantization = quantization_of(adapter, onto)
     refuse_wrong_base(adapter, base_files, say=say)
     if verify:
         refuse_too_little_memory(base_files)
     plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
-    with staged(target, needed=plan.total_bytes) as stage:
+    compares = quantization is not None and (verify or onto == "auto")
+    prompts = prompts_for(adapter, original, cache_dir=cache_dir) if verify or compares else None
+    makes_base = compares or onto == "dequantized"
+    with staged(target, needed=plan.total_bytes + makes_base * base_files.total_bytes) as stage:
+        bases: tuple[BaseDifference, ...] = ()
+        if makes_base:
+            bases, onto, base_files = settle_base(
+                adapter,
+                original,
+                onto=onto,
+                dtype=dtype,
+                prompts=prompts if compares else None,
+                directory=stage / DEQUANTIZED,
+                say=say,
+            )
+            plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
         if plan.peft_reason is None:
             say(f"merge: {plan.changed} weights change, {plan.total_bytes:,} bytes in {len(plan.shards)} files")
             write_merged(plan, stage, progress=progress(plan.total_bytes))
@@ -87,21 +121,23 @@ def merge(
             say(f"merge: by peft, with the whole model in memory: {plan.peft_reason}")
             merge_with_peft(adapter, base_files, stage, dtype=dtype, max_shard_size=shard_bytes)
         write_settings(
-            stage, adapter=adapter, base_files=base_files, config=plan.config, dtype=dtype or "the base's type"
+            stage, adapter=adapter, base_files=original, config=plan.config, dtype=dtype or "the base's type"
         )
         report = None
-        if verify:
-            prompts = prompts_for(adapter, base_files, cache_dir=cache_dir)
+        if prompts is not None and verify:
             say(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
             report = verify_merged(stage, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts)
             if report.advice is not None:
                 say(f"advice: {report.advice}")
+        shutil.rmtree(stage / DEQUANTIZED, ignore_errors=True)
     return MergeResult(
         out=str(target),
         max_abs_logit_difference=None if report is None else report.max_abs_logit_difference,
         top1_agreement=None if report is None else report.top1_agreement,
         delta_retained=None if report is None else report.delta_retained,
         streamed=plan.peft_reason is None,
+        onto=onto,
+        bases=bases,
         seconds=round(time.monotonic() - started, 2),
     )
 

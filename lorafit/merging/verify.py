@@ -45,6 +45,12 @@ power, and float32 is worth its size. Also what keeps peft's own merge from bein
 
 MOST_NAMED = 3
 
+PROCESSES = {
+    "lorafit.merging.verify_reference": "base and adapter could not be loaded to verify",
+    "lorafit.merging.verify_written": "the merged model does not load",
+}
+"""What runs, one after the other, and what it means when it fails."""
+
 
 @dataclass(frozen=True)
 class ModuleReport:
@@ -135,8 +141,8 @@ def verify(
         )
         job_file = Path(work) / "job.json"
         job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        _run("reference", job_file, where=str(adapter.directory))
-        _run("written", job_file, where=str(adapter.directory))
+        for module, what in PROCESSES.items():
+            run_process(module, job_file, what=what, where=adapter.directory)
         findings = json.loads(job.findings.read_text(encoding="utf-8"))
     report = judge(findings, job=job, prompts=prompts, adapter=adapter)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
@@ -173,17 +179,14 @@ def verification_job(
     )
 
 
-def _run(step: str, job_file: Path, *, where: str) -> None:
-    command = [sys.executable, "-m", f"lorafit.merging.verify_{step}", str(job_file)]
+def run_process(module: str, job_file: Path, *, what: str, where: Path) -> None:
+    """`python -m module job_file`, in a fresh process. Raises VerificationError (`what`) with its last line."""
+    command = [sys.executable, "-m", module, str(job_file)]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         killed = "it was killed; the machine may have run out of memory" if done.returncode < 0 else "it gave no reason"
-        what = {
-            "reference": "base and adapter could not be loaded to verify",
-            "written": "the merged model does not load",
-        }
-        raise VerificationError(f"{what[step]}: {lines[-1] if lines and done.returncode > 0 else killed}", where=where)
+        raise VerificationError(f"{what}: {lines[-1] if lines and done.returncode > 0 else killed}", where=str(where))
 
 
 def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: Adapter) -> MergeReport:

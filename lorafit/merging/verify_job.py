@@ -161,14 +161,19 @@ def _positions(length: int, vocabulary: int, prompts: int) -> Tensor:
     return torch.linspace(length - 1, 0, count).round().long()
 
 
-def run_step(step: Callable[[Job], None]) -> None:
-    """One side of a verification, on the job file named on the command line.
-
-    What goes wrong ends in a traceback, of which the process that waits shows the last line. It ends when that does.
-    """
+def settle_process() -> None:
+    """Say nothing but errors, and end when the process ends that waits for this one."""
     if sys.platform == "linux":
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def run_step(step: Callable[[Job], None]) -> None:
+    """One side of a verification, on the job file named on the command line.
+
+    What goes wrong ends in a traceback, of which the process that waits shows the last line.
+    """
+    settle_process()
     step(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

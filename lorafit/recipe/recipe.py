@@ -12,6 +12,7 @@ from lorafit.recipe.sections import (
     HealthSection,
     LaunchSection,
     LoraSection,
+    MergeSection,
     ModelSection,
     OptimizerSection,
     QuantizationSection,
@@ -44,6 +45,7 @@ class Recipe(Section):
     checkpoints: CheckpointsSection = CheckpointsSection()
     health: HealthSection = HealthSection()
     launch: LaunchSection = LaunchSection()
+    merge: MergeSection = MergeSection()
 
     silence: Names = ()
     """Advice not to print again, by the name each piece of advice ends with."""

@@ -10,6 +10,7 @@ from lorafit.recipe.sections.run import (
     EarlyStoppingSection,
     HealthSection,
     LaunchSection,
+    MergeSection,
     OptimizerSection,
 )
 from lorafit.recipe.sections.training import TrainingSection
@@ -22,6 +23,7 @@ __all__ = [
     "HealthSection",
     "LaunchSection",
     "LoraSection",
+    "MergeSection",
     "ModelSection",
     "OptimizerSection",
     "QuantizationSection",

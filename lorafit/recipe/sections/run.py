@@ -49,6 +49,21 @@ class HealthSection(Section):
     goes on."""
 
 
+class MergeSection(Section):
+    """What `lorafit merge` does with the run where its command line does not say."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Type of the merged weights. null keeps the base's own. The 16-bit types lose part of a small update, which the
+    merge reports; float32 keeps all of it in twice the space."""
+
+    base: Literal["original", "dequantized", "auto"] = "original"
+    """With `quantization`: merge into the 16-bit `original`, or into the `dequantized` weights that training saw;
+    `auto` measures both against the quantised model on held-out rows and takes the nearer. Never 4-bit."""
+
+    verify: bool = True
+    """Read the merged model back from disk and compare it with base + adapter. Needs 4 bytes of memory a parameter."""
+
+
 class LaunchSection(Section):
     """How many processes train, and how they share the work."""
 
