@@ -66,6 +66,7 @@ def run_lorafit(directory: Path) -> float:
         dtype=None,
         max_shard_size=None,
         base=str(directory / "base"),
+        onto="original",
         verify=False,
         say=lambda line: None,
         progress=lambda total: lambda done: None,
