@@ -102,11 +102,19 @@ def merged_by_peft(base: Path, adapter: Path, out: Path, *, dtype: str) -> Path:
     return out
 
 
-def case(directory: Path, variant: str, *, dtype: str, size: float = 1.0, base_dtype: str = "float32") -> Case:
+def case(
+    directory: Path,
+    variant: str,
+    *,
+    dtype: str,
+    size: float = 1.0,
+    base_dtype: str = "float32",
+    init_lora_weights: Any = False,
+) -> Case:
     """Everything about one variant, with the reference computed in this process."""
     kind, settings = VARIANTS[variant]
     base = build_base(directory / "base", config=BASES[kind](), dtype=getattr(torch, base_dtype))
-    plain = random_adapter(base, directory / "adapter", size=size, **settings)
+    plain = random_adapter(base, directory / "adapter", size=size, init_lora_weights=init_lora_weights, **settings)
     right = merged_by_peft(base, plain, directory / "right", dtype=dtype)
     adapter = read_adapter(plain, base=str(base))
     base_files = check_base_model(ModelSection(model_name_or_path=str(base)))
@@ -124,7 +132,7 @@ def verdict(case: Case, written: Path) -> MergeReport:
     job = Job(**(vars(case.job) | {"written": str(written)}))
     compare(job)
     findings = json.loads(job.findings.read_text())
-    return judge(findings, job=job, prompts=case.prompts, adapter=case.adapter)
+    return judge(findings, job=job, prompts=case.prompts, adapter=case.adapter, onto="original")
 
 
 def copied(case: Case, target: Path) -> tuple[Path, dict[str, torch.Tensor]]:

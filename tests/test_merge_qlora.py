@@ -90,6 +90,7 @@ def test_both_bases_are_measured_and_auto_takes_the_nearer(trained: Path, base: 
     lines = [line for line in said if "mean KL" in line]
     assert len(lines) == 2 and any(line.startswith("merge: onto the dequantized base, which") for line in said)
     assert not (tmp_path / "merged" / "dequantized").exists()
+    assert json.loads((tmp_path / "merged" / "merge_report.json").read_text())["onto"] == "dequantized"
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
     assert "quantization_config" not in config
     tensors = load_file(tmp_path / "merged" / "model.safetensors")

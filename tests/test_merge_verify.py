@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from lorafit.builders.base_model import check_base_model
 from lorafit.errors import MachineError, VerificationError
+from lorafit.merging import merge as merge_module
 from lorafit.merging import verify as verify_module
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.prompts import prompts_for
@@ -31,7 +33,14 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def verified(made: Case, written: Path) -> verify_module.MergeReport:
     """As `merge` does it: in processes of their own."""
-    return verify(written, adapter=made.adapter, base_files=made.base_files, dtype=made.job.dtype, prompts=made.prompts)
+    return verify(
+        written,
+        adapter=made.adapter,
+        base_files=made.base_files,
+        onto="original",
+        dtype=made.job.dtype,
+        prompts=made.prompts,
+    )
 
 
 def test_a_right_merge_is_verified_in_fresh_processes_and_reported_beside_the_model(lora: Case) -> None:
@@ -77,6 +86,40 @@ def test_a_model_that_does_not_load_is_a_failed_verification(lora: Case, tmp_pat
     (written / "config.json").write_text("{}")
     with pytest.raises(VerificationError, match="the merged model does not load: "):
         verified(lora, written)
+
+
+@pytest.mark.usefixtures("reference_here")
+def test_a_merge_that_fails_verification_leaves_no_model(
+    tmp_path: Path, lora: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = merge_module.write_merged
+
+    def write_wrong(plan: Any, directory: Path, **keys: Any) -> None:
+        write(plan, directory, **keys)
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.layers.1.self_attn.v_proj.weight"][0] *= 1.1
+        rewrite(directory, tensors)
+
+    monkeypatch.setattr(merge_module, "write_merged", write_wrong)
+    with pytest.raises(VerificationError, match=r"the merged model is wrong and was not kept: .*v_proj"):
+        merge_module.merge(
+            lora.adapter.directory, out=tmp_path / "merged", dtype=None, max_shard_size=None,
+            base=str(lora.base_files.directory), onto=None, verify=None, say=lambda line: None,
+            progress=lambda total: lambda done: None, cache_dir=None,
+        )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_what_peft_merges_in_memory_is_right_too(start: str, tmp_path: Path) -> None:
+    made = case(tmp_path, "lora", dtype="bfloat16", base_dtype="bfloat16", init_lora_weights=start)
+    merge_module.merge(
+        made.adapter.directory, out=tmp_path / "merged", dtype=None, max_shard_size=None,
+        base=str(made.base_files.directory), onto=None, verify=False, say=lambda line: None,
+        progress=lambda total: lambda done: None, cache_dir=None,
+    )  # fmt: skip
+    report = verdict(made, tmp_path / "merged")
+    assert report.passed, report.wrong
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -8,12 +8,15 @@ from pathlib import Path
 import torch
 import transformers
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import AdapterError
 from lorafit.merging.adapted_model import AUTO_CLASSES
 from lorafit.merging.adapter_files import Adapter
+from lorafit.merging.verify_job import TYPES
+from lorafit.recipe.sections import ModelSection
 
 
 def merge_with_peft(
@@ -29,10 +32,14 @@ def merge_with_peft(
             where=where,
         )
     task = AUTO_CLASSES.get(str(adapter.config.get("task_type")))
+    # In float32, to round once: peft sums in the type of the base, in which PiSSA and OLoRA change it at loading, too.
     if task is None:
-        model = load_base_model(adapter.base, None, dtype="auto", device_map=None)
+        base = ModelSection(
+            model_name_or_path=str(base_files.directory), trust_remote_code=adapter.base.trust_remote_code
+        )
+        model = load_base_model(base, None, dtype="float32", device_map=None)
     else:
-        model = getattr(transformers, task).from_pretrained(base_files.directory, dtype="auto", use_safetensors=True)
+        model = getattr(transformers, task).from_pretrained(base_files.directory, dtype="float32", use_safetensors=True)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -40,7 +47,16 @@ def merge_with_peft(
     except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
         message = " ".join(str(error).split())[:300]
         raise AdapterError(f"peft cannot merge it: {message}", where=where) from error
-    if dtype:
-        merged = merged.to(getattr(torch, dtype))
+    _round(merged, base_files, dtype=dtype)
     size = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
     merged.save_pretrained(directory, **size)
+
+
+def _round(model: PreTrainedModel, base_files: BaseModelFiles, *, dtype: str | None) -> None:
+    """Store every weight in `dtype`, or in its type in the base: the usual one there where the names differ."""
+    types = {name: TYPES[tensor.dtype] for name, tensor in base_files.tensors.items() if tensor.dtype in TYPES}
+    usual = max(set(types.values()), key=list(types.values()).count)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(getattr(torch, dtype or types.get(name, usual)))
+    model.config.dtype = dtype or usual

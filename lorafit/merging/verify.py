@@ -98,6 +98,8 @@ class MergeReport:
     advice: str | None
     adapter_sha256: str
     """Of the adapter's weights: by it a second merge of the same adapter is refused."""
+    onto: str
+    """`original`, or `dequantized`: the base that it was merged into and compared with."""
 
 
 def refuse_too_little_memory(base_files: BaseModelFiles) -> None:
@@ -129,7 +131,7 @@ def _available_bytes() -> int:
 
 
 def verify(
-    written: Path, *, adapter: Adapter, base_files: BaseModelFiles, dtype: str | None, prompts: Prompts
+    written: Path, *, adapter: Adapter, base_files: BaseModelFiles, onto: str, dtype: str | None, prompts: Prompts
 ) -> MergeReport:
     """Compare the model in `written` with base + adapter, and leave merge_report.json in it.
 
@@ -144,7 +146,7 @@ def verify(
         for module, what in PROCESSES.items():
             run_process(module, job_file, what=what, where=adapter.directory)
         findings = json.loads(job.findings.read_text(encoding="utf-8"))
-    report = judge(findings, job=job, prompts=prompts, adapter=adapter)
+    report = judge(findings, job=job, prompts=prompts, adapter=adapter, onto=onto)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     if not report.passed:
         more = f" and {len(report.wrong) - MOST_NAMED} more faults" if len(report.wrong) > MOST_NAMED else ""
@@ -189,7 +191,7 @@ def run_process(module: str, job_file: Path, *, what: str, where: Path) -> None:
         raise VerificationError(f"{what}: {lines[-1] if lines and done.returncode > 0 else killed}", where=str(where))
 
 
-def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: Adapter) -> MergeReport:
+def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: Adapter, onto: str) -> MergeReport:
     """Right or wrong, and why."""
     tensors, exact = findings["tensors"], findings["written_to_exact"]
     changed = [row for row in tensors if row["update"]]
@@ -226,6 +228,7 @@ def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: A
         dtype=job.main_type,
         advice=_advice(job.main_type, kept=kept, noise=noise, effect=effect, worst=modules[:1]),
         adapter_sha256=hashlib.sha256(adapter.weights.read_bytes()).hexdigest(),
+        onto=onto,
     )
 
 

@@ -17,6 +17,11 @@ def merge_table(result: Any) -> str:
             ("same next token", f"{result.top1_agreement:.2%} of positions"),
             ("update retained", f"{result.delta_retained:.2%} after rounding"),
         ]
+    rows += [
+        (f"onto the {base.onto} base", f"mean KL {base.mean_kl:.3g} from the quantised model") for base in result.bases
+    ]
+    if result.bases:
+        rows.append(("merged into", f"the {result.onto} base"))
     rows += [("merged", "streamed" if result.streamed else "by peft, in memory"), ("seconds", f"{result.seconds:.1f}")]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
