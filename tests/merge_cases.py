@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.merging.adapter_files import Adapter, read_adapter
-from lorafit.merging.prompts import Prompts, prompts_for
+from lorafit.merging.prompts import Prompts
+from lorafit.merging.prompts_job import choose
 from lorafit.merging.verify import MergeReport, judge, verification_job
 from lorafit.merging.verify_job import Job
 from lorafit.merging.verify_reference import reference, untie
@@ -118,7 +119,10 @@ def case(
     right = merged_by_peft(base, plain, directory / "right", dtype=dtype)
     adapter = read_adapter(plain, base=str(base))
     base_files = check_base_model(ModelSection(model_name_or_path=str(base)))
-    prompts = Prompts(prompts_for(adapter, base_files, cache_dir=None).ids[:8], "8 random sequences")
+    ids, _ = choose(
+        {"directory": str(adapter.directory), "base": str(base_files.directory), "vocab_size": base_files.vocab_size}
+    )
+    prompts = Prompts(tuple(map(tuple, ids[:8])), "8 random sequences")
     (directory / "work").mkdir()
     job = verification_job(
         right, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=directory / "work"

@@ -20,7 +20,8 @@ from lorafit.builders.weight_files import tensor_table
 from lorafit.errors import AdapterError
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.prompts import Prompts
-from lorafit.merging.verify import run_process, verification_job
+from lorafit.merging.fresh_process import run_process
+from lorafit.merging.verify import verification_job
 from lorafit.recipe.sections import QuantizationSection
 
 

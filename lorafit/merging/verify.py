@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -29,6 +27,7 @@ import torch
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import MachineError, VerificationError
 from lorafit.merging.adapter_files import Adapter
+from lorafit.merging.fresh_process import run_process
 from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
@@ -179,16 +178,6 @@ def verification_job(
         types={name: TYPES[tensor.dtype] for name, tensor in base_files.tensors.items() if tensor.dtype in TYPES},
         prompts=[list(ids) for ids in prompts.ids],
     )
-
-
-def run_process(module: str, job_file: Path, *, what: str, where: Path) -> None:
-    """`python -m module job_file`, in a fresh process. Raises VerificationError (`what`) with its last line."""
-    command = [sys.executable, "-m", module, str(job_file)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        killed = "it was killed; the machine may have run out of memory" if done.returncode < 0 else "it gave no reason"
-        raise VerificationError(f"{what}: {lines[-1] if lines and done.returncode > 0 else killed}", where=str(where))
 
 
 def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: Adapter, onto: str) -> MergeReport:

@@ -1,0 +1,71 @@
+"""`python -m lorafit.merging.prompts_job JOB`: the token sequences of `prompts.prompts_for`, in a fresh process."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from lorafit.builders.tokenizer import load_tokenizer
+from lorafit.data.prepare import prepare
+from lorafit.errors import LorafitError
+from lorafit.merging.adapter_files import read_adapter
+
+COUNT, LENGTH = 64, 64
+
+
+def choose(job: dict[str, Any]) -> tuple[list[list[int]], str]:
+    """The sequences, and where they are from.
+
+    Random ones are the same for every adapter of a vocabulary, and reach every layer and expert alike.
+    """
+    chosen: list[list[int]] = []
+    said, why_random = [], "the adapter carries no recipe"
+    try:
+        sides = _rows(job)
+    except LorafitError as error:
+        sides, why_random = {}, f"its rows cannot be read: {error.problems[0]}"
+    for name, rows in sides.items():
+        wanted = min(COUNT - len(chosen), len(rows))
+        if wanted:
+            spread = rows.select([index * len(rows) // wanted for index in range(wanted)])
+            chosen += [ids[:LENGTH] for ids in spread["input_ids"]]
+            said.append(f"{wanted} {name} rows")
+        why_random = "the run has no more rows"
+    if missing := COUNT - len(chosen):
+        tokens = random.Random(0)
+        chosen += [[tokens.randrange(job["vocab_size"]) for _ in range(32)] for _ in range(missing)]
+        said.append(f"{missing} random token sequences ({why_random})")
+    return chosen, ", ".join(said)
+
+
+def _rows(job: dict[str, Any]) -> dict[str, datasets.Dataset]:
+    adapter = read_adapter(Path(job["directory"]), base=job["base"])
+    if adapter.recipe is None:
+        return {}
+    recipe = adapter.recipe.recipe
+    data = prepare(
+        recipe.data,
+        tokenizer=load_tokenizer(adapter.base),
+        max_length=recipe.training.max_length,
+        seed=recipe.training.seed,
+        stop_token_ids=frozenset(job["stop_token_ids"]),
+        vocab_size=job["vocab_size"],
+        cache_dir=None if job["cache_dir"] is None else Path(job["cache_dir"]),
+    )
+    return {"training": data.train} if data.eval is None else {"held-out": data.eval, "training": data.train}
+
+
+def main() -> None:
+    """Write the sequences of the job to its `out`."""
+    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    ids, source = choose(job)
+    Path(job["out"]).write_text(json.dumps({"ids": ids, "source": source}), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
