@@ -19,8 +19,8 @@ from lorafit.builders.model_files import BaseModelFiles, read_config
 from lorafit.builders.weight_files import tensor_table
 from lorafit.errors import AdapterError
 from lorafit.merging.adapter_files import Adapter
-from lorafit.merging.prompts import Prompts
 from lorafit.merging.fresh_process import run_process
+from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify import verification_job
 from lorafit.recipe.sections import QuantizationSection
 
