@@ -13,13 +13,27 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
-from lorafit.errors import VerificationError
+from lorafit.errors import DiskError, VerificationError
 
 WEIGHTS = "adapter_model.safetensors"
+
+
+@contextmanager
+def full_disk_is_said(directory: Path) -> Iterator[None]:
+    """Errors that a full disk makes torch and safetensors raise in words of their own become a DiskError."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        free = shutil.disk_usage(directory).free
+        if free >= 2**20:
+            raise
+        message = f"the disk is full, {free:,} bytes are free; make room, or choose another output_dir"
+        raise DiskError(f"{message}; no adapter was written", where=str(directory)) from error
 
 
 @contextmanager

@@ -41,7 +41,7 @@ from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify
 from lorafit.training.gather import whole_adapter
 from lorafit.training.inputs import read_inputs, refuse_before_reading
 from lorafit.training.rows import RowFinder
-from lorafit.training.save import initial_adapter, write_adapter
+from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
 
 Say = Callable[[str], None]
@@ -148,7 +148,8 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     before = remember(model)
     with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
         try:
-            trainer.train()
+            with full_disk_is_said(run.path):
+                trainer.train()
         except KeyboardInterrupt as interrupt:
             done = f"stopped on request after step {trainer.state.global_step} of {steps}"
             _finish(run, trainer, facts, outcome=done)
@@ -172,15 +173,16 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         if trainer.is_world_process_zero():
             tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
             reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
-            write_adapter(
-                model,
-                tokenizer,
-                target=run.adapter,
-                base_name=base_name,
-                state_dict=gathered,
-                initial=initial,
-                card=model_card(recipe, facts=facts | reached, history=metrics.history),
-            )
+            with full_disk_is_said(run.path):
+                write_adapter(
+                    model,
+                    tokenizer,
+                    target=run.adapter,
+                    base_name=base_name,
+                    state_dict=gathered,
+                    initial=initial,
+                    card=model_card(recipe, facts=facts | reached, history=metrics.history),
+                )
     result = TrainResult(
         run=str(run.path),
         adapter=str(run.adapter),
