@@ -329,6 +329,17 @@ def test_loraplus_gives_b_its_own_learning_rate(
     assert sorted(rates) == pytest.approx([5e-3, 2e-2])
 
 
+def test_adaloras_orthogonality_term_reaches_the_gradient(tmp_path: Path, tiny_base: Path) -> None:
+    norms = []
+    for weight in (0.0, 5.0):
+        directory = tmp_path / str(weight)
+        directory.mkdir()
+        adalora = {"init_r": 4, "target_r": 2, "orth_reg_weight": weight}
+        run(small_recipe(directory, tiny_base, lora=None, adalora=adalora))
+        norms.append(_metrics(directory)[1]["grad_norm"])
+    assert norms[1] > 2 * norms[0]
+
+
 def test_checkpoints_come_at_the_interval_and_only_the_newest_stay(tmp_path: Path, tiny_base: Path) -> None:
     run(small_recipe(tmp_path, tiny_base, training={"max_steps": 7}, checkpoints={"every": 2, "keep": 2}))
     assert sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir()) == ["checkpoint-4", "checkpoint-6"]
