@@ -30,7 +30,7 @@ from lorafit.builders.model_files import (
     stop_token_ids,
     weight_problems,
 )
-from lorafit.builders.weight_files import tensor_table
+from lorafit.builders.weight_files import TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
@@ -72,19 +72,25 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     if outside := sorted(token for token in stops if token >= vocab_size):
         message = f"eos_token_id {outside[0]} has no row in the embedding of {vocab_size:,}: correct it"
         raise ModelError(f"{message} there and in generation_config.json", where=where)
-    fetch_weights(section, directory=directory)
-    tensors = tensor_table(directory)
-    if problems := list(weight_problems(directory, tensors=tensors, config=config)):
-        raise ModelError(problems)
+    tensors = whole_tensors(section, directory=directory, config=config)
     return BaseModelFiles(
         name=section.model_name_or_path,
         directory=directory,
-        revision=_commit(section, directory=directory),
+        revision=commit_of(section, directory=directory),
         config=config,
         tensors=tensors,
         stop_token_ids=stops,
         vocab_size=vocab_size,
     )
+
+
+def whole_tensors(section: ModelSection, *, directory: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """The tensors of a base model, its weights fetched and found whole. Raises ModelError with every problem."""
+    fetch_weights(section, directory=directory)
+    tensors = tensor_table(directory)
+    if problems := list(weight_problems(directory, tensors=tensors, config=config)):
+        raise ModelError(problems)
+    return tensors
 
 
 def _rows_of_embedding(section: ModelSection, *, config: PreTrainedConfig, where: str) -> int:
@@ -110,7 +116,7 @@ def _mend(section: ModelSection) -> str:
     return "" if named == "auto" else f"; model.attn_implementation is {named}: write sdpa, or install what it needs"
 
 
-def _commit(section: ModelSection, *, directory: Path) -> str | None:
+def commit_of(section: ModelSection, *, directory: Path) -> str | None:
     """A snapshot is called after its commit; `directory` is it, or the subfolder in it."""
     snapshot = [directory, *directory.parents][len(Path(section.extra.get("subfolder", "")).parts)]
     return snapshot.name if is_on_hub(section) else None

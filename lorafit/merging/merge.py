@@ -10,18 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.builders.base_model import load_config, model_type_problems
+from lorafit.builders.base_model import commit_of, load_config, model_type_problems, whole_tensors
 from lorafit.builders.model_files import (
     BaseModelFiles,
     config_problems,
-    fetch_weights,
-    is_on_hub,
     model_directory,
     read_config,
     stop_token_ids,
-    weight_problems,
 )
-from lorafit.builders.weight_files import tensor_table
 from lorafit.errors import ModelError, Problem, RecipeError
 from lorafit.merging.adapter_files import Adapter, read_adapter
 from lorafit.merging.identity import refuse_wrong_base
@@ -159,14 +155,11 @@ def read_base(adapter: Adapter) -> BaseModelFiles:
     ]
     if problems:
         raise ModelError(problems)
-    fetch_weights(section, directory=directory)
-    tensors = tensor_table(directory)
-    if problems := list(weight_problems(directory, tensors=tensors, config=config)):
-        raise ModelError(problems)
+    tensors = whole_tensors(section, directory=directory, config=config)
     return BaseModelFiles(
         name=section.model_name_or_path,
         directory=directory,
-        revision=directory.parts[directory.parts.index("snapshots") + 1] if is_on_hub(section) else None,
+        revision=commit_of(section, directory=directory),
         config=config,
         tensors=tensors,
         stop_token_ids=stop_token_ids(directory, config=config),
