@@ -1,0 +1,71 @@
+"""The command line: parse, load, call, print. `app.py` holds what commands share; each other file, its commands.
+
+The only place that imports inside functions: `lorafit --help` and `lorafit validate` must answer without torch.
+"""
+
+import errno
+import signal
+import sys
+import time
+import traceback
+
+import typer
+
+from lorafit import launch
+from lorafit.cli.app import app
+from lorafit.errors import DiskError, LorafitError, RecipeError, StopRequested
+
+# Each adds its commands, which `lorafit --help` lists in this order.
+# isort: off
+from lorafit.cli import train  # noqa: F401
+from lorafit.cli import merge  # noqa: F401
+from lorafit.cli import recipe  # noqa: F401
+# isort: on
+
+
+def _report(error: LorafitError) -> int:
+    """Print every problem as one line on stderr, by one process of those that train together; the exit code."""
+    if launch.is_first_to_fail():
+        process = f"process {launch.rank()}: " if launch.is_worker() else ""
+        for problem in error.problems:
+            print(f"error: {process}{problem}", file=sys.stderr)
+    return error.exit_code
+
+
+def _exit_code(arguments: list[str]) -> int:
+    try:
+        return app(arguments, prog_name="lorafit", standalone_mode=False) or 0
+    except LorafitError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        return _report(error)
+    except typer.TyperException as error:
+        known = {command.callback.__name__ for command in app.registered_commands if command.callback}
+        command = "lorafit " + " ".join(word for word in arguments[:1] if word in known)
+        said = error.format_message().replace(" Value error,", "")
+        return _report(RecipeError(f"{said} (see `{command.strip()} --help`)"))
+    except (KeyboardInterrupt, typer.Abort):
+        return _report(StopRequested("stopped on request; nothing was written"))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        return _report(
+            DiskError(
+                f"{error.strerror}; free some space or choose another output_dir", where=str(error.filename or "")
+            )
+        )
+
+
+def main() -> None:
+    """Entry point of the `lorafit` command."""
+    if launch.is_worker():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches them all; the launcher alone speaks of it
+    try:
+        sys.exit(_exit_code(sys.argv[1:]))
+    except Exception:
+        # One that fails only because another did is ended by the launcher meanwhile, and says nothing.
+        if launch.is_worker():
+            time.sleep(2)
+            if not launch.is_first_to_fail():
+                sys.exit(1)
+        raise

@@ -1,0 +1,75 @@
+"""The application: its options, and what every command says and prints through."""
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from lorafit import __version__
+
+app = typer.Typer(
+    name="lorafit",
+    help="One validated YAML recipe in, a LoRA or QLoRA adapter out.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The YAML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def lorafit(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """One validated YAML recipe in, a LoRA or QLoRA adapter out."""
+
+
+def print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:
+    """The result on stdout: JSON for scripts, `text` for people."""
+    print(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+
+
+def speaker(*, quiet: bool) -> Callable[[str], None]:
+    """Takes one line for people at a time; on stderr, so that stdout holds the result alone."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def quiet_libraries(*, debug: bool) -> None:
+    """Keep the libraries' own notices and bars off the terminal; `--debug` shows them.
+
+    What they warn of and matters is checked by lorafit itself, which then says so in its own words.
+    """
+    if debug:
+        return
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torch.distributed"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    from datasets.utils.logging import disable_progress_bar as hide_datasets_bars
+    from transformers.utils import logging as transformers_logging
+
+    hide_datasets_bars()
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # importing it resets the level set above

@@ -1,0 +1,127 @@
+"""What is asked of a recipe, a model or data before any training: targets, validate, preview, schema, init."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+
+
+@app.command()
+def targets(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Directory, Hub id, or shipped shape (llama3-8b).")],
+    r: Annotated[int, typer.Option("--r", min=1, help="Rank to count adapter parameters at.")] = 16,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the modules of a model that lora.target_modules may name, with shapes, counts and adapter size."""
+    from transformers.utils import logging as transformers_logging
+
+    if not debug:
+        transformers_logging.set_verbosity_error()
+    from lorafit.planning.known_shapes import architecture
+    from lorafit.planning.targets import target_table
+    from lorafit.recipe.sections import ModelSection
+    from lorafit.report.target_table import target_table_text
+
+    table = target_table(architecture(ModelSection(model_name_or_path=model)), r=r)
+    print_result(table.as_dict(), as_json=as_json, text=target_table_text(table))
+
+
+@app.command()
+def validate(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Name every problem of a recipe and its data files, or say what the run will do."""
+    from lorafit.report.validation import validation_text
+    from lorafit.validate import validate as validated
+
+    result = validated(recipe, overrides=set_ or ())
+    print_result(result.as_dict(), as_json=as_json, text=validation_text(result))
+    say = speaker(quiet=quiet)
+    for warning in result.data.warnings:
+        say(f"warning: {warning}")
+    for advice in result.advice:
+        say(f"advice: {advice}")
+
+
+@app.command()
+def preview(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Rows to show of each side.")] = 3,
+    html: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write it as a page instead.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Show the first rows as the model will see them: tokens, which are trained, stop token, lengths."""
+    from lorafit.recipe import load
+
+    loaded = load(recipe, overrides=set_ or ())
+    quiet_libraries(debug=debug)
+    from lorafit.data.preview import recipe_preview
+    from lorafit.preflight import cache_directory
+    from lorafit.report.preview import preview_page, preview_text
+
+    result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory())
+    say = speaker(quiet=quiet)
+    for warning in result.audit.warnings:
+        say(f"warning: {warning}")
+    if html is not None:
+        html.write_text(preview_page(result), encoding="utf-8")
+    in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org
+    text = f"{html}: open it in a browser" if html is not None else preview_text(result, in_colour=in_colour)
+    print_result(result.as_dict(), as_json=as_json, text=text)
+
+
+@app.command()
+def schema(
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE", help="Write it here.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Print the JSON Schema of a recipe: every key with its meaning, for editors."""
+    from lorafit.recipe.schema import recipe_schema
+    from lorafit.recipe.write import write_file
+
+    text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
+    if output is None:
+        print(text)
+    else:
+        write_file(output, f"{text}\n", overwrite=True)
+
+
+@app.command()
+def init(
+    model: Annotated[
+        str, typer.Option("--model", metavar="MODEL", help="Hub id or directory of the base model.")
+    ] = "Qwen/Qwen3-0.6B",
+    data: Annotated[
+        str, typer.Option("--data", metavar="DATA", help="File, directory, glob or Hub id of the rows.")
+    ] = "train.jsonl",
+    preset: Annotated[Literal["lora", "qlora", "dora"], typer.Option("--preset", help="Kind of adapter.")] = "lora",
+    goal: Annotated[
+        Literal["style", "knowledge", "code"], typer.Option("--goal", help="What it is to learn.")
+    ] = "knowledge",
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FILE", help="Where the recipe goes; never overwritten.")
+    ] = Path("recipe.yaml"),
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a commented recipe to start from."""
+    from lorafit.data.familiar import familiar_mapping
+    from lorafit.recipe.starter import starter_recipe, write_recipe
+
+    mapping = familiar_mapping(data)
+    text = starter_recipe(model=model, data=data, mapping=mapping, preset=preset, goal=goal, output=output)
+    write_recipe(text, output)
+    print_result({"recipe": str(output)}, as_json=as_json, text=f"{output}: next, `lorafit validate {output}`")
