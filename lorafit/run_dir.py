@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ class RunDir:
         return self.path / "metrics.jsonl"
 
     @property
+    def events(self) -> Path:
+        """What happened besides the steps, one JSON object a line: warnings of health, stops, resumes."""
+        return self.path / "events.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         """Checkpoints of the trainer."""
         return self.path / "checkpoints"
@@ -42,6 +48,29 @@ class RunDir:
     def adapter(self) -> Path:
         """The plain PEFT adapter."""
         return self.path / "adapter"
+
+    def add_event(
+        self,
+        kind: str,
+        message: str,
+        *,
+        step: int,
+        rule: str | None = None,
+        action: str | None = None,
+        figures: dict[str, float] | None = None,
+    ) -> None:
+        """Append one event; by one process alone."""
+        event = {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "kind": kind,
+            "rule": rule,
+            "action": action,
+            "message": message,
+            "figures": figures or {},
+        }
+        with self.events.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(event, ensure_ascii=False) + "\n")
 
     def adapter_hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the adapter, by which a later command knows that it is as training left it."""

@@ -391,7 +391,7 @@ def test_the_adapters_chat_template_prompts_as_it_was_trained(kind: str, tmp_pat
     loaded = small_recipe(tmp_path, tiny_base, data=data, training={"max_length": 256})
     result, _ = run(loaded)
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
-    _, _, prepared = read_inputs(loaded, cache_dir=None)
+    prepared = read_inputs(loaded, cache_dir=None).data
     row = sums(1)[0]
     turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
     assert tokenizer.apply_chat_template(turns, return_dict=False) == prepared.train[0]["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -21,9 +22,16 @@ def refuse_before_reading(loaded: LoadedRecipe, machine: Machine) -> None:
     refuse_what_this_machine_lacks(loaded, machine)
 
 
-def read_inputs(
-    loaded: LoadedRecipe, *, cache_dir: Path | None
-) -> tuple[BaseModelFiles, PreTrainedTokenizerBase, PreparedData]:
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run reads before its model."""
+
+    base_files: BaseModelFiles
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+
+
+def read_inputs(loaded: LoadedRecipe, *, cache_dir: Path | None) -> RunInputs:
     """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
@@ -37,4 +45,4 @@ def read_inputs(
         vocab_size=base_files.vocab_size,
         cache_dir=cache_dir,
     )
-    return base_files, tokenizer, data
+    return RunInputs(base_files, tokenizer, data)

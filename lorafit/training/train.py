@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, PrinterCallback
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
@@ -39,7 +39,7 @@ from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
 from lorafit.training.gather import whole_adapter
-from lorafit.training.inputs import read_inputs, refuse_before_reading
+from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -76,11 +76,22 @@ def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Pat
     return run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir).result
 
 
-def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None) -> Trained:
+def run_training(
+    loaded: LoadedRecipe,
+    *,
+    say: Say,
+    show_progress: bool,
+    cache_dir: Path | None,
+    inputs: RunInputs | None = None,
+    base: PreTrainedModel | None = None,
+    watchers: Sequence[TrainerCallback] = (),
+) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
-    `say` takes one line for people at a time. Raises every LorafitError but RecipeError; nothing is created in the
-    run directory before all that can be checked without training has passed.
+    `say` takes one line for people at a time. Who trains several times on one base hands over what it has read
+    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step. Raises every
+    LorafitError but RecipeError; nothing is created in the run directory before all that can be checked without
+    training has passed.
     """
     started = time.monotonic()
     recipe, run = loaded.recipe, RunDir(loaded.output_dir())
@@ -88,7 +99,8 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
     state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
     refuse_before_reading(loaded, machine)
     with state.main_process_first():  # the others find the rows in the cache
-        base_files, tokenizer, data = read_inputs(loaded, cache_dir=cache_dir)
+        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir)
+    base_files, tokenizer, data = inputs.base_files, inputs.tokenizer, inputs.data
     _say_data(data, say)
     for advice in advise(recipe, train_rows=len(data.train)):
         say(f"advice: {advice}")
@@ -106,9 +118,7 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         use_cpu=machine.device == "cpu",
         has_eval_rows=data.eval is not None,
     )
-    model = _model_with_adapter(
-        loaded, data, tokenizer, checkpointing=checkpointing.value, base_directory=str(base_files.directory)
-    )
+    model = _model_with_adapter(loaded, inputs, base=base, checkpointing=checkpointing.value)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
     table = adapted_modules(model)
     _say_adapter(table, model, say)
@@ -126,7 +136,7 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        callbacks=_callbacks(loaded, metrics, show_progress=show_progress),
+        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), *watchers],
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
@@ -201,19 +211,15 @@ def run_training(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_d
 
 
 def _model_with_adapter(
-    loaded: LoadedRecipe,
-    data: PreparedData,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    checkpointing: bool,
-    base_directory: str,
+    loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrainedModel | None, checkpointing: bool
 ) -> PeftModel:
-    recipe = loaded.recipe
+    recipe, data, tokenizer = loaded.recipe, inputs.data, inputs.tokenizer
     state = PartialState()
     # A model that is spread over processes is put on the GPUs part by part, after loading.
     is_whole = launch.sharding_asked_for() == "data parallel"
     device_map = {"": state.device} if state.device.type == "cuda" and is_whole else None
-    base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+    if base is None:
+        base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
     config = lora_config(recipe.lora, adalora=recipe.adalora, model=base, where=loaded.problem)
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     size = recipe.training.per_device_train_batch_size
@@ -232,7 +238,7 @@ def _model_with_adapter(
         # ZeRO-3 gathers into buffers of one type: https://github.com/deepspeedai/DeepSpeed/issues/8072
         autocast_adapter_dtype=recipe.quantization is not None or not is_deepspeed_zero3_enabled(),
         batches=batches,
-        base_directory=base_directory,
+        base_directory=str(inputs.base_files.directory),
     )
 
 
