@@ -137,6 +137,15 @@ RECIPES: list[dict[str, Any]] = [
         "checkpoints": {"every": "10min", "keep": 3},
         "health": {"on_nan": "warn"},
         "silence": ["alpha"],
+        "rank_sweep": {
+            "ranks": [2, 8],
+            "eps": 0.01,
+            "alpha": "rslora",
+            "seeds": 2,
+            "budget": 0.9,
+            "tune_lr": True,
+            "lr_trials": 3,
+        },
     },
     {
         "model": MODEL,

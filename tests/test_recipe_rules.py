@@ -205,6 +205,29 @@ BROKEN = {
         (f"{SMALLEST}{Q4[:-2]}, extra: {{x: 1}}}}", "quantization.extra.x"),
         (SMALLEST.replace("gpt2}", "gpt2, extra: {token: true}}"), "model.extra.token"),
     ],
+    "ranks_rise": [
+        (f"{EVAL}rank_sweep: {{ranks: [4, 16, 8]}}", "rank_sweep.ranks"),
+        (f"{EVAL}rank_sweep: {{ranks: [4, 4, 8]}}", "rank_sweep.ranks"),
+    ],
+    "two_ranks_at_least": [
+        (f"{EVAL}rank_sweep: {{ranks: [4]}}", "rank_sweep.ranks"),
+        (f"{EVAL}rank_sweep: {{ranks: []}}", "rank_sweep.ranks"),
+    ],
+    "alpha_is_the_policys": [
+        (f"{EVAL}lora: {{lora_alpha: 16}}\nrank_sweep: {{ranks: [4, 8]}}", "rank_sweep.alpha"),
+        (f"{EVAL}lora: {{use_rslora: true}}\nrank_sweep: {{alpha: fixed}}", "rank_sweep.alpha"),
+        (f"{EVAL}lora: {{alpha_pattern: {{q_proj: 8}}}}\nrank_sweep: {{}}", "rank_sweep.alpha"),
+    ],
+    "budget_pays_for_the_largest": [
+        (f"{EVAL}rank_sweep: {{ranks: [4, 8], budget: 0.4}}", "rank_sweep.budget"),
+        (f"{EVAL}rank_sweep: {{exhaustive: true, budget: 0.5}}", "rank_sweep.budget"),
+    ],
+    "sweep_has_held_out_rows": [(f"{SMALLEST}rank_sweep: {{ranks: [4, 8]}}", "rank_sweep")],
+    "ranks_are_to_be_chosen": [
+        (f"{EVAL}rank_sweep: {{}}\n{ADALORA}", "rank_sweep"),
+        (f"{EVAL}lora: {{rank_pattern: {{q_proj: 8}}}}\nrank_sweep: {{}}", "rank_sweep"),
+    ],
+    "one_process_a_trial": [(f"{EVAL}rank_sweep: {{}}\nlaunch: {{strategy: fsdp2}}", "rank_sweep")],
 }
 
 

@@ -16,6 +16,7 @@ from lorafit.recipe.sections import (
     ModelSection,
     OptimizerSection,
     QuantizationSection,
+    RankSweepSection,
     Section,
     TrainingSection,
 )
@@ -46,6 +47,7 @@ class Recipe(Section):
     health: HealthSection = HealthSection()
     launch: LaunchSection = LaunchSection()
     merge: MergeSection = MergeSection()
+    rank_sweep: RankSweepSection = RankSweepSection()
 
     silence: Names = ()
     """Advice not to print again, by the name each piece of advice ends with."""

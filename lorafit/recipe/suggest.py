@@ -76,7 +76,6 @@ _RENAMED = {
     "lora_r": "lora.r",
     "lora_rank": "lora.r",
     "rank": "lora.r",
-    "alpha": "lora.lora_alpha",
     "lora_target": "lora.target_modules",
     "lora_target_modules": "lora.target_modules",
     "lora_target_linear": "lora.target_modules: all-linear",
@@ -126,6 +125,8 @@ _RENAMED = {
 """Names from elsewhere and what they are called here; `nothing: ...` says why there is no such key."""
 
 _RENAMED_IN_SECTION = {
+    "alpha": "lora.lora_alpha",
+    "lora.alpha": "lora.lora_alpha",
     "model.name": "model.model_name_or_path",
     "model.path": "model.model_name_or_path",
     "model.id": "model.model_name_or_path",

@@ -2,13 +2,14 @@
 
 from lorafit.recipe.sections.base import Section
 from lorafit.recipe.sections.data import DataSection, Source
+from lorafit.recipe.sections.health import HealthSection
 from lorafit.recipe.sections.lora import AdaLoraSection, LoraSection
 from lorafit.recipe.sections.model import ModelSection
 from lorafit.recipe.sections.quantization import QuantizationSection
+from lorafit.recipe.sections.rank_sweep import RankSweepSection
 from lorafit.recipe.sections.run import (
     CheckpointsSection,
     EarlyStoppingSection,
-    HealthSection,
     LaunchSection,
     MergeSection,
     OptimizerSection,
@@ -27,6 +28,7 @@ __all__ = [
     "ModelSection",
     "OptimizerSection",
     "QuantizationSection",
+    "RankSweepSection",
     "Section",
     "Source",
     "TrainingSection",
