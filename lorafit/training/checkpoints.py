@@ -1,0 +1,193 @@
+"""Committed checkpoints: a directory gets its name when all of it is on disk, with the hash of every file beside them.
+
+What has another name is no checkpoint: `*.tmp` is being written, or thrown away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.durable import flush, write_file
+
+SEAL = "checkpoint.json"
+"""Written last: the hash and size of each file, and what the run was."""
+
+STAGE = "stage.tmp"
+KEPT_AT_LEAST = 2
+"""If the newest should turn out to be damaged, there is one before it."""
+
+
+class Damaged(Exception):
+    """A checkpoint is not as it was committed; the text says what differs."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One that is as it was committed."""
+
+    path: Path
+    step: int
+    best_step: int | None
+    """The step whose adapter had the lowest held-out loss so far; None where that is not looked for."""
+    seconds: float
+    """What the run had taken until then, all its sessions together."""
+    facts: Mapping[str, Any]
+    """What the run was: compared with what it is when it goes on."""
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies; the library's name for it."""
+    return directory / f"checkpoint-{step}"
+
+
+def commit(stage: Path, target: Path, *, contents: dict[str, Any]) -> None:
+    """Seal what lies in the directory `stage` and give it its name; `contents` is what `Checkpoint` holds.
+
+    Killed anywhere in here it leaves a checkpoint that verifies or none of that name.
+    """
+    files = sorted(path for path in stage.rglob("*") if path.is_file())
+    with ThreadPoolExecutor() as threads:
+        sealed = list(threads.map(_flushed_hash, files))
+    names = [path.relative_to(stage).as_posix() for path in files]
+    body = contents | {"files": dict(zip(names, sealed, strict=True))}
+    write_file(stage / SEAL, json.dumps({"checkpoint": body, "sha256": _hash_of(body)}, indent=1) + "\n")
+    for directory in (path for path in stage.rglob("*") if path.is_dir()):
+        flush(directory)
+    if target.exists():
+        discard(target)
+    stage.rename(target)
+    flush(target.parent)
+
+
+def _flushed_hash(path: Path) -> dict[str, Any]:
+    flush(path)
+    return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
+
+
+def _file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hash_of(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def discard(path: Path) -> None:
+    """Remove a checkpoint: its name first, so that half of one never passes for a whole one."""
+    doomed = path.with_name(path.name + ".tmp")
+    shutil.rmtree(doomed, ignore_errors=True)
+    path.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def verified(path: Path) -> Checkpoint:
+    """The checkpoint in `path`, every file hashed. Raises Damaged."""
+    body = _seal(path)
+    for name, sealed in body["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise Damaged(f"{name} is missing")
+        if file.stat().st_size != sealed["bytes"]:
+            raise Damaged(f"{name} has {file.stat().st_size:,} bytes, {sealed['bytes']:,} were committed")
+        if _file_hash(file) != sealed["sha256"]:
+            raise Damaged(f"{name} is not what was committed (SHA-256 differs)")
+    return Checkpoint(path, body["step"], body["best_step"], body["seconds"], body["facts"])
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    if not (path / SEAL).is_file():
+        raise Damaged(f"{SEAL} is missing")
+    try:
+        outer = json.loads((path / SEAL).read_bytes())
+        body: dict[str, Any] = outer["checkpoint"]
+        whole = outer["sha256"] == _hash_of(body)
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise Damaged(f"{SEAL} is not what was committed")
+    return body
+
+
+@dataclass(frozen=True)
+class Search:
+    """What a run can go on from."""
+
+    newest: Checkpoint | None
+    damaged: tuple[tuple[Path, str], ...]
+    """Those that were passed over, and why."""
+
+
+def newest_verified(directory: Path) -> Search:
+    """The newest checkpoint in `directory` that is as it was committed, together with the best one that it names."""
+    damaged: dict[Path, str] = {}
+    for path in reversed(_committed(directory)):
+        if path in damaged:
+            continue
+        try:
+            checkpoint = verified(path)
+        except Damaged as reason:
+            damaged[path] = str(reason)
+            continue
+        if checkpoint.best_step in (None, checkpoint.step):
+            return Search(checkpoint, tuple(damaged.items()))
+        best = path_of(directory, checkpoint.best_step)
+        try:
+            verified(best)
+        except Damaged as reason:
+            if best.is_dir():
+                damaged[best] = str(reason)
+            damaged[path] = f"{best.name}, which holds the best adapter until then, is damaged or gone"
+            continue
+        return Search(checkpoint, tuple(damaged.items()))
+    return Search(None, tuple(damaged.items()))
+
+
+def _committed(directory: Path) -> list[Path]:
+    """All of that name, oldest first."""
+    found = {path: path.name.removeprefix("checkpoint-") for path in directory.glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
+
+
+def rotate(directory: Path, *, keep: int) -> None:
+    """Remove all but the newest `keep` and, for each of them, the best that it names."""
+    committed = _committed(directory)
+    kept = committed[-max(keep, KEPT_AT_LEAST) :]
+    best = {path_of(directory, step) for path in kept if (step := _best_step(path)) is not None}
+    for path in committed:
+        if path not in kept and path not in best:
+            discard(path)
+
+
+def _best_step(path: Path) -> int | None:
+    try:
+        step: int | None = _seal(path)["best_step"]
+    except Damaged:  # found out when it is needed; a run that goes well does not stop for it
+        return None
+    return step
+
+
+def quarantine(path: Path, room: Path) -> Path:
+    """Move a damaged checkpoint out of the way; nothing is thrown away that someone may want to look at."""
+    room.mkdir(exist_ok=True)
+    target, number = room / path.name, 1
+    while target.exists():
+        number += 1
+        target = room / f"{path.name}.{number}"
+    path.rename(target)
+    flush(room)
+    flush(path.parent)
+    return target
+
+
+def clear_stages(directory: Path) -> None:
+    """Remove what a killed process was writing or throwing away."""
+    for path in directory.glob("*.tmp"):
+        shutil.rmtree(path)
