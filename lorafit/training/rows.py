@@ -1,4 +1,4 @@
-"""From a batch of token ids back to the data rows they came from."""
+"""From a batch back to its rows: their tokens and labels, and the lines of the data they came from."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ class RowFinder:
             self._index = {
                 tuple(row["input_ids"]): f"{self._data.files[row['file']]}:{row['line']}" for row in self._data.train
             }
-        return [self._index.get(tuple(document), "a row that was cut") for document in _documents(inputs)]
+        return [self._index.get(tuple(row["input_ids"]), "a row that was cut") for row in rows_of(inputs)]
 
 
-def _documents(inputs: dict[str, Any]) -> list[list[int]]:
-    input_ids: torch.Tensor = inputs["input_ids"]
+def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of each document of a batch, as a collator takes them: padding left out."""
     if "cu_seq_lens_q" in inputs:
-        bounds = inputs["cu_seq_lens_q"].tolist()
-        return [input_ids[0, start:end].tolist() for start, end in pairwise(bounds)]
-    lengths = inputs["attention_mask"].sum(dim=1).tolist()
-    return [row[:length].tolist() for row, length in zip(input_ids, lengths, strict=True)]
+        shares = [slice(start, end) for start, end in pairwise(inputs["cu_seq_lens_q"].tolist())]
+        return [_row(inputs, 0, share) for share in shares]
+    masks: torch.Tensor = inputs["attention_mask"].bool()
+    return [_row(inputs, number, mask) for number, mask in enumerate(masks)]
+
+
+def _row(inputs: dict[str, Any], number: int, share: slice | torch.Tensor) -> dict[str, list[int]]:
+    return {name: inputs[name][number, share].tolist() for name in ("input_ids", "labels")}
