@@ -14,12 +14,14 @@ import typer
 from lorafit import launch
 from lorafit.cli.app import app
 from lorafit.errors import DiskError, LorafitError, RecipeError, StopRequested
+from lorafit.report.inert import inert
 
 # Each adds its commands, which `lorafit --help` lists in this order.
 # isort: off
 from lorafit.cli import train  # noqa: F401
 from lorafit.cli import merge  # noqa: F401
 from lorafit.cli import recipe  # noqa: F401
+from lorafit.cli import report  # noqa: F401
 # isort: on
 
 
@@ -28,7 +30,7 @@ def _report(error: LorafitError) -> int:
     if launch.is_first_to_fail():
         process = f"process {launch.rank()}: " if launch.is_worker() else ""
         for problem in error.problems:
-            print(f"error: {process}{problem}", file=sys.stderr)
+            print(inert(f"error: {process}{problem}"), file=sys.stderr)  # paths and rows may hold anything
     return error.exit_code
 
 

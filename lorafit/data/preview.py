@@ -63,6 +63,11 @@ def recipe_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> Prev
 
     Raises DataError and ModelError.
     """
+    return prepared_preview(recipe, rows=rows, cache_dir=cache_dir)[1]
+
+
+def prepared_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> tuple[str, Preview]:
+    """The same, after the fingerprint of the prepared data."""
     directory = model_directory(recipe.model)
     config = read_config(directory)
     tokenizer = load_tokenizer(recipe.model)
@@ -76,7 +81,7 @@ def recipe_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> Prev
         vocab_size=load_config(recipe.model, directory=directory).get_text_config().vocab_size,
         cache_dir=cache_dir,
     )
-    return preview(data, tokenizer, stop_token_ids=stops, rows=rows)
+    return data.fingerprint, preview(data, tokenizer, stop_token_ids=stops, rows=rows)
 
 
 def preview(
