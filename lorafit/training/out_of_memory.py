@@ -72,7 +72,8 @@ def memory_figures(error: BaseException | None) -> str:
     """What was asked for, and the most that was in use."""
     asked, machine = bytes_asked(error), this_machine()
     wanted = "more" if asked is None else _readable(asked)
-    return f"{wanted} was asked for, {_readable(peak_memory_bytes())} of {_readable(machine.memory_bytes)} in use so far"
+    peak, whole = _readable(peak_memory_bytes()), _readable(machine.memory_bytes)
+    return f"{wanted} was asked for, at most {peak} of {whole} was in use"
 
 
 def _readable(count: int) -> str:
