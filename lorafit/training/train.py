@@ -39,6 +39,7 @@ from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
 from lorafit.training.gather import whole_adapter
+from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
@@ -124,19 +125,18 @@ def run_training(
     _say_adapter(table, model, say)
 
     metrics = MetricsFile(run.metrics)
+    health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
     base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
     trainer = LoraTrainer(
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
-        on_nan=recipe.health.on_nan,
-        rows_of_batch=RowFinder(data),
-        say=say,
+        health=health,
         base_name=base_name,
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), *watchers],
+        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watchers],
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"

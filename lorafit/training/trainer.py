@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from peft import AdaLoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 from trl import SFTTrainer
 
-from lorafit.errors import HealthStop
+from lorafit.training.halving import HalveBatch
+from lorafit.training.health.watch import HealthWatch
 from lorafit.training.save import settle_files
-
-RowsOfBatch = Callable[[dict[str, Any]], list[str]]
 
 
 class LoraTrainer(SFTTrainer):
@@ -27,16 +24,14 @@ class LoraTrainer(SFTTrainer):
         self,
         *,
         loraplus_lr_ratio: float | None,
-        on_nan: str,
-        rows_of_batch: RowsOfBatch,
-        say: Callable[[str], None],
+        health: HealthWatch,
+        halving: HalveBatch | None,
         base_name: str | None,
         **sft_arguments: Any,
     ) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._on_nan = on_nan
-        self._rows_of_batch = rows_of_batch
-        self._say = say
+        self._health = health
+        self._halving = halving
         self._base_name = base_name
         self._batches_of_step: list[dict[str, Any]] = []
         self._broken_losses: list[tuple[str, dict[str, Any]]] = []
@@ -59,17 +54,24 @@ class LoraTrainer(SFTTrainer):
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
-        result = super().compute_loss(model, inputs, *rest, **named)
+        called = model if self._halving is None else self._halving.watched(self, model)
+        result = super().compute_loss(called, inputs, *rest, **named)
         config = getattr(self.accelerator.unwrap_model(model), "peft_config", {}).get("default")
         if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:
             return result
         penalty = config.orth_reg_weight * _orthogonality(model) / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> torch.Tensor:
-        """One forward and backward pass."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One forward and backward pass, or as many as fit into memory with `health.on_oom: halve_batch`."""
         self._batches_of_step.append(inputs)
-        loss = super().training_step(model, inputs, *rest, **named)
+        one_step = super().training_step
+        if self._halving is None:
+            loss = one_step(model, inputs, num_items_in_batch)
+        else:
+            loss = self._halving.step(self, one_step, model, inputs=inputs, num_items=num_items_in_batch)
         if not torch.isfinite(loss):
             self._broken_losses.append((f"loss is {loss.item()}", inputs))
         return loss
@@ -84,23 +86,9 @@ class LoraTrainer(SFTTrainer):
         if not broken and not is_scaled and norm is not None and not torch.isfinite(torch.as_tensor(norm)):
             broken = [(f"gradient norm is {float(norm)}", batch) for batch in self._batches_of_step]
         if self.accelerator.reduce(torch.tensor(float(len(broken)), device=self.accelerator.device)):
-            self._stop_or_warn(broken)
+            self._health.broken_step(broken, model, step=self.state.global_step + 1)
         self._batches_of_step, self._broken_losses = [], []
         return norm
-
-    def _stop_or_warn(self, broken: list[tuple[str, dict[str, Any]]]) -> None:
-        found = [(what, row) for what, batch in broken for row in self._rows_of_batch(batch)]
-        found = gather_object(found)  # of all processes
-        # One broken loss breaks the gradient everywhere: name the rows it came from, not all rows of the step.
-        found = [(what, row) for what, row in found if what.startswith("loss")] or found
-        rows = [row for _, row in found]
-        shown = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        message = f"step {self.state.global_step + 1}: {found[0][0]}; rows {shown}"
-        if self._on_nan == "warn":
-            self._say(f"warning: {message}")
-            return
-        mend = "lower training.learning_rate, or look at these rows; no adapter was written"
-        raise HealthStop(f"{message}; {mend}", where="training")
 
     def evaluation_loop(self, *rest: Any, **named: Any) -> Any:
         """`eval_loss` is the mean over held-out tokens, not over batches: the same for every batch size."""

@@ -41,14 +41,6 @@ class CheckpointsSection(Section):
     """Checkpoints kept; the best is kept besides when the best adapter is wanted."""
 
 
-class HealthSection(Section):
-    """What is done when training goes wrong."""
-
-    on_nan: Literal["stop", "warn"] = "stop"
-    """A non-finite loss or gradient norm: `stop` ends the run with exit 6, naming step and rows; `warn` says so and
-    goes on."""
-
-
 class MergeSection(Section):
     """What `lorafit merge` does with the run where its command line does not say."""
 
