@@ -69,14 +69,8 @@ class HalveBatch(TrainerCallback, ExportableState):
         self._losses: list[torch.Tensor] = []
 
     def state(self) -> dict[str, Any]:
-        """For trainer_state.json of a checkpoint."""
+        """For a checkpoint; the trainer sets the attributes of a run that goes on."""
         return {"attributes": {"parts": self.parts}}
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A resumed run goes on as it was."""
-        stored: Any = (state.stateful_callbacks or {}).get(type(self).__name__)
-        if stored:
-            self.parts = stored["attributes"]["parts"]
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """A new optimizer step, its micro-batches still to come."""

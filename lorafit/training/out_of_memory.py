@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
@@ -54,17 +54,18 @@ def peak_memory_bytes() -> int:
 
 
 @contextmanager
-def out_of_memory_is_said(loaded: LoadedRecipe, *, doing: Doing) -> Iterator[None]:
+def out_of_memory_is_said(loaded: LoadedRecipe, *, doing: Callable[[], Doing]) -> Iterator[None]:
     """Raises MachineError, with what would fit, where the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError, ModelError) as error:
         if not is_out_of_memory(error):
             raise
-        key, mends = _what_would_fit(loaded.recipe, doing)
+        was_doing = doing()
+        key, mends = _what_would_fit(loaded.recipe, was_doing)
         first, *others = mends
         wanted = "".join([f"; make room with {first}", *(f"; or {other}" for other in others)])
-        message = f"out of memory while {doing}: {memory_figures(error)}{wanted}"
+        message = f"out of memory while {was_doing}: {memory_figures(error)}{wanted}"
         raise MachineError(loaded.problem(key, message)) from error
 
 
@@ -73,7 +74,7 @@ def memory_figures(error: BaseException | None) -> str:
     asked, machine = bytes_asked(error), this_machine()
     wanted = "more" if asked is None else _readable(asked)
     peak, whole = _readable(peak_memory_bytes()), _readable(machine.memory_bytes)
-    return f"{wanted} was asked for, at most {peak} of {whole} was in use"
+    return f"{wanted} was asked for, the peak so far was {peak} of {whole}"
 
 
 def _readable(count: int) -> str:

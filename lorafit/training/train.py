@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,7 +27,7 @@ from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
 from lorafit.data.render import saved_chat_template
-from lorafit.errors import LorafitError, RecipeError, StopRequested
+from lorafit.errors import LorafitError, MachineError, RecipeError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
@@ -39,8 +38,10 @@ from lorafit.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
 from lorafit.training.gather import whole_adapter
+from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
+from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_bytes
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -119,24 +120,28 @@ def run_training(
         use_cpu=machine.device == "cpu",
         has_eval_rows=data.eval is not None,
     )
-    model = _model_with_adapter(loaded, inputs, base=base, checkpointing=checkpointing.value)
+    with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
+        model = _model_with_adapter(loaded, inputs, base=base, checkpointing=checkpointing.value)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
     table = adapted_modules(model)
     _say_adapter(table, model, say)
 
     metrics = MetricsFile(run.metrics)
     health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
+    halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
+    watching = [] if halving is None else [halving]
     base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
     trainer = LoraTrainer(
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         health=health,
+        halving=halving,
         base_name=base_name,
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watchers],
+        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watching, *watchers],
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
@@ -158,7 +163,7 @@ def run_training(
     before = remember(model)
     with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
         try:
-            with full_disk_is_said(run.path):
+            with full_disk_is_said(run.path), out_of_memory_is_said(loaded, doing=trainer.doing):
                 trainer.train()
         except KeyboardInterrupt as interrupt:
             done = f"stopped on request after step {trainer.state.global_step} of {steps}"
@@ -166,8 +171,9 @@ def run_training(
             raise StopRequested(f"{done}; no adapter was written", where=str(run.path)) from interrupt
         except LorafitError as error:
             _finish(run, trainer, facts, outcome=f"stopped: {error}")
-            # All processes stop at one step. One that left now would have the others ended before that is written.
-            trainer.accelerator.wait_for_everyone()
+            if not isinstance(error, MachineError):  # memory runs out in one process, the others wait elsewhere
+                # All processes stop at one step. One that left now would have the others ended before that is written.
+                trainer.accelerator.wait_for_everyone()
             raise
         stopped_early = trainer.control.should_training_stop and recipe.early_stopping is not None
         gathered = whole_adapter(trainer)
@@ -179,7 +185,8 @@ def run_training(
             steps_planned=steps,
             stopped_early=stopped_early,
         )
-        losses = _held_out_losses(trainer, metrics)
+        with out_of_memory_is_said(loaded, doing=trainer.doing):
+            losses = _held_out_losses(trainer, metrics)
         if trainer.is_world_process_zero():
             tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
             reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
@@ -201,11 +208,13 @@ def run_training(
         tokens_per_second=metrics.tokens_per_second(),
         eval_loss_before=losses[0],
         eval_loss_after=losses[1],
-        peak_memory_bytes=_peak_memory_bytes(),
+        peak_memory_bytes=peak_memory_bytes(),
         seconds=round(time.monotonic() - started, 2),
         outcome="stopped early" if stopped_early else "finished",
     )
     figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
+    if halving is not None and halving.parts > 1:
+        figures["on_oom"] = halving.described(trainer)
     _finish(run, trainer, facts | figures, outcome=result.outcome)
     return Trained(result, model)
 
@@ -261,13 +270,6 @@ def _held_out_losses(trainer: LoraTrainer, metrics: MetricsFile) -> tuple[float 
         return None, None
     before = next(entry["eval_loss"] for entry in metrics.history if "eval_loss" in entry)
     return before, trainer.evaluate()["eval_loss"]
-
-
-def _peak_memory_bytes() -> int:
-    """Peak of the GPU allocator, or of this process's memory on CPU."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _refuse_too_long(loaded: LoadedRecipe, steps: int) -> None:

@@ -14,6 +14,7 @@ from trl import SFTTrainer
 
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
+from lorafit.training.out_of_memory import Doing
 from lorafit.training.save import settle_files
 
 
@@ -62,9 +63,7 @@ class LoraTrainer(SFTTrainer):
         penalty = config.orth_reg_weight * _orthogonality(model) / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
 
-    def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
-    ) -> torch.Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, or as many as fit into memory with `health.on_oom: halve_batch`."""
         self._batches_of_step.append(inputs)
         one_step = super().training_step
@@ -89,6 +88,10 @@ class LoraTrainer(SFTTrainer):
             self._health.broken_step(broken, model, step=self.state.global_step + 1)
         self._batches_of_step, self._broken_losses = [], []
         return norm
+
+    def doing(self) -> Doing:
+        """For the message when memory runs out."""
+        return "training" if self.model.training else "evaluating"
 
     def evaluation_loop(self, *rest: Any, **named: Any) -> Any:
         """`eval_loss` is the mean over held-out tokens, not over batches: the same for every batch size."""

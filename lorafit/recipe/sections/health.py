@@ -39,3 +39,8 @@ class HealthSection(Section):
 
     on_overfitting: Action = "warn"
     """The held-out loss rises while the training loss falls. `warn`: stopping there is what `early_stopping` is for."""
+
+    on_oom: Literal["stop", "halve_batch"] = "stop"
+    """Memory runs out in a training step. `stop` ends with exit 4 and what would fit; `halve_batch` does the step again
+    in halves of the micro-batch with twice the accumulation (whole documents with `packing`), and again until it fits:
+    the same global batch, order of rows and result."""
