@@ -19,7 +19,9 @@ from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
+from lorafit.recipe.rules.run import halving_needs_whole_gradients
 
+_STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
@@ -102,9 +104,10 @@ def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *,
         message = "checkpoints would hold a part per process; write fsdp_state_dict_type: FULL_STATE_DICT in that file"
         raise MachineError(loaded.problem("launch.strategy", message))
     # Started by hand the recipe need not name the strategy, and its rules have not yet spoken.
-    started = section.model_copy(update={"strategy": {"FSDP2": "fsdp2", "ZeRO-3": "zero3"}.get(got, "ddp")})
+    started = section.model_copy(update={"strategy": _STRATEGIES.get(got, "ddp")})
     as_started = loaded.recipe.model_copy(update={"launch": started})
-    broken = [*quantized_weights_can_be_sharded(as_started), *adapter_can_be_sharded(as_started)]
+    rules = (quantized_weights_can_be_sharded, adapter_can_be_sharded, halving_needs_whole_gradients)
+    broken = [problem for rule in rules for problem in rule(as_started)]
     if broken:
         raise MachineError(loaded.problem(rule.key, rule.message) for rule in broken)
     if accelerator.mixed_precision != mixed_precision:

@@ -149,6 +149,14 @@ def strategy_is_known_or_a_file(recipe: Recipe) -> Iterator[Broken]:
     yield Broken("launch.strategy", f'"{Path(strategy).name}" is not a strategy or an accelerate file; {mend}')
 
 
+def halving_needs_whole_gradients(recipe: Recipe) -> Iterator[Broken]:
+    """A step of a model that is spread over processes cannot be left half way: the others wait for this one's part."""
+    strategy = recipe.launch.strategy
+    if recipe.health.on_oom == "halve_batch" and strategy in ("fsdp2", "zero2", "zero3"):
+        message = f"a step cannot be done again in halves with {strategy}; write stop, or launch.strategy: ddp"
+        yield Broken("health.on_oom", message, ("launch.strategy",))
+
+
 def output_stays_out_of_the_model(recipe: Recipe) -> Iterator[Broken]:
     """A run inside the base model's directory would become part of that model."""
     base = recipe.model.model_name_or_path
@@ -179,6 +187,7 @@ RULES: tuple[Rule, ...] = (
     evaluation_has_rows,
     eval_steps_go_with_their_strategy,
     strategy_is_known_or_a_file,
+    halving_needs_whole_gradients,
     output_stays_out_of_the_model,
     silenced_advice_exists,
 )
