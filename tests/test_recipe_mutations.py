@@ -137,6 +137,12 @@ RECIPES: list[dict[str, Any]] = [
         "checkpoints": {"every": "10min", "keep": 3},
         "health": {"on_nan": "warn"},
         "silence": ["alpha"],
+        "eval": {
+            "compare_base": True,
+            "generate": {"max_new_tokens": 8, "metrics": ["exact_match", "bleu"], "answer": "a|b", "limit": 5},
+            "general": [{"path": "general.txt"}],
+            "tasks": ["hellaswag"],
+        },
         "rank_sweep": {
             "ranks": [2, 8],
             "eps": 0.01,
@@ -257,6 +263,7 @@ def out_of_range(value: Any, random_: random.Random) -> Any:
 
 
 FREE_TEXT = (
+    "answer",
     "model_name_or_path",
     "revision",
     "path",

@@ -167,6 +167,10 @@ BROKEN = {
         (f"{SMALLEST}launch: {{strategy: fsdp}}", "launch.strategy"),
         (f"{SMALLEST}launch: {{strategy: nowhere.yaml}}", "launch.strategy"),
     ],
+    "halving_needs_whole_gradients": [
+        (f"{SMALLEST}health: {{on_oom: halve_batch}}\nlaunch: {{strategy: {strategy}}}", "health.on_oom")
+        for strategy in ("fsdp2", "zero2", "zero3")
+    ],
     "output_stays_out_of_the_model": [
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/base", "output_dir"),
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/other/../base/runs/x", "output_dir"),
@@ -204,6 +208,15 @@ BROKEN = {
         (f"{SMALLEST}training: {{extra: {{save_steps: 1}}}}", "training.extra.save_steps"),
         (f"{SMALLEST}{Q4[:-2]}, extra: {{x: 1}}}}", "quantization.extra.x"),
         (SMALLEST.replace("gpt2}", "gpt2, extra: {token: true}}"), "model.extra.token"),
+    ],
+    "generation_has_held_out_rows": [(f"{SMALLEST}eval: {{generate: {{}}}}", "eval.generate")],
+    "answer_is_a_regular_expression": [
+        (f"{EVAL}eval: {{generate: {{answer: '(a'}}}}", "eval.generate.answer"),
+        (f"{EVAL}eval: {{generate: {{answer: a, metrics: [bleu]}}}}", "eval.generate.answer"),
+    ],
+    "metrics_are_named_once": [(f"{EVAL}eval: {{generate: {{metrics: [bleu, chrf, bleu]}}}}", "eval.generate.metrics")],
+    "general_text_has_a_base_to_compare_with": [
+        (f"{EVAL}eval: {{general: [{{path: g.txt}}], compare_base: false}}", "eval.general")
     ],
     "ranks_rise": [
         (f"{EVAL}rank_sweep: {{ranks: [4, 16, 8]}}", "rank_sweep.ranks"),
@@ -271,6 +284,8 @@ def test_a_broken_rule_is_said_once_at_its_key(tmp_path: Path, text: str, key: s
         with_source("{path: a, columns: {messages: chat}}"),
         with_source("{hub: a/b, split: train}").replace("]}", "], eval: [{hub: a/b, split: test}]}"),
         SMALLEST.replace("]}", "], template_kwargs: {enable_thinking: false}}"),
+        f"{EVAL}eval: {{generate: {{answer: '#### (\\S+)', metrics: [bleu, classification]}}, general: [{{path: g.txt}}]}}",
+        f"{SMALLEST}eval: {{compare_base: false, tasks: [hellaswag, ./mine.yaml]}}",
     ],
 )
 def test_what_the_libraries_can_do_is_not_refused(tmp_path: Path, text: str) -> None:

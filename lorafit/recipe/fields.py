@@ -45,7 +45,8 @@ def keys_of(section: type[BaseModel]) -> list[str]:
 
 def places() -> list[KeyPath]:
     """Every key of the schema with its section; those of a source of rows once, under `data.train`."""
-    return [place for place in _below((), Recipe) if place[:2] != ("data", "eval") or len(place) == 2]
+    again = (("data", "eval"), ("eval", "general"))
+    return [place for place in _below((), Recipe) if place[:2] not in again or len(place) == 2]
 
 
 def _below(key: KeyPath, section: type[BaseModel]) -> Iterable[KeyPath]:

@@ -106,7 +106,7 @@ def _without(tree: dict[str, Any], wrong: Iterable[Wrong]) -> dict[str, Any]:
         if one.key in _STAND_INS:
             continue
         key = one.key
-        if key[:2] in (("data", "train"), ("data", "eval")) and len(key) == 3:
+        if key[:2] in (("data", "train"), ("data", "eval"), ("eval", "general")) and len(key) == 3:
             tree = _changed(tree, key, {"path": "stand-in"})
             continue
         while key and isinstance(key[-1], int):

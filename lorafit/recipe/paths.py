@@ -1,4 +1,4 @@
-"""The four kinds of recipe values that may be paths: made absolute on loading, relative again on writing."""
+"""The kinds of recipe values that may be paths: made absolute on loading, relative again on writing."""
 
 import os
 from pathlib import Path
@@ -47,7 +47,7 @@ def _may_be_path(at: KeyPath) -> bool:
     match at:
         case ("model", "model_name_or_path") | ("data", "template") | ("launch", "strategy"):
             return True
-        case ("data", "train" | "eval", int(), "path"):
+        case ("data", "train" | "eval", int(), "path") | ("eval", "general", int(), "path") | ("eval", "tasks", int()):
             return True
     return False
 
@@ -55,10 +55,12 @@ def _may_be_path(at: KeyPath) -> bool:
 def _is_path(text: str, at: KeyPath, base: Path) -> bool:
     if at[0] == "model":
         return looks_local(text, base)
+    if at[:2] == ("eval", "tasks"):
+        return text.endswith((".yaml", ".yml"))
     return text not in {"template": TEMPLATES, "strategy": STRATEGIES}.get(str(at[1]), ())
 
 
 def _from(text: str, base: Path, at: KeyPath) -> str:
     short = os.path.relpath(text, Path.cwd() / base)
-    is_bare = at[0] != "data" or at[1] == "template"  # a bare name would be read as a Hub id or a built-in name
+    is_bare = at[0] in ("model", "launch") or at[1] == "template"  # a bare name would be read as a Hub id or a built-in name
     return f"./{short}" if is_bare and not short.startswith(".") else short

@@ -9,6 +9,7 @@ from lorafit.recipe.sections import (
     CheckpointsSection,
     DataSection,
     EarlyStoppingSection,
+    EvalSection,
     HealthSection,
     LaunchSection,
     LoraSection,
@@ -46,6 +47,7 @@ class Recipe(Section):
     checkpoints: CheckpointsSection = CheckpointsSection()
     health: HealthSection = HealthSection()
     launch: LaunchSection = LaunchSection()
+    eval: EvalSection = EvalSection()
     merge: MergeSection = MergeSection()
     rank_sweep: RankSweepSection = RankSweepSection()
 

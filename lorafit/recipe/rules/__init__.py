@@ -3,10 +3,17 @@
 from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.rules import adapter, data, extra, rank_sweep, run
+from lorafit.recipe.rules import adapter, data, evaluation, extra, rank_sweep, run
 from lorafit.recipe.rules.broken import Broken, Rule
 
-RULES: tuple[Rule, ...] = (*adapter.RULES, *run.RULES, *data.RULES, *extra.RULES, *rank_sweep.RULES)
+RULES: tuple[Rule, ...] = (
+    *adapter.RULES,
+    *run.RULES,
+    *data.RULES,
+    *extra.RULES,
+    *evaluation.RULES,
+    *rank_sweep.RULES,
+)
 
 
 def broken_rules(recipe: Recipe) -> Iterator[Broken]:

@@ -98,9 +98,10 @@ def template_takes_arguments(recipe: Recipe) -> Iterator[Broken]:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
-    for side, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+    sides = {"data.train": recipe.data.train, "data.eval": recipe.data.eval, "eval.general": recipe.eval.general}
+    for side, sources in sides.items():
         for number, source in enumerate(sources):
-            yield f"data.{side}.{number}", source
+            yield f"{side}.{number}", source
 
 
 def _place(source: Source) -> tuple[str | None, ...]:

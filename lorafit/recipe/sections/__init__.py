@@ -2,6 +2,7 @@
 
 from lorafit.recipe.sections.base import Section
 from lorafit.recipe.sections.data import DataSection, Source
+from lorafit.recipe.sections.evaluation import EvalSection, GenerateSection
 from lorafit.recipe.sections.health import HealthSection
 from lorafit.recipe.sections.lora import AdaLoraSection, LoraSection
 from lorafit.recipe.sections.model import ModelSection
@@ -21,6 +22,8 @@ __all__ = [
     "CheckpointsSection",
     "DataSection",
     "EarlyStoppingSection",
+    "EvalSection",
+    "GenerateSection",
     "HealthSection",
     "LaunchSection",
     "LoraSection",
