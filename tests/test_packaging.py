@@ -100,7 +100,7 @@ def test_what_is_imported_is_asked_for(directory: str, extras: tuple[str, ...]) 
 
 def test_the_wheel_holds_every_file_that_the_code_reads(tmp_path: Path) -> None:
     """The two links in the package become directories, and the quickstart's weights stay out."""
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("lorafit", "configs", "recipes"):
@@ -115,6 +115,7 @@ def test_the_wheel_holds_every_file_that_the_code_reads(tmp_path: Path) -> None:
     assert {f"lorafit/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")} <= held
     shapes = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lorafit/planning/shapes").rglob("*.json")}
     assert len(shapes) >= 9 and shapes <= held
+    assert "lorafit/constraints.txt" in held
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {f"lorafit/smoke_tokenizer/{name}" for name in tokenizer} <= held
     assert not [name for name in held if name.endswith(".safetensors")]

@@ -4,9 +4,7 @@ The only place that imports inside functions: `lorafit --help` and `lorafit vali
 """
 
 import errno
-import signal
 import sys
-import time
 import traceback
 
 import typer
@@ -22,13 +20,15 @@ from lorafit.cli import train  # noqa: F401
 from lorafit.cli import merge  # noqa: F401
 from lorafit.cli import recipe  # noqa: F401
 from lorafit.cli import report  # noqa: F401
+from lorafit.cli import doctor  # noqa: F401
 # isort: on
 
 
 def _report(error: LorafitError) -> int:
     """Print every problem as one line on stderr, by one process of those that train together; the exit code."""
     if launch.is_first_to_fail():
-        process = f"process {launch.rank()}: " if launch.is_worker() else ""
+        is_of_all = isinstance(error, StopRequested) or not launch.is_worker()
+        process = "" if is_of_all else f"process {launch.rank()}: "
         for problem in error.problems:
             print(inert(f"error: {process}{problem}"), file=sys.stderr)  # paths and rows may hold anything
     return error.exit_code
@@ -61,13 +61,14 @@ def _exit_code(arguments: list[str]) -> int:
 def main() -> None:
     """Entry point of the `lorafit` command."""
     if launch.is_worker():
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C reaches them all; the launcher alone speaks of it
+        launch.end_with_launcher()
     try:
         sys.exit(_exit_code(sys.argv[1:]))
     except Exception:
-        # One that fails only because another did is ended by the launcher meanwhile, and says nothing.
         if launch.is_worker():
-            time.sleep(2)
-            if not launch.is_first_to_fail():
-                sys.exit(1)
+            from lorafit.stopping import ENDED_WITH_ANOTHER, has_lost_another
+
+            # One that fails only because another did says nothing.
+            if has_lost_another(within_seconds=2) or not launch.is_first_to_fail():
+                sys.exit(ENDED_WITH_ANOTHER)
         raise

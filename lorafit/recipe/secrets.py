@@ -10,7 +10,7 @@ _SECRET_KEY = re.compile(
     r"(^|_)(auth|access|hub|hf|huggingface|wandb|api|bearer)_?token$|^token$|api_?key|secret|passw(or)?d|credential",
     re.IGNORECASE,
 )
-_SECRET_VALUE = re.compile(
+SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|xox[bp]-[A-Za-z0-9-]{10,})"
     r"|://[^/\s:@]+:[^/\s@]+@"
 )
@@ -23,7 +23,7 @@ MESSAGE = (
 def secret_keys(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
     """The keys beneath which a secret seems to be written."""
     if isinstance(value, dict):
-        if any(_SECRET_VALUE.search(key) for key in value):
+        if any(SECRET_VALUE.search(key) for key in value):
             yield at
             return
         for key, entry in value.items():
@@ -31,9 +31,14 @@ def secret_keys(value: Any, at: KeyPath = ()) -> Iterator[KeyPath]:
     elif isinstance(value, list):
         for index, entry in enumerate(value):
             yield from secret_keys(entry, (*at, index))
-    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+    elif isinstance(value, str) and SECRET_VALUE.search(value):
         yield at
 
 
+def is_secret_key(name: str) -> bool:
+    """Whether a key or variable of this name holds a secret."""
+    return bool(_SECRET_KEY.search(name))
+
+
 def _is_secret(key: str, value: Any) -> bool:
-    return isinstance(value, str) and value != "" and bool(_SECRET_KEY.search(key))
+    return isinstance(value, str) and value != "" and is_secret_key(key)

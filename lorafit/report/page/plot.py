@@ -18,10 +18,7 @@ from lorafit.report.page.ticks import log_ticks, short, ticks
 WIDE, NARROW = 680, 328
 """Widths, in CSS pixels, that the page shows on a desk and on a phone: letters are 12 pixels high on both."""
 
-TOP, BOTTOM, LEFT = 28, 40, 52
-CHARACTER = 7.2
-"""Pixels that a letter of 12 pixels is wide, at most."""
-
+TOP, BOTTOM, LEFT, RIGHT = 28, 40, 52, 76
 LABEL_HEIGHT = 30
 
 Point = tuple[float, float]
@@ -68,6 +65,8 @@ class Plot:
     band_name: str = ""
     marks: tuple[float, ...] = ()
     """Places on x where something happened."""
+    x_range: tuple[float, ...] = ()
+    """What the x axis spans besides the values, so that several plots share one."""
 
 
 @dataclass(frozen=True)
@@ -131,20 +130,16 @@ def _named(plot: Plot, css: str) -> list[Html]:
 def _scales(plot: Plot, width: int) -> tuple[_Scale, _Scale]:
     points = [point for series in plot.series for point in series.points]
     edges = [value for series in plot.series for one in series.intervals for value in (one.low, one.high)]
-    xs = [point[0] for point in points] + [one.x for series in plot.series for one in series.intervals]
+    xs = [*plot.x_range, *(point[0] for point in points)] + [
+        one.x for series in plot.series for one in series.intervals
+    ]
     ys = [point[1] for point in points] + edges + list(plot.band or ())
-    right = max((_label_width(series) for series in plot.series), default=0)
     x_low, x_high = _padded(xs, is_log=plot.is_log_x, share=0.04 if plot.x_ticks else 0.0)
     y_low, y_high = _padded(ys, is_log=plot.is_log_y, share=0.06)
     return (
-        _Scale(x_low, x_high, LEFT, width - right - 8, plot.is_log_x),
+        _Scale(x_low, x_high, LEFT, width - RIGHT, plot.is_log_x),
         _Scale(y_low, y_high, plot.height - BOTTOM, TOP, plot.is_log_y),
     )
-
-
-def _label_width(series: Series) -> float:
-    last = series.points[-1][1] if series.points else series.intervals[-1].y if series.intervals else 0.0
-    return CHARACTER * max(len(series.name), len(short(last))) + 6 if series.kind != "faint" else 0.0
 
 
 def _padded(values: Sequence[float], *, is_log: bool, share: float) -> tuple[float, float]:
@@ -163,7 +158,7 @@ def _axes(plot: Plot, x: _Scale, y: _Scale) -> Iterable[Html]:
         yield _line(f"M{x.start:.1f} {y(value):.1f}H{x.end:.1f}", "grid")
         yield _text(short(value), x.start - 8, y(value) + 4, "tick", anchor="end")
     yield _line(f"M{x.start:.1f} {y.start:.1f}H{x.end:.1f}", "axis")
-    fitting = max(2, int((x.end - x.start) / 70))
+    fitting = max(2, int((x.end - x.start) / 50))
     places = list(plot.x_ticks) or (log_ticks(x.low, x.high) if x.is_log else ticks(x.low, x.high, most=fitting))
     for value in places:
         yield _line(f"M{x(value):.1f} {y.start:.1f}v4", "axis")

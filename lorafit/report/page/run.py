@@ -39,7 +39,7 @@ def _tiles(manifest: Facts, metrics: Sequence[Facts]) -> Html:
     before, after = manifest.get("eval_loss_before"), manifest.get("eval_loss_after")
     tiles: list[tuple[str, Html, Html | str]] = []
     if after is not None:
-        aside = joined(["nats per token, ", number(before, ".4f"), " before"]) if before is not None else ""
+        aside = joined([number(before, ".4f"), " before"]) if before is not None else ""
         tiles.append(("Held-out loss", number(after, ".4f"), aside))
     steps = manifest.get("steps", last.get("step"))
     planned = manifest.get("planned_steps")
@@ -82,6 +82,7 @@ def gibibytes(count: int) -> Html:
 
 def curve_plots(contents: Contents) -> list[Plot]:
     """Loss, gradient norm, learning rate and throughput over the steps, as far as they were logged."""
+    steps = tuple(float(entry["step"]) for entry in contents.metrics)
     stopped = tuple(float(event["step"]) for event in contents.events if event.get("action"))[:MOST_EVENTS]
     kinds: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
         ("loss", "Loss", "nats per token", (("train", "loss"), ("held-out", "eval_loss"))),
@@ -105,6 +106,7 @@ def curve_plots(contents: Contents) -> list[Plot]:
                     height=270 if name == "loss" else 180,
                     is_log_y=name != "learning_rate" and _is_steep(series),
                     marks=stopped,
+                    x_range=(min(steps), max(steps)),
                 )
             )
     return plots
@@ -198,27 +200,26 @@ def data(contents: Contents, examples: Examples) -> Html:
     found = contents.manifest.get("data")
     if not found:
         return Html("")
-    sides = [(name, found[name]) for name in ("train", "eval") if found.get(name)]
-    counts = [_side(name, side) for name, side in sides]
-    head = ("", "rows", "sequences", "tokens", "trained", "share", "longest", "lost")
-    files = tuple(map(str, found.get("files", ())))
+    sides = {name: found[name] for name in ("train", "eval") if found.get(name)}
+    is_split = any(side.get("sequences") != side.get("rows") for side in sides.values())
+    keys = ["rows", *(["sequences"] if is_split else []), "tokens", "trained_tokens", "longest", "lost"]
+    counts = [
+        [element("span", name), *(number(side.get(key)) for key in keys), _share(side)] for name, side in sides.items()
+    ]
+    files = tuple(Path(str(file)).name for file in found.get("files", ()))
     warnings = Audit.from_dict(found, files=files).warnings if "train_findings" in found else ()
-    names = ", ".join(Path(file).name for file in files[:MOST_FILES]) + ", …" * (len(files) > MOST_FILES)
+    names = ", ".join(files[:MOST_FILES]) + ", …" * (len(files) > MOST_FILES)
     return section(
         "Data",
-        table(head, counts),
+        table(["", *(key.replace("_tokens", "") for key in keys), "share trained"], counts),
         *(element("p", warning, css="warn quote") for warning in warnings),
         facts([("Files", element("span", names, css="quote"))]),
         *_examples(examples),
     )
 
 
-def _side(name: str, side: Facts) -> list[Html]:
-    figures = [number(side.get(key)) for key in ("rows", "sequences", "tokens", "trained_tokens")]
-    share = side["trained_tokens"] / side["tokens"] if side.get("tokens") else 0.0
-    side_name = {"train": "training", "eval": "held out"}[name]
-    further = [number(side.get(key)) for key in ("longest", "lost")]
-    return [element("span", side_name), *figures, number(share, ".1%"), *further]
+def _share(side: Facts) -> Html:
+    return number(side["trained_tokens"] / side["tokens"] if side.get("tokens") else 0.0, ".1%")
 
 
 def _examples(examples: Examples) -> Iterator[Html]:
@@ -229,7 +230,7 @@ def _examples(examples: Examples) -> Iterator[Html]:
     yield element("h3", "As the model sees them")
     yield legend(examples.stop_tokens)
     for row in examples.rows:
-        yield element("h3", f"{row['side']} {Path(row['where']).name}", css="quote")
+        yield element("h3", f"{row['side']}, {Path(row['where']).name}", css="quote")
         yield token_row(row["tokens"])
 
 

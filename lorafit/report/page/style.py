@@ -49,7 +49,7 @@ section{margin-top:2.6rem;padding-top:1.5rem;border-top:1px solid var(--line)}
 .quiet{color:var(--muted);font-size:.9rem}
 .lead{margin:.35rem 0 0;color:var(--muted)}
 .warn{color:var(--warn)}.bad{color:var(--bad)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(8.6rem,1fr));gap:1.1rem 1.5rem;margin:1.8rem 0 0}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(7rem,1fr));gap:1.1rem 1rem;margin:1.8rem 0 0}
 .tiles dt{font-size:.82rem;color:var(--muted)}.tiles dd{margin:0;font-size:1.3rem;line-height:1.35;font-weight:600}
 .tiles dd.aside{font-size:.82rem;font-weight:400;color:var(--muted)}
 dl{margin:0}

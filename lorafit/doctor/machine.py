@@ -1,0 +1,179 @@
+"""Lines about Python, its libraries, the devices and the disk."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+from lorafit.doctor.ask import Answers
+from lorafit.doctor.line import Line
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+"""The tested set; a link in a checkout, the file itself in a wheel."""
+
+REINSTALL_TORCH = f"pip install --force-reinstall -c {CONSTRAINTS} torch"
+OLDEST_PYTHON = (3, 11)
+LEAST_FREE_BYTES = 2 << 30
+"""An adapter, two checkpoints with their optimizer, and the tokens of a small data set."""
+
+SMI_SECONDS = 15
+DRIVER_MEND = "install a newer NVIDIA driver (https://www.nvidia.com/drivers), then reboot"
+
+
+def python_line(found: tuple[int, ...] = sys.version_info[:3]) -> Line:
+    """The interpreter."""
+    name = ".".join(map(str, found))
+    if found < OLDEST_PYTHON:
+        return Line("python", f"{name}; lorafit needs 3.11", "python3.11 -m venv venv && venv/bin/pip install lorafit")
+    return Line("python", f"{name} at {sys.executable}")
+
+
+def library_lines() -> Iterator[Line]:
+    """What is missing or of another version; one line for all that are as they should be."""
+    tested = tested_versions()
+    as_tested = []
+    for requirement in map(Requirement, requires("lorafit") or ()):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        name, wanted = requirement.name, str(requirement.specifier)
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            yield Line(name, f"is not installed; {wanted} is needed", f"pip install '{name}{wanted}'")
+            continue
+        if not requirement.specifier.contains(found, prereleases=True):
+            yield Line(name, f"{found}; {wanted} is needed", f"pip install '{name}{wanted}'")
+        elif tested.get(name.lower()) not in (None, Version(found).public):
+            yield Line(name, f"{found} (tested with {tested[name.lower()]})")
+        else:
+            as_tested.append(f"{name} {found}")
+    yield Line("libraries", f"{len(as_tested)} as tested: {', '.join(as_tested[:7])} ...")
+
+
+def tested_versions() -> Mapping[str, str]:
+    """Distribution -> version of the set that lorafit is tested with."""
+    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
+    return {name.lower(): number for name, number in pairs}
+
+
+@dataclass(frozen=True)
+class Driver:
+    """What the NVIDIA driver says, without torch."""
+
+    gpus: tuple[str, ...] = ()
+    version: str = ""
+    problem: str = ""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether this machine seems to have a GPU of NVIDIA."""
+        return bool(self.gpus or self.problem)
+
+
+def nvidia_driver() -> Driver:
+    """Asked through nvidia-smi, which comes with the driver; empty when there is none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return (
+            Driver(problem="nvidia-smi is not on the PATH")
+            if Path("/proc/driver/nvidia/version").exists()
+            else Driver()
+        )
+    query = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return Driver(problem=f"nvidia-smi gave no answer in {SMI_SECONDS} s: the driver hangs")
+    lines = [line.strip() for line in done.stdout.splitlines() if "," in line]
+    if done.returncode or not lines:
+        said = (done.stdout or done.stderr).strip().partition("\n")[0]
+        return Driver(problem=f"nvidia-smi: {said or f'exit code {done.returncode}'}")
+    return Driver(tuple(line.partition(", ")[2] for line in lines), lines[0].partition(", ")[0])
+
+
+def device_lines(torch: Answers, driver: Driver) -> Iterator[Line]:
+    """torch, the GPUs, their driver, bfloat16 and the 4-bit kernels."""
+    if error := torch.error("torch_import"):
+        yield Line("torch", error, REINSTALL_TORCH)
+        return
+    about = torch.stages["torch_import"]
+    built = f"for CUDA {about['cuda']}" if about["cuda"] else f"for ROCm {about['hip']}" if about["hip"] else "for CPU"
+    yield Line("torch", f"{about['version']}, built {built}, imported in {about['seconds']:.1f} s")
+    if driver.is_there:
+        mend = "reboot; if that does not help, install the driver again" if driver.problem else ""
+        yield Line("driver", driver.problem or f"NVIDIA {driver.version}", mend)
+    yield _gpu_line(torch, driver, is_cpu_build=not (about["cuda"] or about["hip"]))
+    devices = torch.stages.get("gpus", {}).get("devices")
+    if torch.error("cpu") and not devices:
+        yield Line("bf16", torch.error("cpu"), REINSTALL_TORCH)
+    else:
+        has_bf16 = torch.stages["gpus" if devices else "cpu"].get("bf16")
+        yield Line("bf16", "computed natively" if has_bf16 else "not native here: bf16: auto trains in float32")
+    yield _four_bit_line(torch)
+
+
+def _gpu_line(torch: Answers, driver: Driver, *, is_cpu_build: bool) -> Line:
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if error := torch.error("gpus"):
+        hangs = "the driver hangs: reboot" if "gave no answer" in error else DRIVER_MEND
+        return Line("gpu", error, hangs)
+    answer = torch.stages["gpus"]
+    if devices := answer["devices"]:
+        names = ", ".join(f"{one['name']} ({one['memory_bytes'] / 2**30:.0f} GiB)" for one in devices)
+        wrong = [one["name"] for one in devices if not one["computes"]]
+        return Line("gpu", f"{', '.join(wrong)} computes wrongly" if wrong else names, DRIVER_MEND if wrong else "")
+    if driver.gpus and is_cpu_build:
+        mend = f"{REINSTALL_TORCH} --index-url https://pypi.org/simple"
+        return Line("gpu", f"{', '.join(driver.gpus)}, but this torch is built for CPU", mend)
+    if driver.gpus and hidden is not None:
+        return Line("gpu", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES", is_needed=False)
+    if driver.gpus:
+        return Line("gpu", f"torch cannot use it: {answer['reason'] or 'no reason given'}", DRIVER_MEND)
+    return Line("gpu", f"none; training runs on {_cores()} CPU cores")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _four_bit_line(torch: Answers) -> Line:
+    error = torch.error("bitsandbytes")
+    if not error and torch.stages["bitsandbytes"]["off"] > 0.01:
+        error = f"4 bits of 1 come back as 1 ± {torch.stages['bitsandbytes']['off']:.2g}"
+    if error:
+        return Line("bitsandbytes", error, f"pip install --force-reinstall --no-deps -c {CONSTRAINTS} bitsandbytes")
+    return Line("bitsandbytes", f"4 bits and back on {torch.stages['bitsandbytes']['device']}")
+
+
+def disk_line(name: str, directory: Path, *, mend: str, least: int = LEAST_FREE_BYTES) -> Line:
+    """Whether a directory can be written to, and has room."""
+    place = directory
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place) as file:
+            file.write(b"0")
+    except OSError as error:
+        return Line(name, f"{directory} cannot be written to ({error.strerror})", mend)
+    free = shutil.disk_usage(place).free
+    room = f"{directory}, {free / 2**30:.1f} GiB free"
+    return Line(
+        name, room if free >= least else f"{room}; {least / 2**30:.1f} are little enough", mend * (free < least)
+    )
+
+
+def platform_name() -> str:
+    """Operating system and processor."""
+    return f"{platform.system()} {platform.release()} {platform.machine()}"

@@ -1,0 +1,98 @@
+"""Questions that only torch and the Hub can answer: `python -m lorafit.doctor.probe torch|hub`.
+
+A process of its own: a driver that hangs, or a library that crashes, ends this process and not the doctor. Each stage
+says its name before it begins and what came of it after, as one JSON object a line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+
+Answer = dict[str, Any]
+
+
+def torch_import() -> Answer:
+    """Version and what it was built for."""
+    torch = importlib.import_module("torch")
+    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+
+
+def gpus() -> Answer:
+    """The devices, each after a product of two matrices on it."""
+    torch = importlib.import_module("torch")
+    if not torch.cuda.is_available():
+        return {"devices": [], "reason": _why_no_cuda(torch)}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        about = torch.cuda.get_device_properties(index)
+        ones = torch.ones(64, 64, device=f"cuda:{index}")
+        total = float((ones @ ones).sum())
+        devices.append({"name": about.name, "memory_bytes": about.total_memory, "computes": total == 64.0**3})
+    return {"devices": devices, "bf16": torch.cuda.is_bf16_supported(including_emulation=False)}
+
+
+def _why_no_cuda(torch: Any) -> str:
+    if torch.version.cuda is None:
+        return ""
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).partition("\n")[0]
+    return ""
+
+
+def cpu() -> Answer:
+    """Cores, and whether bfloat16 is computed natively."""
+    torch = importlib.import_module("torch")
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return {"bf16": bool(has_bf16), "threads": torch.get_num_threads()}
+
+
+def bitsandbytes() -> Answer:
+    """Ones to 4 bits and back, on the device that trains."""
+    torch = importlib.import_module("torch")
+    functional = importlib.import_module("bitsandbytes.functional")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ones = torch.ones(64, 64, device=device)
+    packed, state = functional.quantize_4bit(ones, quant_type="nf4")
+    off = float((functional.dequantize_4bit(packed, state) - ones).abs().max())
+    return {"device": device, "off": off}
+
+
+def hub() -> Answer:
+    """Whose token it is."""
+    try:
+        return {"name": HfApi().whoami()["name"]}
+    except HfHubHTTPError as error:
+        return {"status": error.response.status_code if error.response is not None else None}
+
+
+STAGES: dict[str, tuple[Callable[[], Answer], ...]] = {"torch": (torch_import, gpus, cpu, bitsandbytes), "hub": (hub,)}
+
+
+def main(about: str) -> None:
+    """Every stage, one after the other; what one raises is its answer."""
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print does not get between the answers
+    os.dup2(2, 1)
+    for stage in STAGES[about]:
+        print(json.dumps({"stage": stage.__name__, "begins": True}), file=results, flush=True)
+        started = time.monotonic()
+        try:
+            answer = stage()
+        except Exception as error:  # whatever a broken library raises is what is asked for
+            answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
+        seconds = round(time.monotonic() - started, 2)
+        print(json.dumps({"stage": stage.__name__, "seconds": seconds} | answer), file=results, flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
