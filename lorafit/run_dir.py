@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from lorafit.durable import write_file
 from lorafit.errors import RunDirError
 
 
@@ -45,9 +46,29 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def lock(self) -> Path:
+        """Who trains here at the moment; see `run_lock`."""
+        return self.path / "run.lock"
+
+    @property
     def adapter(self) -> Path:
         """The plain PEFT adapter."""
         return self.path / "adapter"
+
+    @property
+    def quarantine(self) -> Path:
+        """Checkpoints that were damaged, set aside."""
+        return self.path / "quarantine"
+
+    def is_begun(self) -> bool:
+        """Whether a run of ours has left something here that it could go on from."""
+        return self.recipe.is_file() or self.checkpoints.is_dir()
+
+    def events_of(self, kind: str) -> list[dict[str, Any]]:
+        """The events of one kind, oldest first; a line that was cut off by a kill is none."""
+        lines = self.events.read_text(encoding="utf-8").splitlines() if self.events.is_file() else []
+        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+        return [event for event in events if event["kind"] == kind]
 
     def add_event(
         self,
@@ -78,19 +99,22 @@ class RunDir:
         return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def refuse_used(self) -> None:
-        """A run directory is never overwritten: it must be absent, or an empty directory, and writable.
+        """A run directory is never overwritten: it must be absent, or empty but for the lock, and writable.
 
         Raises RunDirError.
         """
+        self.refuse_unusable()
+        if self.path.is_dir() and any(path != self.lock for path in self.path.iterdir()):
+            message = "already holds a run or other files; choose another output_dir (`--set output_dir=...`)"
+            raise RunDirError(message, where=str(self.path))
+
+    def refuse_unusable(self) -> None:
+        """It must be a directory one can write into, or a name that can become one. Raises RunDirError."""
         where = str(self.path)
         if self.path.is_symlink() and not self.path.exists():
             raise RunDirError("is a broken link; choose another output_dir", where=where)
         if self.path.exists() and not self.path.is_dir():
             raise RunDirError("is a file; choose another output_dir", where=where)
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise RunDirError(
-                "already holds a run or other files; choose another output_dir (`--set output_dir=...`)", where=where
-            )
         parent = self.path
         while not parent.exists():
             parent = parent.parent
@@ -107,6 +131,4 @@ class RunDir:
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Replace the manifest in one step, so that a reader sees the old one or the new one."""
-        stage = self.manifest.with_suffix(".tmp")
-        stage.write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        stage.replace(self.manifest)
+        write_file(self.manifest, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")

@@ -19,11 +19,13 @@ def sft_config(
     gradient_checkpointing: bool,
     use_cpu: bool,
     has_eval_rows: bool,
+    evaluates_first: bool = True,
 ) -> SFTConfig:
     """The `SFTConfig` of a run whose rows are already tokens and labels.
 
     `output_dir` is where checkpoints go. Checkpoints themselves are asked for by a callback (a share of the run or a
-    time is no `save_steps`), so `save_strategy` is `no`, or `best` when the best adapter is kept.
+    time is no `save_steps`), so `save_strategy` is `no`, or `best` when the best adapter is kept. A run that goes on
+    from a checkpoint does not evaluate first.
     """
     training = recipe.training
     keeps_best = training.load_best_model_at_end or recipe.early_stopping is not None
@@ -60,10 +62,10 @@ def sft_config(
         "max_length": training.max_length if training.packing else None,
         "eval_strategy": training.eval_strategy if has_eval_rows else "no",
         "eval_steps": training.eval_steps,
-        "eval_on_start": has_eval_rows,
+        "eval_on_start": has_eval_rows and evaluates_first,
         "eval_packing": False,
         "save_strategy": "best" if keeps_best else "no",
-        "save_total_limit": recipe.checkpoints.keep,
+        "save_total_limit": None,  # older checkpoints are removed by their own rules, see training/checkpoints.py
         "load_best_model_at_end": keeps_best,
         "metric_for_best_model": "eval_loss" if keeps_best else None,
         "greater_is_better": False if keeps_best else None,

@@ -43,6 +43,7 @@ SCHEMA = pyarrow.schema(
     }
 )
 SEQUENCES_PER_BATCH = 10_000
+PARTS = ("data", "template", "date", "tokenizer", "special_tokens", "versions")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class PreparedData:
     audit: Audit
     fingerprint: str
     """SHA-256 of everything the tokens depend on."""
+    parts: dict[str, str]
+    """What of that is no key of a recipe, each by the beginning of its own hash: files, template, tokenizer ..."""
     files: tuple[str, ...]
     """What `file` indexes."""
 
@@ -77,13 +80,14 @@ def prepare(
     text_tokenizer = TextTokenizer(tokenizer, adds_bos=renderer.adds_bos)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
     now = contents(section, hub_rows=hub_rows)
-    fingerprint = _fingerprint(section, now.digests, tokenizer, text_tokenizer, renderer, limits, seed=seed)
+    facts = _facts(section, now.digests, tokenizer, text_tokenizer, renderer, limits, seed=seed)
+    fingerprint, parts = _hash(facts), {name: _hash(facts[name])[:12] for name in PARTS}
     stored = cache.load(cache_dir, fingerprint) if cache_dir else None
     if stored:
-        tables, facts = stored
+        tables, counts = stored
         loaded = {name: datasets.Dataset.from_file(str(path)) for name, path in tables.items()}
-        audit = Audit.from_dict(facts, files=now.files)
-        return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, now.files)
+        audit = Audit.from_dict(counts, files=now.files)
+        return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, parts, now.files)
     scanned = scan(section, seed=seed, hub_rows=hub_rows)
     if any(read not in (None, hashed) for read, hashed in zip(scanned.digests, now.digests, strict=True)):
         raise DataError("the files changed while they were read; run again when they are written", where="data")
@@ -94,7 +98,7 @@ def prepare(
         except OSError as error:
             logger.warning("%s: tokens are not kept for the next run: %s", cache_dir, error.strerror)
     loaded = {name: datasets.Dataset(InMemoryTable(table)) for name, table in made.items()}
-    return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, now.files)
+    return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, parts, now.files)
 
 
 def _make(
@@ -169,7 +173,11 @@ def _table(sequences: list[Sequence]) -> pyarrow.Table:
     return pyarrow.Table.from_batches(batches, schema=SCHEMA)
 
 
-def _fingerprint(
+def _hash(facts: Any) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _facts(
     section: DataSection,
     digests: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
@@ -178,8 +186,8 @@ def _fingerprint(
     limits: Limits,
     *,
     seed: int,
-) -> str:
-    """Hash of everything the tokens depend on: two runs with the same share them, wherever the files lie."""
+) -> dict[str, Any]:
+    """Everything the tokens depend on: two runs with the same share them, wherever the files lie."""
     sources = [
         source.model_dump(exclude={"path", "hub", "name", "split", "revision"})
         for source in (*section.train, *section.eval)
@@ -187,7 +195,7 @@ def _fingerprint(
     template = tokenizer.chat_template if section.template == "chat" else renderer.template_text
     draws = section.eval_fraction is not None or any(source.weight % 1 for source in section.train)
     writes_date = "strftime_now" in str(template)
-    facts = {
+    return {
         "versions": (lorafit.__version__, transformers.__version__, tokenizers.__version__),
         "data": digests,
         "settings": section.model_dump(exclude={"train", "eval"} | ({"template"} if template else set())),
@@ -199,4 +207,3 @@ def _fingerprint(
         "limits": (limits.max_length, sorted(limits.stop_token_ids), limits.vocab_size),
         "seed": seed if draws else None,
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

@@ -8,23 +8,49 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast
 from tqdm import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from lorafit.durable import write_file
 
 _METRIC_NAMES = {"learning_rate": "lr", "num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 _KEPT = ("loss", "grad_norm", "epoch", "eval_loss", "eval_tokens", "entropy")
 
 
-class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one JSON object for every logged step, written at once so that a killed run keeps it."""
+class MetricsFile(TrainerCallback, ExportableState):
+    """metrics.jsonl: one JSON object for every logged step, written at once so that a killed run keeps it.
+
+    What it holds goes into every checkpoint. A run that goes on writes the file anew from there: without the lines of
+    steps that will be done again.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._ago = (0.0, 0.0, 0)
         self._started = time.monotonic()
         self._seen = (self._started, 0)
         self._training_seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.tokens = 0
+
+    def state(self) -> dict[str, Any]:
+        """What the library puts into a checkpoint; the trainer sets the attributes of a run that goes on."""
+        now = time.monotonic()
+        ago = (now - self._started, now - self._seen[0], self._seen[1])
+        attributes = {"history": list(self.history), "tokens": self.tokens}
+        return {"attributes": attributes | {"_training_seconds": self._training_seconds, "_ago": ago}}
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Time counts from the first step, or goes on where it was."""
+        now = time.monotonic()
+        since_start, since_seen, tokens = self._ago
+        self._started, self._seen = now - since_start, (now - since_seen, tokens)
+        if state.is_world_process_zero:
+            write_file(self._path, "".join(_line(entry) for entry in self.history))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -45,20 +71,19 @@ class MetricsFile(TrainerCallback):
         self.history.append(entry)
         if state.is_world_process_zero:
             with self._path.open("a", encoding="utf-8") as lines:
-                lines.write(json.dumps(entry) + "\n")
+                lines.write(_line(entry))
 
     def tokens_per_second(self) -> float:
         """Throughput of the logged steps, evaluations left out."""
         return round(self._seen[1] / max(self._training_seconds, 1e-9), 1)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Time counts from the first step."""
-        self._started = time.monotonic()
-        self._seen = (self._started, 0)
-
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluation is not training time: the next throughput counts from here."""
         self._seen = (time.monotonic(), self._seen[1])
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(entry) + "\n"
 
 
 class ProgressBar(TrainerCallback):
@@ -93,23 +118,53 @@ class ProgressBar(TrainerCallback):
 
 
 class CheckpointInterval(TrainerCallback):
-    """Ask for a checkpoint every share of the run, number of steps, or time."""
+    """Ask for a checkpoint every share of the run (and at least every ten minutes), number of steps, or time.
+
+    Belongs at the end of the callbacks: it puts off what others ask for, too.
+    """
 
     def __init__(self, every: int | str) -> None:
         self._every = every
+        self._last = time.monotonic()
+        self._is_put_off = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Time counts from the first step."""
         self._last = time.monotonic()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask when it is due; never after the last step, which leaves the adapter itself."""
         if state.global_step >= state.max_steps:
+            control.should_save = False
             return
-        if isinstance(self._every, str) and not self._every.endswith("%"):
-            due = time.monotonic() - self._last >= seconds_of(self._every)
-        else:
-            due = state.global_step % steps_between(self._every, state.max_steps) == 0
-        if due:
-            control.should_save = True
-            self._last = time.monotonic()
+        control.should_save |= self._is_due(state)
+        # The held-out loss of an epoch is taken after its last step: a run that went on from between would miss it.
+        self._is_put_off = control.should_save and args.eval_strategy == "epoch" and float(state.epoch).is_integer()
+        control.should_save &= not self._is_put_off
+
+    def _is_due(self, state: TrainerState) -> bool:
+        is_timed = isinstance(self._every, str) and not self._every.endswith("%")
+        if not is_timed and state.global_step % steps_between(self._every, state.max_steps) == 0:
+            return True
+        if isinstance(self._every, int):
+            return False
+        longest = seconds_of(self._every) if is_timed else LONGEST_BETWEEN
+        # The clocks of several processes differ: the first one's counts.
+        is_late = torch.tensor(float(time.monotonic() - self._last >= longest), device=PartialState().device)
+        return bool(broadcast(is_late).item())
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Now, after the evaluation."""
+        control.should_save |= self._is_put_off
+        self._is_put_off = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next is due that long after this one, whoever asked for it."""
+        self._last = time.monotonic()
+
+
+LONGEST_BETWEEN = 600.0
+"""Seconds of work that a killed run loses at most, where the recipe asks for a share of the run."""
 
 
 def seconds_of(interval: str) -> float:
@@ -123,6 +178,16 @@ def steps_between(every: int | str, total_steps: int) -> int:
     if isinstance(every, int):
         return every
     return max(1, round(total_steps * float(every.rstrip("%")) / 100))
+
+
+class EarlyStopping(EarlyStoppingCallback):
+    """The library's, which a run that goes on from the checkpoint it stopped at hears of, too."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Not one step more when patience had already run out."""
+        super().on_train_begin(args, state, control)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
 
 
 class RankAllocation(TrainerCallback):

@@ -14,12 +14,14 @@ from lorafit.data.prepare import PreparedData, prepare
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
+from lorafit.training.resume import Begin, Departure, departure
 
 
-def refuse_before_reading(loaded: LoadedRecipe, machine: Machine) -> None:
-    """A run directory that is used, and what this machine lacks. Raises RunDirError and MachineError."""
-    RunDir(loaded.output_dir()).refuse_used()
+def refuse_before_reading(loaded: LoadedRecipe, machine: Machine, *, begin: Begin) -> Departure:
+    """Where the run begins. Raises RunDirError for a directory that is used, MachineError for what is lacking here."""
+    begun = departure(RunDir(loaded.output_dir()), begin)
     refuse_what_this_machine_lacks(loaded, machine)
+    return begun
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
+from lorafit.durable import flush
 from lorafit.errors import DiskError, VerificationError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -65,7 +66,7 @@ def write_adapter(
     initial: Path | None,
     card: str,
 ) -> None:
-    """Write a plain PEFT adapter with its tokenizer to `target`, which must not exist.
+    """Write a plain PEFT adapter with its tokenizer to `target`.
 
     `base_name` is a Hub id, or None for a base in a directory (no path of this machine is recorded). `state_dict` is
     the gathered one of a sharded model, `card` the text of README.md. Raises VerificationError when the file is not
@@ -91,7 +92,12 @@ def write_adapter(
     if initial is None:
         _refuse_difference(model, stage / WEIGHTS, state_dict)
     _refuse_broken(stage)
+    for path in (*stage.rglob("*"), stage):
+        flush(path)
+    if target.exists():  # of a session that was killed between writing it and saying so
+        shutil.rmtree(target)
     stage.replace(target)
+    flush(target.parent)
 
 
 def _refuse_difference(model: PeftModel, file: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
@@ -122,7 +128,7 @@ def settle_files(directory: Path, *, base_name: str | None) -> None:
     """Files of a saved adapter that name no path of this machine and can be read by whom the umask lets."""
     _settle_config(directory / "adapter_config.json", base_name)
     (directory / "README.md").unlink(missing_ok=True)  # peft's card names the base's path
-    _give_usual_permissions(directory)
+    give_usual_permissions(directory)
 
 
 def _settle_config(file: Path, base_name: str | None) -> None:
@@ -137,7 +143,7 @@ def _settle_config(file: Path, base_name: str | None) -> None:
     file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _give_usual_permissions(directory: Path) -> None:
+def give_usual_permissions(directory: Path) -> None:
     """Files readable as the umask says; safetensors writes its own for the owner only."""
     umask = os.umask(0)
     os.umask(umask)

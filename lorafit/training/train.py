@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lorafit import __version__, launch
+from lorafit import launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, attach_adapter, set_total_steps
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
-from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
 from lorafit.data.render import saved_chat_template
+from lorafit.durable import write_file
 from lorafit.errors import LorafitError, MachineError, RecipeError, StopRequested
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
@@ -35,13 +31,15 @@ from lorafit.recipe.advice import advise
 from lorafit.recipe.rules.run import too_long_for
 from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
-from lorafit.training.callbacks import CheckpointInterval, MetricsFile, ProgressBar, RankAllocation
+from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
+from lorafit.training.facts import checkpoint_room, kept_facts, model_facts, run_facts
 from lorafit.training.gather import whole_adapter
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
 from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_bytes
+from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -73,9 +71,27 @@ class Trained:
     model: PeftModel
 
 
-def train(loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None) -> TrainResult:
-    """Train one adapter as the recipe says, and leave a run directory; see `run_training`."""
-    return run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir).result
+def train(
+    loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None, begin: Begin = "new"
+) -> TrainResult:
+    """Train one adapter as the recipe says, and leave a run directory; see `run_training`.
+
+    A run that is to go on and has finished already gives its result again.
+    """
+    if begin != "new" and (done := finished_result(loaded)) is not None:
+        say(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
+        return done
+    return run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, begin=begin).result
+
+
+def finished_result(loaded: LoadedRecipe) -> TrainResult | None:
+    """What a run that has come to its end came to; None of any other. Raises RecipeError, see `finished_manifest`."""
+    run = RunDir(loaded.output_dir())
+    manifest = finished_manifest(loaded, run)
+    if manifest is None:
+        return None
+    figures = {field.name: manifest[field.name] for field in fields(TrainResult) if field.name in manifest}
+    return TrainResult(**(figures | {"run": str(run.path), "adapter": str(run.adapter)}))
 
 
 def run_training(
@@ -87,6 +103,8 @@ def run_training(
     inputs: RunInputs | None = None,
     base: PreTrainedModel | None = None,
     watchers: Sequence[TrainerCallback] = (),
+    begin: Begin = "new",
+    stop: StopRequest | None = None,
 ) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
@@ -96,13 +114,13 @@ def run_training(
     training has passed.
     """
     started = time.monotonic()
-    recipe, run = loaded.recipe, RunDir(loaded.output_dir())
+    recipe, run, stop = loaded.recipe, RunDir(loaded.output_dir()), stop or StopRequest()
     machine = this_machine()
     state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
-    refuse_before_reading(loaded, machine)
+    begun = refuse_before_reading(loaded, machine, begin=begin)
     with state.main_process_first():  # the others find the rows in the cache
         inputs = inputs or read_inputs(loaded, cache_dir=cache_dir)
-    base_files, tokenizer, data = inputs.base_files, inputs.tokenizer, inputs.data
+    tokenizer, data = inputs.tokenizer, inputs.data
     _say_data(data, say)
     for advice in advise(recipe, train_rows=len(data.train)):
         say(f"advice: {advice}")
@@ -110,6 +128,9 @@ def run_training(
     bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
+    kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)
+    if begun.checkpoint:
+        refuse_changes(loaded, run, begun.checkpoint, now=kept)
     # Before the model: a model that will be spread over processes is loaded in parts, which the arguments settle.
     arguments = sft_config(
         recipe,
@@ -119,6 +140,7 @@ def run_training(
         gradient_checkpointing=checkpointing.value,
         use_cpu=machine.device == "cpu",
         has_eval_rows=data.eval is not None,
+        evaluates_first=begun.checkpoint is None,
     )
     with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
         model = _model_with_adapter(loaded, inputs, base=base, checkpointing=checkpointing.value)
@@ -126,12 +148,13 @@ def run_training(
     table = adapted_modules(model)
     _say_adapter(table, model, say)
 
-    metrics = MetricsFile(run.metrics)
+    metrics, interval = MetricsFile(run.metrics), CheckpointInterval(recipe.checkpoints.every)
     health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
     watching = [] if halving is None else [halving]
     base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
     trainer = LoraTrainer(
+        stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         health=health,
         halving=halving,
@@ -141,7 +164,7 @@ def run_training(
         train_dataset=data.train,
         eval_dataset=data.eval,
         processing_class=tokenizer,
-        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watching, *watchers],
+        callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watching, *watchers, interval],
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
@@ -155,27 +178,27 @@ def run_training(
         raise
     _say_steps(loaded, trainer, steps, say)
 
+    before = remember(model)
+    kept |= model_facts(trainer, before, init_method=recipe.lora.init_lora_weights)
+    if begun.checkpoint:
+        refuse_changes(loaded, run, begun.checkpoint, now=kept)
+    facts = run_facts(recipe, inputs, run, machine=machine, bf16=bf16.value, table=table, steps=steps, begun=begun)
+    room = checkpoint_room(recipe, run, begun, started=started, kept=kept, facts=facts)
     if trainer.is_world_process_zero():
         run.path.mkdir(parents=True, exist_ok=True)
+        settle(run, begun, say=say)
         placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
-        run.recipe.write_text(placed.yaml(relative_to=run.path), encoding="utf-8")
-    facts = _facts(loaded, base_files, data, run, machine=machine.name, bf16=bf16.value, table=table, steps=steps)
-    before = remember(model)
-    with initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial:
-        try:
-            with full_disk_is_said(run.path), out_of_memory_is_said(loaded, doing=trainer.doing):
-                trainer.train()
-        except KeyboardInterrupt as interrupt:
-            done = f"stopped on request after step {trainer.state.global_step} of {steps}"
-            _finish(run, trainer, facts, outcome=done)
-            raise StopRequested(f"{done}; no adapter was written", where=str(run.path)) from interrupt
-        except LorafitError as error:
-            _finish(run, trainer, facts, outcome=f"stopped: {error}")
-            if not isinstance(error, MachineError):  # memory runs out in one process, the others wait elsewhere
-                # All processes stop at one step. One that left now would have the others ended before that is written.
-                trainer.accelerator.wait_for_everyone()
-            raise
-        stopped_early = trainer.control.should_training_stop and recipe.early_stopping is not None
+        write_file(run.recipe, placed.yaml(relative_to=run.path))
+    _finish(run, trainer, facts, outcome="running")
+    with (
+        stop.held(),
+        ending_is_recorded(trainer, run, stop=stop, steps=steps, record=partial(_finish, run, trainer, facts)),
+        initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial,
+    ):
+        with full_disk_is_said(run.path), out_of_memory_is_said(loaded, doing=trainer.doing):
+            trainer.train_in(room, after=begun.checkpoint)
+        trainer.leave_if_stopping(steps=steps, where=str(run.path))
+        stopped_early = trainer.state.global_step < steps and recipe.early_stopping is not None
         gathered = whole_adapter(trainer)
         verify_result(
             model,
@@ -209,10 +232,11 @@ def run_training(
         eval_loss_before=losses[0],
         eval_loss_after=losses[1],
         peak_memory_bytes=peak_memory_bytes(),
-        seconds=round(time.monotonic() - started, 2),
+        seconds=round(time.monotonic() - room.started, 2),
         outcome="stopped early" if stopped_early else "finished",
     )
     figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
+    figures["seconds_saving"] = round(trainer.seconds_saving, 3)
     if halving is not None and halving.parts > 1:
         figures["on_oom"] = halving.described(trainer)
     _finish(run, trainer, facts | figures, outcome=result.outcome)
@@ -253,12 +277,12 @@ def _model_with_adapter(
 
 def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, show_progress: bool) -> list[Any]:
     recipe = loaded.recipe
-    callbacks: list[Any] = [metrics, CheckpointInterval(recipe.checkpoints.every)]
+    callbacks: list[Any] = [metrics]
     if show_progress:
         callbacks.append(ProgressBar(metrics))
     if recipe.early_stopping is not None:
         stopping = recipe.early_stopping
-        callbacks.append(EarlyStoppingCallback(stopping.patience, stopping.min_delta))
+        callbacks.append(EarlyStopping(stopping.patience, stopping.min_delta))
     if recipe.adalora is not None:
         callbacks.append(RankAllocation())
     return callbacks
@@ -307,47 +331,8 @@ def _say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say)
     say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")
 
 
-def _facts(
-    loaded: LoadedRecipe,
-    base_files: BaseModelFiles,
-    data: PreparedData,
-    run: RunDir,
-    *,
-    machine: str,
-    bf16: bool,
-    table: tuple[AdaptedModule, ...],
-    steps: int,
-) -> dict[str, Any]:
-    """What the manifest says of a run before it has begun."""
-    packages = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
-    return {
-        "lorafit": __version__,
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine,
-        "world_size": PartialState().num_processes,
-        "seed": loaded.recipe.training.seed,
-        "bf16": bf16,
-        "planned_steps": steps,
-        "base": {
-            "name": base_files.name if base_files.revision else None,  # a directory is in recipe.yaml, relative
-            "commit": base_files.revision,
-            "fingerprint": base_files.fingerprint(),
-            "tensors": len(base_files.tensors),
-        },
-        "data": {"fingerprint": data.fingerprint, **data.audit.as_dict(), "files": _relative(data.files, run)},
-        "modules": [asdict(module) for module in table],
-    }
-
-
-def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
-    """The data files as seen from the run directory, like every path in it."""
-    return [os.path.relpath(file, run.path) if Path(file).is_absolute() else file for file in files]
-
-
 def _finish(run: RunDir, trainer: LoraTrainer, facts: dict[str, Any], *, outcome: str) -> None:
     if not trainer.is_world_process_zero():
         return
-    adapter = {"adapter": run.adapter_hashes()} if run.adapter.is_dir() else {}
-    run.write_manifest(facts | {"outcome": outcome} | adapter)
+    adapter = {"adapter": run.adapter_hashes()} if outcome in FINISHED else {}
+    run.write_manifest(facts | {"outcome": outcome, "resumes": run.events_of("resumed")} | adapter)

@@ -35,10 +35,12 @@ class CheckpointsSection(Section):
     """When checkpoints are written and how many stay."""
 
     every: Annotated[int, Field(ge=1)] | Annotated[str, AfterValidator(_is_interval)] = "10%"
-    """A share of the run (`10%`), a number of steps (`200`), or a time (`30s`, `10min`, `2h`)."""
+    """A share of the run (`10%`), a number of steps (`200`), or a time (`30s`, `10min`, `2h`). A share also means at
+    least every ten minutes. What a killed run loses is the time since the last; saving takes seconds."""
 
-    keep: int = Field(default=2, ge=1)
-    """Checkpoints kept; the best is kept besides when the best adapter is wanted."""
+    keep: int = Field(default=2, ge=2)
+    """Newest checkpoints kept; the best is kept besides when the best adapter is wanted. At least 2: should the newest
+    be damaged, `train --resume` goes on from the one before. Each takes three times the adapter's bytes."""
 
 
 class MergeSection(Section):

@@ -1,0 +1,188 @@
+"""`SFTTrainer` whose checkpoints are committed, and hold all that the rest of the run depends on."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import reduce
+from peft import AdaLoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from trl import SFTTrainer
+
+from lorafit.errors import MachineError, RunDirError
+from lorafit.processes import DATA_PARALLEL
+from lorafit.training import checkpoints, rank_allocation
+from lorafit.training.checkpoints import Checkpoint
+from lorafit.training.save import WEIGHTS, give_usual_permissions
+
+
+@dataclass(frozen=True)
+class CheckpointRoom:
+    """Where checkpoints lie, and what each of them says of its run."""
+
+    directory: Path
+    keep: int
+    started: float
+    """When the run began, by the monotonic clock; earlier sessions pushed it back."""
+    facts: Mapping[str, Any]
+
+
+class CommittingTrainer(SFTTrainer):
+    """Saves through the library into a stage, commits it, and takes up a run exactly where it was saved."""
+
+    room: CheckpointRoom
+    """Given before training; `facts` are known only when the model and this trainer are built."""
+
+    seconds_saving = 0.0
+    """Spent in this session on checkpoints, waiting for the other processes included."""
+
+    _stage: Path | None = None
+
+    def train_in(self, room: CheckpointRoom, *, after: Checkpoint | None) -> None:
+        """Train from the first step, or from the one after a checkpoint; new checkpoints go into `room`."""
+        self.room = room
+        self.train(resume_from_checkpoint=None if after is None else str(after.path))
+
+    # Saving
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._stage or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Every process writes its part into the stage; then the first one commits it."""
+        started = time.monotonic()
+        step = self.state.global_step
+        self.state.stateful_callbacks["loss window"] = self._loss_window()
+        with self._staged() as stage:
+            super()._save_checkpoint(model, trial)
+            written = checkpoints.path_of(stage, step)
+            if self.args.should_save:
+                rank_allocation.save(self.accelerator.unwrap_model(self.model), written)
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                self._commit(written, step)
+        self.accelerator.wait_for_everyone()
+        if self.state.best_global_step:
+            best = checkpoints.path_of(self.room.directory, self.state.best_global_step)
+            self.state.best_model_checkpoint = str(best)
+        self.seconds_saving += time.monotonic() - started
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """The directory that the library writes `checkpoint-N` into; nothing of it is left behind."""
+        self._stage = stage = self.room.directory / checkpoints.STAGE
+        try:
+            yield stage
+        finally:
+            self._stage = None
+            if self.is_world_process_zero():
+                shutil.rmtree(stage, ignore_errors=True)
+
+    def _commit(self, written: Path, step: int) -> None:
+        # The library notes the best checkpoint by its path, which would be that of the stage, on this machine.
+        replace(self.state, best_model_checkpoint=None).save_to_json(str(written / TRAINER_STATE_NAME))
+        missing = [rank for rank in range(self.args.world_size) if not any(written.glob(f"rng_state_{rank}.pth"))]
+        if self.args.world_size > 1 and missing:
+            message = f"the random state of process {missing[0]} is not in the checkpoint: the nodes share no directory"
+            raise MachineError(f"{message}; choose an output_dir that all of them see", where=str(self.room.directory))
+        give_usual_permissions(written)
+        contents = {
+            "step": step,
+            "best_step": self.state.best_global_step,
+            "seconds": round(time.monotonic() - self.room.started, 3),
+            "facts": dict(self.room.facts),
+        }
+        checkpoints.commit(written, checkpoints.path_of(self.room.directory, step), contents=contents)
+        checkpoints.rotate(self.room.directory, keep=self.room.keep)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Whether to save now. The library saves at an evaluation only what is the best; here, also what is due."""
+        is_best = super()._determine_best_metric(metrics, trial)
+        return is_best or self.control.should_save
+
+    def _loss_window(self) -> dict[str, Any]:
+        """What the next line of metrics will sum up, so far."""
+        loss = reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        return {
+            "loss": loss,
+            "since": self._globalstep_last_logged,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "tokens": self._total_train_tokens,
+        }
+
+    # Taking up
+
+    def _init_training_state(self, max_steps: int, *rest: Any) -> tuple[int, int]:
+        position = super()._init_training_state(max_steps, *rest)
+        self.state.compute_steps(self.args, max_steps)  # the recipe's logging_steps, not the checkpoint's
+        for callback in self._stateful():  # of those that the checkpoint does not know
+            self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+        if self.state.best_global_step:
+            best = checkpoints.path_of(self.room.directory, self.state.best_global_step)
+            self.state.best_model_checkpoint = str(best)
+        if window := self.state.stateful_callbacks.get("loss window"):
+            self._metrics["train"] = defaultdict(list, window["metrics"])
+            self._total_train_tokens = window["tokens"]
+        return position
+
+    def _stateful(self) -> list[Any]:
+        return [one for one in [*self.callback_handler.callbacks, self.control] if isinstance(one, ExportableState)]
+
+    def _load_callback_state(self) -> None:
+        """In place. The library would make new callbacks, where others hold on to these."""
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                state = self.state.stateful_callbacks.get(type(callback).__name__, {})
+                for name, value in state.get("attributes", {}).items():
+                    setattr(callback, name, value)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """The trained tensors, each of them bit for bit. Raises RunDirError when one is not."""
+        inner = self.accelerator.unwrap_model(model or self.model)
+        if isinstance(inner.peft_config["default"], AdaLoraConfig):
+            rank_allocation.load(inner, Path(resume_from_checkpoint))
+            return
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.accelerator.distributed_type not in DATA_PARALLEL:
+            return
+        file = Path(resume_from_checkpoint) / WEIGHTS
+        saved, now = load_file(file), get_peft_model_state_dict(inner, save_embedding_layers=False)
+        odd = [name for name in now if name not in saved or not torch.equal(saved[name], now[name].cpu())]
+        if odd:
+            raise RunDirError(f"{odd[0]} does not come back as it was saved ({len(odd)} in all)", where=str(file))
+
+    def _load_best_model(self) -> None:
+        """The adapter with the lowest held-out loss. Raises RunDirError when its checkpoint was damaged meanwhile."""
+        best = Path(self.state.best_model_checkpoint)
+        try:
+            checkpoints.verified(best)
+        except checkpoints.Damaged as reason:
+            raise RunDirError(f"the best adapter cannot be read: {reason}", where=str(best)) from None
+        inner = self.accelerator.unwrap_model(self.model)
+        if isinstance(inner.peft_config["default"], AdaLoraConfig):
+            rank_allocation.load(inner, best)
+        else:
+            super()._load_best_model()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """The last thing to come back before the first step: with it, the loss that was being summed up."""
+        super()._load_rng_state(checkpoint)
+        window = self.state.stateful_callbacks["loss window"]
+        self._tr_loss = torch.tensor(window["loss"], device=self.args.device)
+        self._globalstep_last_logged = window["since"]
+
+    def _run_epoch(self, **named: Any) -> None:
+        """Nothing, when the checkpoint was that of a run which had come to its end."""
+        if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
+            super()._run_epoch(**named)

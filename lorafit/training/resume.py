@@ -1,0 +1,153 @@
+"""Whether and where a run goes on: what it left behind, and what must be as it was. No torch here."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorafit.errors import Problem, RecipeError, RunDirError
+from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe.load import load
+from lorafit.run_dir import RunDir
+from lorafit.training.checkpoints import Checkpoint, clear_stages, newest_verified, quarantine
+
+Begin = Literal["new", "resume", "restart"]
+"""`new`: in an unused directory. `resume`: after the newest checkpoint. `restart`: the same, or from the first step
+where there are checkpoints and all of them are damaged."""
+
+MAY_CHANGE = frozenset(
+    {
+        # Names of things whose content is compared instead
+        *("output_dir", "model.model_name_or_path", "model.revision", "data.template"),
+        *(f"data.{side}.{key}" for side in ("train", "eval") for key in ("path", "hub", "name", "split", "revision")),
+        # The number of processes and how the model is spread over them are compared as they come out
+        *("launch.num_processes", "launch.strategy"),
+        # What is told, kept and watched
+        *("training.logging_steps", "training.report_to", "training.run_name", "silence"),
+        *("checkpoints.every", "checkpoints.keep", "health"),
+        # What has no part in the weights
+        *("training.per_device_eval_batch_size", "training.dataloader_num_workers", "merge", "eval", "rank_sweep"),
+    }
+)
+"""Keys and sections of a recipe that a run may go on with changed. Every other key, also one that is new, must stay."""
+
+FINISHED = ("finished", "stopped early")
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Where a run begins."""
+
+    checkpoint: Checkpoint | None
+    """None: at its first step."""
+    damaged: tuple[tuple[Path, str], ...] = ()
+    """Checkpoints that were passed over, and why."""
+    is_again: bool = False
+    """Whether the directory holds what an earlier session left."""
+
+
+def departure(run: RunDir, begin: Begin) -> Departure:
+    """Where the run in this directory begins; nothing is changed there yet. Raises RunDirError."""
+    if begin == "new":
+        run.refuse_used()
+        return Departure(None)
+    if not run.is_begun():
+        run.refuse_used()
+    search = newest_verified(run.checkpoints)
+    if search.newest is None and search.damaged and begin == "resume":
+        problems = [Problem(str(path), reason) for path, reason in search.damaged]
+        message = "none of its checkpoints is as it was committed; `--resume --restart` starts over from the first step"
+        raise RunDirError([*problems, Problem(str(run.path), message)])
+    return Departure(search.newest, search.damaged, is_again=run.is_begun())
+
+
+def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | None:
+    """The manifest of a run that has come to its end; None of any other.
+
+    Raises RecipeError when the recipe no longer is that of the run: nothing more would be trained.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads(run.manifest.read_bytes())
+    except (OSError, ValueError):
+        return None
+    if manifest.get("outcome") not in FINISHED or not run.adapter.is_dir():
+        return None
+    then, now = kept_keys(load(run.recipe).recipe), kept_keys(loaded.recipe)
+    refuse([loaded.problem(key, f"{change}: the run is finished") for key, change in changes(then, now)], [])
+    return manifest
+
+
+def settle(run: RunDir, begun: Departure, *, say: Any) -> None:
+    """Make the run directory what it was at the point of departure; by one process alone."""
+    if begun.is_again:
+        clear_stages(run.checkpoints)
+    step = begun.checkpoint.step if begun.checkpoint else 0
+    for path, reason in begun.damaged:
+        target = quarantine(path, run.quarantine)
+        message = f"{path.name} was set aside as {target.relative_to(run.path)}: {reason}"
+        say(f"warning: {message}")
+        run.add_event("quarantined", message, step=step)
+    if begun.checkpoint:
+        message = f"goes on after step {step}, from {begun.checkpoint.path.relative_to(run.path)}"
+    elif begun.is_again:
+        message = "there is no checkpoint to go on from: starts again at the first step"
+    else:
+        return
+    say(f"resume: {message}")
+    run.add_event("resumed", message, step=step)
+
+
+def kept_keys(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as JSON holds it, without what may change."""
+    kept: dict[str, Any] = _without(recipe.model_dump(mode="json"), ())
+    return kept
+
+
+def _without(value: Any, key: tuple[str, ...]) -> Any:
+    if isinstance(value, list):  # of sources: their places are no part of a key
+        return [_without(entry, key) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    below = {name: (*key, name) for name in value}
+    return {name: _without(value[name], below[name]) for name in value if ".".join(below[name]) not in MAY_CHANGE}
+
+
+def changes(then: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Each key that differs, with `old -> new`."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys((*then, *now)):
+            yield from changes(then.get(name), now.get(name), f"{key}.{name}".lstrip("."))
+    elif _are_sources(then) and _are_sources(now) and len(then) == len(now):
+        for index, (one, other) in enumerate(zip(then, now, strict=True)):
+            yield from changes(one, other, f"{key}.{index}")
+    elif then != now:
+        yield key, f"{json.dumps(then)} -> {json.dumps(now)}"
+
+
+def _are_sources(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)
+
+
+def refuse_changes(loaded: LoadedRecipe, run: RunDir, checkpoint: Checkpoint, *, now: Mapping[str, Any]) -> None:
+    """The run is what it was at `checkpoint`: recipe, base, data, processes. `now` holds the facts known so far.
+
+    Raises RecipeError or RunDirError with a line for every difference, old -> new.
+    """
+    then = {name: checkpoint.facts.get(name) for name in now}
+    found = [(key.removeprefix("recipe."), change, key) for key, change in changes(then, now)]
+    refuse(
+        [loaded.problem(key, change) for key, change, whole in found if whole.startswith("recipe.")],
+        [Problem(f"{run.path}: {key}", change) for key, change, whole in found if not whole.startswith("recipe.")],
+    )
+
+
+def refuse(recipe_problems: list[Problem], other_problems: list[Problem]) -> None:
+    """Raise what has been found, all of it at once."""
+    if not recipe_problems and not other_problems:
+        return
+    mend = Problem("", "a run goes on only as it was begun: change these back, or choose another output_dir")
+    error = RecipeError if recipe_problems else RunDirError
+    raise error([*recipe_problems, *other_problems, mend])
