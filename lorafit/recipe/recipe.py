@@ -19,6 +19,7 @@ from lorafit.recipe.sections import (
     QuantizationSection,
     RankSweepSection,
     Section,
+    SpeedSection,
     TrainingSection,
 )
 from lorafit.recipe.sections.base import Names
@@ -45,6 +46,7 @@ class Recipe(Section):
     optimizer: OptimizerSection = OptimizerSection()
     early_stopping: EarlyStoppingSection | None = None
     checkpoints: CheckpointsSection = CheckpointsSection()
+    speed: SpeedSection = SpeedSection()
     health: HealthSection = HealthSection()
     launch: LaunchSection = LaunchSection()
     eval: EvalSection = EvalSection()

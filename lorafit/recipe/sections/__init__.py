@@ -15,6 +15,7 @@ from lorafit.recipe.sections.run import (
     MergeSection,
     OptimizerSection,
 )
+from lorafit.recipe.sections.speed import SpeedSection
 from lorafit.recipe.sections.training import TrainingSection
 
 __all__ = [
@@ -34,5 +35,6 @@ __all__ = [
     "RankSweepSection",
     "Section",
     "Source",
+    "SpeedSection",
     "TrainingSection",
 ]

@@ -1,0 +1,113 @@
+"""The loss of the trained positions alone, without TRL's tiles: what makes a step on a CPU about twice as fast.
+
+TRL's fused head leaves out positions without a label on CUDA only, and elsewhere scores every one of them in tiles that
+do not fit a CPU's cache, projecting once more in the backward pass. Here the gradient is taken while the logits of a
+tile are still in the cache: two products with the head instead of three.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from trl.trainer.utils import FusedCausalLMOutput
+
+TILE_ELEMENTS = 2**23
+"""Logits at a time: 32 MB of float32. Fastest of 2**17 to 2**26 at vocabularies of 4,096 and 32,000."""
+
+MOST_ROWS = 256
+
+
+class AnswerLoss(torch.autograd.Function):
+    """Negative log-likelihood [N], entropy [N] and whether the target is the likeliest token [N], in nats."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """`hidden` [N, H], `weight` [V, H], `targets` [N]; products in `dtype`, everything else in float32."""
+        weight = weight.to(dtype)
+        count = hidden.shape[0]
+        nll = torch.empty(count, dtype=torch.float32, device=hidden.device)
+        entropy, is_top1 = torch.empty_like(nll), torch.empty_like(nll, dtype=torch.bool)
+        wants_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden, dtype=dtype) if wants_gradient else None
+        rows = max(1, min(MOST_ROWS, TILE_ELEMENTS // weight.shape[0]))
+        for start in range(0, count, rows):
+            tile = slice(start, start + rows)
+            target = targets[tile, None]
+            logits = (hidden[tile].to(dtype) @ weight.T).float()
+            highest, likeliest = logits.max(dim=1, keepdim=True)
+            is_top1[tile] = (likeliest == target)[:, 0]
+            logits -= highest
+            of_target = logits.gather(1, target)[:, 0]
+            probabilities = logits.exp()
+            total = probabilities.sum(dim=1)
+            nll[tile] = total.log() - of_target
+            entropy[tile] = total.log() - torch.linalg.vecdot(probabilities, logits) / total
+            if gradient is not None:
+                probabilities /= total[:, None]
+                probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
+                torch.mm(probabilities.to(dtype), weight, out=gradient[tile])
+        ctx.save_for_backward(gradient)
+        ctx.hidden_dtype = hidden.dtype
+        ctx.mark_non_differentiable(entropy, is_top1)
+        return nll, entropy, is_top1
+
+    @staticmethod
+    def backward(ctx: Any, nll_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
+        """Of `hidden` alone: the head is frozen."""
+        (gradient,) = ctx.saved_tensors
+        return (gradient * nll_gradient[:, None]).to(ctx.hidden_dtype), None, None, None
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this model keeps TRL's head; None where the answer head gives the same."""
+    config = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    if model.device.type == "cuda":
+        return "TRL's own leaves out untrained positions on CUDA"
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return "the head is not a plain frozen linear layer"
+    scaled = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
+    if scaled:
+        return f"the model scales its logits ({scaled[0]})"
+    if getattr(config, "output_router_logits", False):
+        return "the model adds the loss of its router"
+    return None
+
+
+_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+"""What TRL's head applies to logits, by the names of transformers' configs."""
+
+
+def use_answer_head(model: PreTrainedModel) -> None:
+    """Answer `model(..., labels=, fused_lm_head=True)`, TRL's own call, by `AnswerLoss`; any other as before."""
+    by_trl: Callable[..., Any] = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(*inputs: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **named: Any) -> Any:
+        if not fused_lm_head or labels is None or named.get("shift_labels") is not None:
+            return by_trl(*inputs, fused_lm_head=fused_lm_head, labels=labels, **named)
+        named = {key: value for key, value in named.items() if key not in ("shift_labels", "num_items_in_batch")}
+        states = model.base_model(*inputs, **named | {"use_cache": False}).last_hidden_state[:, :-1]
+        weight, labels = model.get_output_embeddings().weight, labels[:, 1:]
+        mask = labels != -100
+        kind = states.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
+        scored = AnswerLoss.apply(states[mask], weight, labels[mask], dtype)
+        # Scattering keeps a batch without a trained position connected to the model: a zero that can go backward.
+        nll, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scored)
+        return FusedCausalLMOutput(
+            loss=nll.sum() / mask.sum().clamp(min=1),
+            log_probs=-nll,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=mask,
+        )
+
+    model.forward = forward
