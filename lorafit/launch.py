@@ -5,7 +5,10 @@ With `preflight.py` the only place that reads the environment. No torch: the com
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +36,25 @@ def is_worker() -> bool:
     return "RANK" in os.environ
 
 
+def processes_here() -> int:
+    """Processes of this run on this machine; 1 when it trains alone."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def end_with_launcher() -> None:
+    """This process ends when the one that started it does, however that ended (Linux)."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.environ.get("LORAFIT_LAUNCHER", str(os.getppid())) != str(os.getppid()):
+        sys.exit(1)  # it ended before that was settled
+
+
+def name_this_launcher() -> None:
+    """Let the processes that this one starts know when it is gone."""
+    os.environ["LORAFIT_LAUNCHER"] = str(os.getpid())
+
+
 def processes_asked_for(section: LaunchSection, *, gpus: int) -> int:
     """Processes on this machine: what the recipe says; by itself one a GPU, or what started this process chose."""
     if section.num_processes != "auto":
@@ -45,18 +67,30 @@ def needs_processes(section: LaunchSection, *, gpus: int) -> bool:
     return not is_worker() and (processes_asked_for(section, gpus=gpus) > 1 or section.strategy != "ddp")
 
 
+def is_first_machine(section: LaunchSection) -> bool:
+    """Whether the processes of this machine hold the first of all, as an accelerate file of the user's says it."""
+    if not Path(section.strategy).is_absolute():
+        return True
+    found = re.search(r"^machine_rank:\s*(\d+)", Path(section.strategy).read_text(encoding="utf-8"), re.MULTILINE)
+    return found is None or int(found[1]) == 0
+
+
 def sharding_asked_for() -> str:
     """What the accelerate file that started this process asks for: `FSDP`, `ZeRO`, or `data parallel`."""
     kinds = {"ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "ZeRO"}
     return next((kind for name, kind in kinds.items() if os.environ.get(name, "").lower() == "true"), "data parallel")
 
 
-def launch_command(section: LaunchSection, arguments: Sequence[str], *, gpus: int) -> list[str]:
-    """The command that trains `lorafit ARGUMENTS` in as many processes as the recipe asks for."""
+def launch_command(
+    section: LaunchSection, arguments: Sequence[str], *, gpus: int, run: Path | None = None
+) -> list[str]:
+    """The command that trains `lorafit ARGUMENTS` in as many processes as the recipe asks for; `run` is what this
+    process has locked, and goes on holding when it has become that command."""
     count = processes_asked_for(section, gpus=gpus)
     own_count = section.num_processes == "auto" and Path(section.strategy).is_absolute()
     return [
         *(sys.executable, "-m", "lorafit", "processes"),
+        *(() if run is None else ("--run-dir", str(run))),
         *("--config_file", str(config_file(section.strategy))),
         *(() if own_count else ("--num_processes", str(count))),
         # A port that is free, so that two runs on one machine do not meet; a file of the user's may name one.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import signal
-import sys
 import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
@@ -13,13 +11,14 @@ from datetime import timedelta
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients
+from lorafit.stopping import ENDED_WITH_ANOTHER
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -29,39 +28,41 @@ def run_processes(arguments: Sequence[str]) -> int:
     """`accelerate launch ARGUMENTS`: start the processes and wait for them; the exit code of the one that failed, or 0.
 
     A process reports its own error. Raises MachineError for one that was killed, which could not, and StopRequested
-    when this process was told to stop. All others have ended when this returns.
+    when all were told to stop before they could say so. All have ended when this returns.
     """
     logging.disable(logging.ERROR)  # the launcher's own account of a failure, a page long
+    launch.name_this_launcher()
     with tempfile.TemporaryDirectory(prefix="lorafit-") as error_files:
+        settings = launch_command_parser().parse_args(["--log_dir", error_files, *arguments])
+        # torch's launcher ends the processes 30 seconds after a signal; ours lets them save.
+        settings.signals_to_handle = "SIGQUIT"
         try:
-            launch_command(launch_command_parser().parse_args(["--log_dir", error_files, *arguments]))
+            launch_command(settings)
         except ChildFailedError as error:
-            # Processes that are ended because another failed die of SIGTERM: not the cause, if there is any other.
-            codes = {rank: failure.exitcode for rank, failure in sorted(error.failures.items())}
-            rank = min(codes, key=lambda rank: (codes[rank] == -signal.SIGTERM, codes[rank] > 0, codes[rank] == 1))
-            if codes[rank] < 0:
-                name = signal.Signals(-codes[rank]).name
-                mend = "the machine may have run out of memory" if name == "SIGKILL" else "see the messages above"
-                raise MachineError(
-                    f"process {rank} was killed ({name}), the others were ended; {mend}", where="launch"
-                ) from error
-            return codes[rank]
+            return _exit_code_of(error.failures)
         except (SignalException, KeyboardInterrupt) as error:
             raise StopRequested("stopped on request; all processes were ended", where="launch") from error
     return 0
 
 
-def end_with_launcher() -> None:
-    """This process ends when the one that started it does, however that ended (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+def _exit_code_of(failures: dict[int, ProcessFailure]) -> int:
+    """What the process that failed first ended with. Raises MachineError when it was killed."""
+    # The others are told to end, and killed after 30 seconds if they do not.
+    first = min(failure.timestamp for failure in failures.values())
+    codes = {rank: failure.exitcode for rank, failure in failures.items() if failure.timestamp < first + 15}
+    with_another = (-signal.SIGTERM, ENDED_WITH_ANOTHER)
+    rank = min(codes, key=lambda rank: (codes[rank] in with_another, codes[rank] > 0, codes[rank] == 1))
+    if codes[rank] in with_another:
+        raise StopRequested("stopped on request before the first step; nothing was saved", where="launch")
+    if codes[rank] >= 0:
+        return codes[rank]
+    name = signal.Signals(-codes[rank]).name
+    mend = " (out of memory?)" if name == "SIGKILL" else "; see the messages above"
+    raise MachineError(f"process {rank} was killed by {name}{mend}; the others were ended", where="launch")
 
 
 def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialState:
     """Meet the other processes of this run. Raises MachineError when they are not as many as were asked for."""
-    if launch.is_worker():
-        end_with_launcher()
     # The trainer finds the group there and leaves it, with its own default for the longest wait.
     seconds = loaded.recipe.training.extra.get("ddp_timeout", 1800)
     timeout = {"timeout": timedelta(seconds=seconds)} if launch.is_worker() else {}

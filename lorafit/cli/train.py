@@ -2,7 +2,9 @@
 
 import contextlib
 import json
+import shlex
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -11,9 +13,12 @@ import typer
 
 from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+from lorafit.errors import RecipeError
 
 if TYPE_CHECKING:
     from lorafit.recipe import LoadedRecipe
+    from lorafit.stopping import StopRequest
+    from lorafit.training.resume import Begin
     from lorafit.training.train import TrainResult
 
 OutputDir = Annotated[
@@ -24,6 +29,22 @@ Smoke = Annotated[
     typer.Option("--smoke", help="Only try whether the recipe runs: in miniature, in seconds, leaving nothing behind."),
 ]
 
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on after the newest checkpoint of the run directory that is whole, to the adapter that an undisturbed "
+        "run gives; from the first step where there is none yet. A finished run is left as it is.",
+    ),
+]
+Restart = Annotated[
+    bool,
+    typer.Option(
+        "--restart",
+        help="With --resume: where there are checkpoints and all of them are damaged, start over at the first step.",
+    ),
+]
+
 
 @app.command()
 def train(
@@ -31,25 +52,43 @@ def train(
     set_: Overrides = None,
     output_dir: OutputDir = None,
     is_smoke: Smoke = False,
+    resume: Resume = False,
+    restart: Restart = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Audit the data, train an adapter, leave a run directory."""
+    from lorafit.stopping import StopRequest
+
+    stop = StopRequest(resume_command=_resume_command(), is_announced=not quiet and launch.rank() == 0)
+    stop.listen()
     from lorafit.recipe import load
 
+    if restart and not resume:
+        raise RecipeError("--restart goes with --resume; a new run needs an output_dir that is not used yet")
+    if resume and is_smoke:
+        raise RecipeError("--smoke leaves nothing behind that --resume could go on from; write one of them")
+    begin: Begin = "restart" if restart else "resume" if resume else "new"
     chosen_directory = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir else []
     loaded = load(recipe, overrides=[*(set_ or ()), *chosen_directory])
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
-        quiet_libraries(debug=debug)
         if is_smoke:
+            quiet_libraries(debug=debug)
             from lorafit.report.tables import smoke_table
             from lorafit.training.smoke import smoke
 
             tried = smoke(loaded, say=speaker(quiet=quiet), output_dir=output_dir)
             result, text = asdict(tried), smoke_table(tried)
         else:
-            trained = _train(loaded, quiet=quiet)
+            from lorafit.run_dir import RunDir
+            from lorafit.run_lock import held
+
+            is_ours = launch.is_first_machine(loaded.recipe.launch)
+            held_run = held(RunDir(loaded.output_dir()), say=speaker(quiet=quiet)) if is_ours else nullcontext()
+            with held_run:
+                quiet_libraries(debug=debug)
+                trained = _train(loaded, stop, begin=begin, quiet=quiet)
             if launch.rank() != 0:
                 return
             from lorafit.report.tables import train_table
@@ -58,23 +97,36 @@ def train(
     print_result(result, as_json=as_json, text=text)
 
 
-def _train(loaded: "LoadedRecipe", *, quiet: bool) -> "TrainResult":
+def _resume_command() -> str:
+    """What the user types to go on with a run that was stopped."""
+    words = (word for word in sys.argv[1:] if word not in ("--resume", "--restart"))
+    return shlex.join(["lorafit", *words, "--resume"])
+
+
+def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet: bool) -> "TrainResult":
     """Train in this process, or first become the launcher of those that train."""
     from lorafit.preflight import cache_directory, this_machine
 
     machine = this_machine()
-    if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus):
+    if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus) and not _is_finished(loaded, begin=begin):
         from lorafit.training.inputs import read_inputs, refuse_before_reading
 
-        refuse_before_reading(loaded, machine)
+        refuse_before_reading(loaded, machine, begin=begin)
         read_inputs(loaded, cache_dir=cache_directory())
-        launch.replace_this_process(launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus))
+        from lorafit.stopping import hold_back
+
+        run = loaded.output_dir() if launch.is_first_machine(loaded.recipe.launch) else None
+        command = launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus, run=run)
+        hold_back()
+        launch.replace_this_process(command)
     from lorafit.processes import leave_processes
     from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
     result = train_adapter(
         loaded,
+        stop=stop,
+        begin=begin,
         say=speaker(quiet=quiet or not is_main),
         show_progress=sys.stderr.isatty() and not quiet and is_main,
         cache_dir=cache_directory(),
@@ -83,11 +135,26 @@ def _train(loaded: "LoadedRecipe", *, quiet: bool) -> "TrainResult":
     return result
 
 
+def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:
+    """Whether a run that is to go on has come to its end: no processes are needed to say so."""
+    from lorafit.run_dir import RunDir
+    from lorafit.training.resume import finished_manifest
+
+    return begin != "new" and finished_manifest(loaded, RunDir(loaded.output_dir())) is not None
+
+
 @app.command(
     hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
 )
-def processes(context: typer.Context) -> None:
+def processes(context: typer.Context, run_dir: Annotated[Path | None, typer.Option("--run-dir")] = None) -> None:
     """`accelerate launch`, ending with the exit code of the process that failed; what `train` turns itself into."""
-    from lorafit.processes import run_processes
+    from lorafit.stopping import PassOn
 
-    raise typer.Exit(run_processes(context.args))
+    PassOn().listen()
+    from lorafit.run_dir import RunDir
+    from lorafit.run_lock import held
+
+    with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)):
+        from lorafit.processes import run_processes
+
+        raise typer.Exit(run_processes(context.args))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.data.prepare import PreparedData
 from lorafit.data.render import saved_chat_template
 from lorafit.durable import write_file
-from lorafit.errors import LorafitError, MachineError, RecipeError, StopRequested
+from lorafit.errors import LorafitError, RecipeError
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
@@ -31,6 +33,7 @@ from lorafit.recipe.advice import advise
 from lorafit.recipe.rules.run import too_long_for
 from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
+from lorafit.stopping import StopRequest
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
 from lorafit.training.facts import checkpoint_room, kept_facts, model_facts, run_facts
@@ -42,6 +45,8 @@ from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_by
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
+from lorafit.training.stopping import ending_is_recorded
+from lorafit.training.selftest import SelfTested, remember_passed, self_test_once
 from lorafit.training.trainer import LoraTrainer, planned_steps
 
 Say = Callable[[str], None]
@@ -72,7 +77,13 @@ class Trained:
 
 
 def train(
-    loaded: LoadedRecipe, *, say: Say, show_progress: bool, cache_dir: Path | None, begin: Begin = "new"
+    loaded: LoadedRecipe,
+    *,
+    say: Say,
+    show_progress: bool,
+    cache_dir: Path | None,
+    begin: Begin = "new",
+    stop: StopRequest | None = None,
 ) -> TrainResult:
     """Train one adapter as the recipe says, and leave a run directory; see `run_training`.
 
@@ -81,7 +92,8 @@ def train(
     if begin != "new" and (done := finished_result(loaded)) is not None:
         say(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
         return done
-    return run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, begin=begin).result
+    trained = run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, begin=begin, stop=stop)
+    return trained.result
 
 
 def finished_result(loaded: LoadedRecipe) -> TrainResult | None:
@@ -105,13 +117,14 @@ def run_training(
     watchers: Sequence[TrainerCallback] = (),
     begin: Begin = "new",
     stop: StopRequest | None = None,
+    only_self_test: bool = False,
 ) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
     `say` takes one line for people at a time. Who trains several times on one base hands over what it has read
-    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step. Raises every
-    LorafitError but RecipeError; nothing is created in the run directory before all that can be checked without
-    training has passed.
+    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step; `stop` hears
+    requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises every LorafitError but RecipeError; nothing is created in the run directory before all
+    that can be checked without training has passed.
     """
     started = time.monotonic()
     recipe, run, stop = loaded.recipe, RunDir(loaded.output_dir()), stop or StopRequest()
@@ -168,14 +181,11 @@ def run_training(
     )
     trainer.remove_callback(PrinterCallback)
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
-    try:
+    with _nothing_left_of(run):
         refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
         steps = planned_steps(trainer)
         _refuse_too_long(loaded, steps)
         set_total_steps(model, steps)
-    except LorafitError:
-        run.remove_if_empty()  # the trainer makes its checkpoint directory when it is built
-        raise
     _say_steps(loaded, trainer, steps, say)
 
     before = remember(model)
@@ -184,17 +194,19 @@ def run_training(
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
     facts = run_facts(recipe, inputs, run, machine=machine, bf16=bf16.value, table=table, steps=steps, begun=begun)
     room = checkpoint_room(recipe, run, begun, started=started, kept=kept, facts=facts)
-    if trainer.is_world_process_zero():
-        run.path.mkdir(parents=True, exist_ok=True)
-        settle(run, begun, say=say)
-        placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
-        write_file(run.recipe, placed.yaml(relative_to=run.path))
-    _finish(run, trainer, facts, outcome="running")
     with (
         stop.held(),
         ending_is_recorded(trainer, run, stop=stop, steps=steps, record=partial(_finish, run, trainer, facts)),
         initial_adapter(model, init_method=recipe.lora.init_lora_weights) as initial,
     ):
+        if trainer.is_world_process_zero():
+            run.path.mkdir(parents=True, exist_ok=True)
+            settle(run, begun, say=say)
+            placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
+            write_file(run.recipe, placed.yaml(relative_to=run.path))
+            if tested is not None:
+                run.add_event("selftest", tested.line(), step=0, figures=tested.figures())
+        _finish(run, trainer, facts, outcome="running")
         with full_disk_is_said(run.path), out_of_memory_is_said(loaded, doing=trainer.doing):
             trainer.train_in(room, after=begun.checkpoint)
         trainer.leave_if_stopping(steps=steps, where=str(run.path))
@@ -241,6 +253,16 @@ def run_training(
         figures["on_oom"] = halving.described(trainer)
     _finish(run, trainer, facts | figures, outcome=result.outcome)
     return Trained(result, model)
+
+
+@contextmanager
+def _nothing_left_of(run: RunDir) -> Iterator[None]:
+    """A run that is refused here leaves no directory; the trainer makes that of its checkpoints when it is built."""
+    try:
+        yield
+    except LorafitError:
+        run.remove_if_empty()
+        raise
 
 
 def _model_with_adapter(

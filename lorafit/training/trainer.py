@@ -11,14 +11,14 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from lorafit.training.committing_trainer import CommittingTrainer
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.out_of_memory import Doing
 from lorafit.training.save import settle_files
+from lorafit.training.stopping import StoppableTrainer
 
 
-class LoraTrainer(CommittingTrainer):
+class LoraTrainer(StoppableTrainer):
     """Trains one adapter on rows that already hold `input_ids` and `labels`."""
 
     def __init__(
