@@ -130,9 +130,7 @@ def test_another_revision_is_named(run_copy: Path, tiny_base: Path, tmp_path: Pa
     path.write_text(json.dumps(manifest))
     files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
     other = dataclasses.replace(files, revision="bbb")
-    with pytest.raises(
-        ModelError, match="is at commit bbb, the adapter was trained on aaa; merge into org/name at aaa"
-    ):
+    with pytest.raises(ModelError, match="is at commit bbb, the adapter was trained on aaa; use org/name at aaa"):
         refuse_wrong_base(read_adapter(run_copy), other, say=print)
 
 

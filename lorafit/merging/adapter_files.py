@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,14 +43,15 @@ class Adapter:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
 
-def read_adapter(run_or_adapter: Path, *, base: str | None = None) -> Adapter:
-    """The adapter of a run directory, or a plain PEFT adapter directory; `base` names another base model.
+def read_adapter(run_or_adapter: Path, *, base: str | None = None, overrides: Sequence[str] = ()) -> Adapter:
+    """The adapter of a run directory, or a plain PEFT adapter directory; `base` names another base model, and
+    `overrides` change the recipe of a run.
 
     Raises RunDirError when there is none, AdapterError when its files cannot be used or name no base model.
     """
     if (run_or_adapter / "adapter" / CONFIG).is_file():
         run = RunDir(run_or_adapter)
-        recipe = load(run.recipe)
+        recipe = load(run.recipe, overrides=overrides)
         named = recipe.recipe.model if base is None else ModelSection(model_name_or_path=base)
         return _read(run.adapter, base=named, run_dir=run, recipe=recipe)
     if not (run_or_adapter / CONFIG).is_file():
@@ -89,7 +90,7 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
         raise AdapterError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
-        raise AdapterError(f"has peft_type {kind!r}; lorafit merges LORA and ADALORA adapters", where=str(path))
+        raise AdapterError(f"has peft_type {kind!r}; lorafit reads LORA and ADALORA adapters", where=str(path))
     return config
 
 

@@ -22,18 +22,21 @@ REPORT = "merge_report.json"
 _FACTORS = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B)(\.|$)")
 
 
-def refuse_wrong_base(adapter: Adapter, base_files: BaseModelFiles, *, say: Callable[[str], None]) -> None:
+def refuse_wrong_base(
+    adapter: Adapter, base_files: BaseModelFiles, *, say: Callable[[str], None], may_be_zero: bool = False
+) -> None:
     """Refuse a base other than the one of training, and an adapter that is not as training left it.
 
     A run knows both by hash. A plain PEFT adapter knows neither: what could not be checked is said, and what its own
-    files and the base's show is refused all the same. Raises AdapterError and ModelError.
+    files and the base's show is refused all the same, but for an update of zero where it `may_be_zero`. Raises
+    AdapterError and ModelError.
     """
     manifest = _manifest(adapter)
     problems: list[Problem] = []
     if "adapter" in manifest:
         problems += _edited_since(adapter, manifest["adapter"])
     if not problems:
-        problems += _broken_tensors(adapter)
+        problems += _broken_tensors(adapter, may_be_zero=may_be_zero)
     if problems:
         raise AdapterError(problems)
     if "base" in manifest:
@@ -80,7 +83,7 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _broken_tensors(adapter: Adapter) -> Iterator[Problem]:
+def _broken_tensors(adapter: Adapter, *, may_be_zero: bool) -> Iterator[Problem]:
     """What no adapter can mean: tensors that are empty or not finite, and an update of zero."""
     where = str(adapter.weights)
     if not adapter.tensors:
@@ -103,7 +106,7 @@ def _broken_tensors(adapter: Adapter) -> Iterator[Problem]:
     if broken:
         yield Problem(where, f"holds NaN or infinity in {_some(broken)}: training went wrong, train again")
     no_update = any(is_zero.get(factor, False) for factor in "ABE")
-    if not empty and not broken and no_update and is_zero.get("other", True):
+    if not may_be_zero and not empty and not broken and no_update and is_zero.get("other", True):
         yield Problem(where, "is all zero: it changes nothing, nothing was learned or saved")
 
 
@@ -127,7 +130,7 @@ def _refuse_other_base(trained_on: Mapping[str, Any], base_files: BaseModelFiles
     name = trained_on["name"]
     commit = f" at {trained_on['commit']}" if trained_on["commit"] else ""
     mend = f"{name}{commit}" if name else "the directory that the recipe named, as it was then"
-    raise ModelError(f"{message}; merge into {mend}", where=where)
+    raise ModelError(f"{message}; use {mend}", where=where)
 
 
 def _refuse_merged_already(adapter: Adapter, base_files: BaseModelFiles) -> None:
