@@ -18,6 +18,7 @@ from lorafit.report.inert import inert
 # isort: off
 from lorafit.cli import train  # noqa: F401
 from lorafit.cli import merge  # noqa: F401
+from lorafit.cli import rank_sweep  # noqa: F401
 from lorafit.cli import recipe  # noqa: F401
 from lorafit.cli import report  # noqa: F401
 from lorafit.cli import doctor  # noqa: F401
@@ -36,7 +37,10 @@ def _report(error: LorafitError) -> int:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
-        return app(arguments, prog_name="lorafit", standalone_mode=False) or 0
+        code = app(arguments, prog_name="lorafit", standalone_mode=False) or 0
+        if code == 130:  # what typer makes of it
+            raise KeyboardInterrupt
+        return code
     except LorafitError as error:
         if "--debug" in arguments:
             traceback.print_exc()

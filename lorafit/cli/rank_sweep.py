@@ -1,0 +1,53 @@
+"""`lorafit rank-sweep`."""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+
+
+@app.command()
+def rank_sweep(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", metavar="DIR", help="The sweep's directory, instead of the recipe's.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option("--seeds", metavar="N", help="Runs of each rank.")] = None,
+    exhaustive: Annotated[bool, typer.Option("--exhaustive", help="Train every rank in full.")] = False,
+    tune_lr: Annotated[
+        bool, typer.Option("--tune-lr", help="Look for the learning rate at the largest rank first.")
+    ] = False,
+    storage: Annotated[
+        str | None,
+        typer.Option(
+            "--storage",
+            metavar="URL",
+            help="Optuna storage that several machines share: a database URL or a journal file.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The smallest rank that is as good as the largest. The same command goes on with a sweep that was stopped."""
+    from lorafit.recipe import load
+
+    chosen = {"output_dir": None if output_dir is None else json.dumps(str(output_dir)), "rank_sweep.seeds": seeds}
+    chosen |= {"rank_sweep.exhaustive": exhaustive or None, "rank_sweep.tune_lr": tune_lr or None}
+    overrides = [f"{key}={str(value).lower() if value is True else value}" for key, value in chosen.items() if value]
+    loaded = load(recipe, overrides=[*(set_ or ()), *overrides])
+    with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
+        quiet_libraries(debug=debug)
+        from lorafit.preflight import cache_directory
+        from lorafit.report.rank_sweep import sweep_table
+        from lorafit.sweep.sweep import rank_sweep as sweep
+
+        result = sweep(loaded, storage=storage, say=speaker(quiet=quiet), cache_dir=cache_directory())
+    print_result(asdict(result), as_json=as_json, text=sweep_table(result))
