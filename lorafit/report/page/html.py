@@ -59,7 +59,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Html:
     """A table that scrolls by itself where it is wider than the page; columns of numbers stand to the right."""
     if not rows:
         return Html("")
-    css = ["n" * _is_figure(cell) for cell in rows[0]]
+    css = ["n" * any(map(_is_figure, column)) for column in zip(*rows, strict=True)]
     names = [element("th", name, css=kind, attributes={"scope": "col"}) for name, kind in zip(head, css, strict=True)]
     body = [
         element("tr", *(element("td", cell, css=kind) for cell, kind in zip(row, css, strict=True))) for row in rows

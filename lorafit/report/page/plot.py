@@ -35,11 +35,11 @@ class Interval(NamedTuple):
 
 @dataclass(frozen=True)
 class Series:
-    """Values along x, named beside the last of them."""
+    """Values along x, named beside the last of them if it has a name."""
 
     name: str
     points: Sequence[Point] = ()
-    kind: Literal["line", "marked", "dots", "faint"] = "line"
+    kind: Literal["line", "marked", "bars", "faint"] = "line"
     intervals: Sequence[Interval] = ()
 
 
@@ -133,12 +133,13 @@ def _scales(plot: Plot, width: int) -> tuple[_Scale, _Scale]:
     xs = [*plot.x_range, *(point[0] for point in points)] + [
         one.x for series in plot.series for one in series.intervals
     ]
+    has_bars = any(series.kind == "bars" for series in plot.series)
     ys = [point[1] for point in points] + edges + list(plot.band or ())
     x_low, x_high = _padded(xs, is_log=plot.is_log_x, share=0.04 if plot.x_ticks else 0.0)
     y_low, y_high = _padded(ys, is_log=plot.is_log_y, share=0.06)
     return (
         _Scale(x_low, x_high, LEFT, width - RIGHT, plot.is_log_x),
-        _Scale(y_low, y_high, plot.height - BOTTOM, TOP, plot.is_log_y),
+        _Scale(0.0 if has_bars else y_low, y_high, plot.height - BOTTOM, TOP, plot.is_log_y),
     )
 
 
@@ -178,19 +179,20 @@ def _band(plot: Plot, x: _Scale, y: _Scale) -> Iterable[Html]:
 
 
 def _drawn(series: Series, index: int, x: _Scale, y: _Scale) -> Iterable[Html]:
-    if series.kind != "dots" and series.points:
+    if series.kind == "bars":
+        yield from (
+            _line(f"M{x(at) - 7:.1f} {y.start:.1f}V{y(value):.1f}h14V{y.start:.1f}Z", f"dot{index}")
+            for at, value in series.points
+        )
+    elif series.points:
         places = thinned([(x(at), y(value)) for at, value in series.points], columns=int(x.end - x.start))
         path = "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in places)
         yield _line(path, "faint" if series.kind == "faint" else f"line{index}")
     for one in series.intervals:
         at, low, high = x(one.x), y(one.low), y(one.high)
-        yield _line(
-            f"M{at:.1f} {low:.1f}V{high:.1f}M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8", f"whisker{index}"
-        )
-    dots = [
-        *(series.points if series.kind in ("marked", "dots") else ()),
-        *((one.x, one.y) for one in series.intervals),
-    ]
+        ends = f"M{at - 4:.1f} {low:.1f}h8M{at - 4:.1f} {high:.1f}h8"
+        yield _line(f"M{at:.1f} {low:.1f}V{high:.1f}{ends}", f"whisker{index}")
+    dots = [*(series.points if series.kind == "marked" else ()), *((one.x, one.y) for one in series.intervals)]
     for at, value in dots:
         place = {"cx": f"{x(at):.1f}", "cy": f"{y(value):.1f}", "r": "3.2"}
         yield element("circle", css=f"dot{index}", attributes=place)
@@ -200,7 +202,7 @@ def _labels(plot: Plot, x: _Scale, y: _Scale) -> Iterable[Html]:
     """The name of each series and its last value, beside its end; moved apart where they would meet."""
     ends = []
     for index, series in enumerate(plot.series):
-        if series.kind != "faint":
+        if series.name:
             value = series.points[-1][1] if series.points else series.intervals[-1].y
             ends.append((y(value), index, series.name, value))
     ends.sort()

@@ -27,8 +27,8 @@ def summary(contents: Contents) -> Html:
     """Name, what was trained, how it ended, and the figures that matter most."""
     manifest, metrics = contents.manifest, contents.metrics
     outcome = manifest.get("outcome")
-    is_well = outcome in ("finished", "stopped early")
-    ended = str(outcome) if outcome else "not ended: it is still running, or was killed"
+    is_well = outcome in ("finished", "stopped early") or contents.is_sweep
+    ended = str(outcome or ("rank sweep" if contents.is_sweep else "not ended: it is still running, or was killed"))
     when = [" · ", element("time", str(manifest["started"])[:10])] if manifest.get("started") else []
     lead = element("p", element("span", ended, css="" if is_well else "warn"), *when, css="lead")
     return joined([element("h1", contents.path.resolve().name), lead, _tiles(manifest, metrics)])

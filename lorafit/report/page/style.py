@@ -19,7 +19,7 @@ def _plot_rules(ink: str, *, muted: str, line: str, series: tuple[str, ...]) -> 
         rules.append(f".line{index}{{stroke:{colour};fill:none;stroke-width:1.6;stroke-linejoin:round}}")
         rules.append(f".dot{index}{{fill:{colour}}}.whisker{index}{{stroke:{colour};stroke-width:1.4;fill:none}}")
         rules.append(f".name{index}{{fill:{colour}}}")
-    rules.append(f".faint{{stroke:{series[0]};fill:none;stroke-opacity:.28}}")
+    rules.append(f".faint{{stroke:{series[0]};fill:none;stroke-opacity:.45}}")
     return "".join(rules)
 
 
