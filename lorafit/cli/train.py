@@ -29,6 +29,16 @@ Smoke = Annotated[
     typer.Option("--smoke", help="Only try whether the recipe runs: in miniature, in seconds, leaving nothing behind."),
 ]
 
+SelfTest = Annotated[
+    bool,
+    typer.Option(
+        "--selftest",
+        help="Only compare, on a few of its rows, what must come to the same: packed and single documents, one batch "
+        "divided in two ways, the model with its adapter off and its base. A run does so by itself when model, "
+        "attention, packing or versions are new.",
+    ),
+]
+
 Resume = Annotated[
     bool,
     typer.Option(
@@ -52,6 +62,7 @@ def train(
     set_: Overrides = None,
     output_dir: OutputDir = None,
     is_smoke: Smoke = False,
+    selftest: SelfTest = False,
     resume: Resume = False,
     restart: Restart = False,
     as_json: AsJson = False,
@@ -67,8 +78,11 @@ def train(
 
     if restart and not resume:
         raise RecipeError("--restart goes with --resume; a new run needs an output_dir that is not used yet")
-    if resume and is_smoke:
-        raise RecipeError("--smoke leaves nothing behind that --resume could go on from; write one of them")
+    if resume and (is_smoke or selftest):
+        tried = "--smoke" if is_smoke else "--selftest"
+        raise RecipeError(f"{tried} leaves nothing behind that --resume could go on from; write one of them")
+    if is_smoke and selftest:
+        raise RecipeError("--smoke tries a model in miniature, --selftest the recipe's own; write one of them")
     begin: Begin = "restart" if restart else "resume" if resume else "new"
     chosen_directory = [f"output_dir={json.dumps(str(output_dir))}"] if output_dir else []
     loaded = load(recipe, overrides=[*(set_ or ()), *chosen_directory])
@@ -78,8 +92,16 @@ def train(
             from lorafit.report.tables import smoke_table
             from lorafit.training.smoke import smoke
 
-            tried = smoke(loaded, say=speaker(quiet=quiet), output_dir=output_dir)
-            result, text = asdict(tried), smoke_table(tried)
+            miniature = smoke(loaded, say=speaker(quiet=quiet), output_dir=output_dir)
+            result, text = asdict(miniature), smoke_table(miniature)
+        elif selftest:
+            quiet_libraries(debug=debug)
+            from lorafit.preflight import cache_directory
+            from lorafit.report.selftest import selftest_table
+            from lorafit.training.selftest_only import self_test_only
+
+            tested = self_test_only(loaded, say=speaker(quiet=quiet), cache_dir=cache_directory())
+            result, text = tested.result(), selftest_table(tested)
         else:
             from lorafit.run_dir import RunDir
             from lorafit.run_lock import held

@@ -33,6 +33,7 @@ from lorafit.recipe.advice import advise
 from lorafit.recipe.rules.run import too_long_for
 from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
+from lorafit.speed.levers import speed_up
 from lorafit.stopping import StopRequest
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
@@ -45,8 +46,8 @@ from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_by
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.rows import RowFinder
 from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
+from lorafit.training.selftest import self_test_once
 from lorafit.training.stopping import ending_is_recorded
-from lorafit.training.selftest import SelfTested, remember_passed, self_test_once
 from lorafit.training.trainer import LoraTrainer, planned_steps
 
 Say = Callable[[str], None]
@@ -123,8 +124,8 @@ def run_training(
 
     `say` takes one line for people at a time. Who trains several times on one base hands over what it has read
     (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step; `stop` hears
-    requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises every LorafitError but RecipeError; nothing is created in the run directory before all
-    that can be checked without training has passed.
+    requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises every LorafitError but
+    RecipeError; nothing is created in the run directory before all that can be checked without training has passed.
     """
     started = time.monotonic()
     recipe, run, stop = loaded.recipe, RunDir(loaded.output_dir()), stop or StopRequest()
@@ -187,6 +188,26 @@ def run_training(
         _refuse_too_long(loaded, steps)
         set_total_steps(model, steps)
     _say_steps(loaded, trainer, steps, say)
+    for line in speed_up(
+        model,
+        recipe.speed,
+        packing=recipe.training.packing,
+        compiled=recipe.training.torch_compile,
+        is_whole=launch.sharding_asked_for() == "data parallel",
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
+    ):
+        say(line)
+    with _nothing_left_of(run):
+        tested = self_test_once(
+            model,
+            loaded,
+            inputs=inputs,
+            bf16=bf16.value,
+            checkpointing=checkpointing.value,
+            cache_dir=cache_dir,
+            say=say,
+            only=only_self_test,
+        )
 
     before = remember(model)
     kept |= model_facts(trainer, before, init_method=recipe.lora.init_lora_weights)
