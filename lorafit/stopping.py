@@ -20,6 +20,8 @@ from lorafit.errors import StopRequested
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
+LEFT = "left at once; the last checkpoint is what it was"
+
 ENDED_WITH_ANOTHER = 143
 """Exit code of a process that ends because another of its run did: not the cause, and nothing to say."""
 
@@ -56,7 +58,7 @@ class StopRequest:
     def _on_request(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1 and not launch.is_worker():  # there the launcher counts
-            _write_line("left at once, with what the last checkpoint holds")
+            _write_line(LEFT)
             os._exit(StopRequested.exit_code)
         if self._is_over:
             return
@@ -66,7 +68,7 @@ class StopRequest:
         if not self._is_held:
             raise KeyboardInterrupt
         if first and self._is_announced:
-            _write_line(f"{self.heard.name}: stopping at the end of this step; Ctrl-C twice leaves at once")
+            _write_line(f"{self.heard.name}: stopping at the end of this step; a second Ctrl-C leaves at once")
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -132,7 +134,7 @@ class PassOn:
         if self._interrupts > 1:
             for process in started:
                 process.kill()
-            _write_line("left at once, with what the last checkpoint holds")
+            _write_line(LEFT)
             os._exit(StopRequested.exit_code)
         first, self.heard = self.heard is None, signal.Signals(number)
         if not started:

@@ -18,7 +18,9 @@ from lorafit.report.inert import inert
 # isort: off
 from lorafit.cli import train  # noqa: F401
 from lorafit.cli import merge  # noqa: F401
+from lorafit.cli import eval  # noqa: F401
 from lorafit.cli import rank_sweep  # noqa: F401
+from lorafit.cli import plan  # noqa: F401
 from lorafit.cli import recipe  # noqa: F401
 from lorafit.cli import report  # noqa: F401
 from lorafit.cli import doctor  # noqa: F401

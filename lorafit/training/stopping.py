@@ -14,6 +14,7 @@ from lorafit import launch
 from lorafit.errors import HealthStop, LorafitError, StopRequested
 from lorafit.run_dir import RunDir
 from lorafit.stopping import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
+from lorafit.training import checkpoints
 from lorafit.training.committing_trainer import CommittingTrainer
 
 
@@ -83,6 +84,8 @@ class StoppableTrainer(CommittingTrainer):
         if self.state.epoch == int(self.state.epoch) or wanted.should_training_stop:
             wanted = DefaultFlowCallback().on_epoch_end(self.args, self.state, wanted)
         if wanted.should_evaluate:
+            # Else what is saved below would hold the random state of now, and the run take that up.
+            self._load_rng_state(str(checkpoints.path_of(self.room.directory, self.state.global_step)))
             is_best = self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             if is_best and self.args.save_strategy == "best":
                 self.save_stopped()
