@@ -1,0 +1,369 @@
+"""Training speed: lorafit, lorafit with each lever off, plain TRL, and a bare PyTorch loop, in turn, in one run.
+
+    python benchmarks/speed.py [--rounds 3] [--steps 20] [--threads 2] [--out benchmarks/results/speed_cpu.json]
+
+Every side trains LoRA r=16 on all linear layers of one Llama of random weights, on rows as long as GSM8K's, in a
+process of its own. Useful tokens/s leaves out padding and the first six steps. First, in float32, each side's losses
+are compared with TRL's on the same batches; a side that computes something else ends the benchmark.
+
+    trl-defaults     as TRL's documentation writes it: padded, activation checkpointing on
+    trl-padded       the same with checkpointing off
+    trl-packed       packing, checkpointing off: the settings of `lorafit`
+    bare-loop        the packed batches through model, cross-entropy, backward, AdamW; no trainer
+    lorafit-padded   as trl-padded
+    lorafit          packing and every lever
+    lorafit-no-*     one lever off
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+BASE_TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "base"
+TEXT = Path(__file__).parent.parent / "recipes" / "quickstart" / "train.jsonl"
+WARM_UP_STEPS, EQUALITY_STEPS = 6, 4
+LEVERS = ("varlen_attention", "fused_lora", "answer_head")
+SIDES = (
+    *("trl-defaults", "trl-padded", "trl-packed", "bare-loop", "lorafit-padded", "lorafit"),
+    *(f"lorafit-no-{lever}" for lever in LEVERS),
+)
+MAX_LENGTH = 512
+LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+TRAINING = {
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "seed": 42,
+}
+
+
+def rows_per_step(*, packed: bool) -> int:
+    """3 packed rows of 512 tokens hold about as much as 12 rows of 130."""
+    return 3 if packed else 12
+
+
+def write_base(directory: Path) -> None:
+    """26 M parameters: 8 layers of width 384, a vocabulary of 32,000 and the quickstart's tokenizer."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(BASE_TOKENIZER).save_pretrained(directory)
+
+
+def write_rows(file: Path, *, count: int) -> None:
+    """Real words in rows as long as GSM8K's: log-normal around 121 tokens, a little under half of it the question."""
+    chance = random.Random(0)
+    words = " ".join(json.loads(line)["completion"] for line in TEXT.read_text().splitlines()).split()
+    with file.open("w") as lines:
+        for _ in range(count):
+            tokens = min(400, max(30, round(chance.lognormvariate(4.796, 0.38))))
+            count_of_words = max(4, round(tokens / 1.9))  # tokens a word of this text
+            start = chance.randrange(len(words) - count_of_words)
+            taken = words[start : start + count_of_words]
+            cut = round(0.45 * count_of_words)
+            lines.write(json.dumps({"prompt": " ".join(taken[:cut]), "completion": " ".join(taken[cut:])}) + "\n")
+
+
+def clock() -> Any:
+    """A callback that keeps the time at the end of each step."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.monotonic())
+
+    return Clock()
+
+
+def plain_trl(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
+    """What an engineer writes by hand."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    packed, times = side == "trl-packed", clock()
+    rows = load_dataset("json", data_files=str(work / "rows.jsonl"), split="train", cache_dir=str(work / "datasets"))
+    rows = rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+    )
+    with tempfile.TemporaryDirectory() as out:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32),
+            args=SFTConfig(
+                output_dir=out,
+                max_steps=steps,
+                bf16=bf16,
+                max_length=MAX_LENGTH,
+                packing=packed,
+                save_strategy="no",
+                use_cpu=not torch.cuda.is_available(),
+                disable_tqdm=True,
+                report_to="none",
+                per_device_train_batch_size=rows_per_step(packed=packed),
+                **({} if side == "trl-defaults" else {"activation_checkpointing": False}),
+                **TRAINING,
+            ),
+            train_dataset=rows,
+            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+            callbacks=[times],
+        )
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return _measured([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
+
+
+def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
+    """Model, cross-entropy, backward and AdamW over the packed batches of TRL: nothing that a trainer adds."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from torch.nn import functional
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import pack_dataset
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+    tokenizer = AutoTokenizer.from_pretrained(work / "base")
+    encoded = []
+    for line in (work / "rows.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        encoded.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
+    packed = pack_dataset(Dataset.from_list(encoded), MAX_LENGTH, "bfd")
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
+    torch.manual_seed(42)
+    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
+    losses, tokens, seconds, total = [], [], [], 0
+    size = rows_per_step(packed=True)
+    for step in range(steps):
+        batch = collate([packed[(step * size + i) % len(packed)] for i in range(size)])
+        labels = batch.pop("labels")
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            logits = model(**batch, use_cache=False).logits
+        loss = functional.cross_entropy(logits[0, :-1].float(), labels[0, 1:])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += labels.shape[1]
+        losses.append(loss.item())
+        tokens.append(total)
+        seconds.append(time.monotonic())
+    return _measured(losses, tokens, seconds)
+
+
+def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
+    """The same as a recipe."""
+    import yaml
+
+    from lorafit.recipe import load
+    from lorafit.training.train import run_training
+
+    packed, times = side != "lorafit-padded", clock()
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = {
+            "output_dir": str(Path(directory) / "run"),
+            "model": {"model_name_or_path": str(work / "base"), "dtype": "float32"},
+            "lora": LORA,
+            "data": {"train": [{"path": str(work / "rows.jsonl")}]},
+            "training": {
+                **TRAINING,
+                "max_steps": steps,
+                "bf16": bf16,
+                "max_length": MAX_LENGTH,
+                "packing": packed,
+                "gradient_checkpointing": False,
+                "per_device_train_batch_size": rows_per_step(packed=packed),
+            },
+            "checkpoints": {"every": steps},
+            "speed": {lever: not side.endswith(lever) for lever in LEVERS},
+        }
+        path = Path(directory) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        run_training(load(path), say=lambda line: None, show_progress=False, cache_dir=work / "cache", watchers=[times])
+        lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()]
+    logs = [entry for entry in lines if "loss" in entry]
+    return _measured([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
+
+
+def _measured(losses: list[float], tokens: list[int], seconds: list[float]) -> dict[str, Any]:
+    first = min(WARM_UP_STEPS, len(losses) - 2)
+    useful = tokens[-1] - tokens[first - 1]
+    return {
+        "losses": losses,
+        "tokens_per_second": useful / (seconds[-1] - seconds[first - 1]),
+        "tokens_per_step": useful / (len(losses) - first),
+        "peak_memory_bytes": _peak_memory_bytes(),
+    }
+
+
+def _peak_memory_bytes() -> int:
+    import resource
+
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def one_side(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
+    """This process, as one side."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if side == "bare-loop":
+        return bare_loop(work, steps=steps, bf16=bf16)
+    if side.startswith("trl"):
+        return plain_trl(work, side=side, steps=steps, bf16=bf16)
+    return with_lorafit(work, side=side, steps=steps, bf16=bf16)
+
+
+def in_its_own_process(work: Path, *, side: str, steps: int, bf16: bool, threads: int) -> dict[str, Any]:
+    """One side, measured in a fresh process."""
+    out = work / "measured.json"
+    command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(
+        [*command, *(["--float32"] if not bf16 else [])], env=environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+    return json.loads(out.read_text())
+
+
+def refuse_other_work(work: Path, *, sides: list[str], threads: int) -> dict[str, float]:
+    """Largest difference of a loss to TRL's on the same batches, float32, four steps; ends where it exceeds 1e-3."""
+    found = {}
+    for reference in ("trl-padded", "trl-packed"):
+        theirs = in_its_own_process(work, side=reference, steps=EQUALITY_STEPS, bf16=False, threads=threads)["losses"]
+        padded = reference == "trl-padded"
+        same = [side for side in sides if side.startswith("lorafit") and (side == "lorafit-padded") == padded]
+        for side in same + (["trl-defaults"] if padded else []):
+            ours = in_its_own_process(work, side=side, steps=EQUALITY_STEPS, bf16=False, threads=threads)["losses"]
+            found[side] = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+            print(f"{side:<30} largest difference of a loss to {reference}: {found[side]:.1e}", flush=True)
+            if found[side] > 1e-3:
+                sys.exit(f"{side} does not compute what {reference} computes")
+    return found
+
+
+def main() -> None:
+    """Compare the work, then the speed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--out", type=Path, help="write the results here")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--float32", action="store_true", help="train in float32 instead of bfloat16 autocast")
+    chosen = parser.parse_args()
+    if chosen.side:
+        measured = one_side(chosen.work, side=chosen.side, steps=chosen.steps, bf16=not chosen.float32)
+        (chosen.work / "measured.json").write_text(json.dumps(measured))
+        return
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        write_base(work / "base")
+        write_rows(work / "rows.jsonl", count=rows_per_step(packed=False) * (chosen.steps + 2))
+        apart = refuse_other_work(work, sides=chosen.sides, threads=chosen.threads)
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
+        for _ in range(chosen.rounds):
+            for side in chosen.sides:
+                settings = {"steps": chosen.steps, "bf16": not chosen.float32, "threads": chosen.threads}
+                rounds[side].append(in_its_own_process(work, side=side, **settings))
+    report = summary(rounds, apart=apart, threads=chosen.threads, bf16=not chosen.float32)
+    print(table(report))
+    if chosen.out:
+        chosen.out.parent.mkdir(parents=True, exist_ok=True)
+        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def summary(
+    rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], threads: int, bf16: bool
+) -> dict[str, Any]:
+    """Medians and ranges, and the ratio to TRL's defaults of the same round."""
+    sides = {}
+    for side, measured in rounds.items():
+        speeds = [one["tokens_per_second"] for one in measured]
+        ratios = {}
+        for name in ("trl-defaults", "trl-packed", "bare-loop"):
+            if name in rounds:
+                pairs = zip(measured, rounds[name], strict=True)
+                ratios[name] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+        sides[side] = {
+            "tokens_per_second": statistics.median(speeds),
+            "range": [min(speeds), max(speeds)],
+            "tokens_per_step": measured[0]["tokens_per_step"],
+            "peak_memory_bytes": max(one["peak_memory_bytes"] for one in measured),
+            "ratio_to": ratios,
+        }
+    packages = ("lorafit", "torch", "transformers", "trl", "peft", "accelerate")
+    return {
+        "device": platform.processor() or platform.machine(),
+        "threads": threads,
+        "precision": "bfloat16 autocast" if bf16 else "float32",
+        "versions": {package: version(package) for package in packages},
+        "largest_difference_of_a_loss": apart,
+        "sides": sides,
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The sides, a line each."""
+    lines = [
+        "side                          tokens/s     (range)          x TRL defaults  x TRL packed  x bare loop   peak"
+    ]
+    for side, row in report["sides"].items():
+        ratios = [
+            f"{row['ratio_to'].get(name, float('nan')):>12.2f}" for name in ("trl-defaults", "trl-packed", "bare-loop")
+        ]
+        low, high = row["range"]
+        peak = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        lines.append(
+            f"{side:<28} {row['tokens_per_second']:>8,.0f}  ({low:,.0f}-{high:,.0f})  {' '.join(ratios)}  {peak}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
