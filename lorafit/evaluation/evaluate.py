@@ -1,0 +1,303 @@
+"""One evaluation, top to bottom: find what is compared, measure each model, say how they differ."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafit.durable import write_file
+from lorafit.errors import DataError, HealthStop, RecipeError
+from lorafit.evaluation.generate import OWN_TOKENS, answers, own_texts
+from lorafit.evaluation.harness import Harness
+from lorafit.evaluation.memory import scoring_tokens
+from lorafit.evaluation.models import models
+from lorafit.evaluation.result import Comparison, EvalResult, comparison, verdict
+from lorafit.evaluation.rows import Question, RowReader, Rows
+from lorafit.evaluation.scores import Score, confusion, loss_scores, text_scores
+from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
+from lorafit.evaluation.subject import Subject, read_subject
+from lorafit.recipe.sections import GenerateSection
+
+Say = Callable[[str], None]
+SAMPLES = 10
+"""Answers kept in the result where the command line does not say."""
+
+SEED = 0
+"""Of what the base writes unasked."""
+
+
+def evaluate(
+    run_or_adapter: str,
+    *,
+    data: Path | None = None,
+    merged: Path | None = None,
+    base: str | None = None,
+    tasks: Sequence[str] = (),
+    samples: int | None = None,
+    fail_if_worse: bool = False,
+    overrides: Sequence[str] = (),
+    say: Say,
+    cache_dir: Path | None,
+) -> EvalResult:
+    """Measure the base, the adapter and, where there is one, the merged model on the same held-out rows.
+
+    Leaves eval.json in a run directory when all is done. `samples` asks for answers even where the recipe does not.
+    Raises RecipeError, DataError, ModelError, AdapterError and RunDirError before a model is loaded; HealthStop when a
+    loss is not finite.
+    """
+    started = time.monotonic()
+    subject = read_subject(run_or_adapter, data=data, merged=merged, base=base, overrides=overrides, say=say)
+    section = subject.recipe.eval
+    if fail_if_worse and not section.compare_base:
+        raise RecipeError("needs the base to compare with: leave eval.compare_base true", where="--fail-if-worse")
+    harness = Harness([*section.tasks, *tasks], subject.tokenizer)
+    material = _material(subject, samples=samples, say=say, cache_dir=cache_dir)
+    measured: dict[str, _Measured] = {}
+    for name, model in models(subject, with_base=section.compare_base):
+        say(f"{name}: measuring")
+        if name == "base" and material.general is None:
+            material = material.with_own_texts(model, subject.tokenizer)
+        measured[name] = _measure(name, model, material, harness)
+        _say_speed(name, measured[name], material, say)
+    result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
+    if subject.adapter.run_dir is not None:
+        text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_file(subject.adapter.run_dir.path / "eval.json", f"{text}\n")
+    return result
+
+
+@dataclass(frozen=True)
+class _Material:
+    """What every model is measured on."""
+
+    rows: Rows
+    general: Rows | None
+    general_source: str | None
+    questions: tuple[Question, ...]
+    generate: GenerateSection | None
+    samples: int
+    pad_token_id: int
+    stop_token_ids: frozenset[int]
+    tokenizer: PreTrainedTokenizerBase
+
+    def with_own_texts(self, base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> _Material:
+        """With text of the base itself to see what the adapter has lost."""
+        table = own_texts(base, tokenizer, seed=SEED)
+        sizes = [len(tokenizer.decode(ids[1:], skip_special_tokens=True).encode()) for ids in table["input_ids"]]
+        own = Rows(table, ("",) * len(table), np.array(sizes, np.int64), (), ())
+        source = f"{len(table)} texts of {OWN_TOKENS} tokens that the base wrote by itself"
+        return _Material(**{**vars(self), "general": own, "general_source": source})
+
+
+@dataclass
+class _Measured:
+    """What one model made of the material."""
+
+    losses: SequenceLosses
+    general: SequenceLosses | None = None
+    texts: list[str] = field(default_factory=list)
+    tasks: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Path | None) -> _Material:
+    recipe = subject.recipe
+    section = recipe.eval
+    reader = RowReader(recipe, subject.base_files, subject.tokenizer, cache_dir=cache_dir)
+    rows = reader.held_out()
+    for warning in rows.warnings:
+        say(f"warning: {warning}")
+    _warn_of_another_split(subject, reader, say=say)
+    generate = section.generate or (GenerateSection() if samples else None)
+    questions: tuple[Question, ...] = ()
+    if generate is not None:
+        answerable = rows if recipe.data.train_on == "answers" else reader.held_out(answers_only=True)
+        questions = _spread(reader.questions(answerable, stop_token_ids=subject.stop_token_ids), generate.limit)
+        if not questions:
+            message = "has no row with a prompt and an answer to compare with: leave eval.generate and --samples out"
+            raise DataError(message, where="data.eval")
+        text_scores(["" for _ in questions], questions, metrics=generate.metrics, answer=generate.answer)
+    general = reader.general(section.general) if section.general else None
+    say(f"held-out rows: {len(rows.table):,} sequences, {len(questions):,} to answer")
+    return _Material(
+        rows=rows,
+        general=general,
+        general_source=", ".join(general.files) if general else None,
+        questions=questions,
+        generate=generate,
+        samples=SAMPLES if samples is None else samples,
+        pad_token_id=int(subject.tokenizer.pad_token_id),
+        stop_token_ids=subject.stop_token_ids,
+        tokenizer=subject.tokenizer,
+    )
+
+
+def _spread(questions: tuple[Question, ...], limit: int | None) -> tuple[Question, ...]:
+    count = len(questions) if limit is None else min(limit, len(questions))
+    return tuple(questions[index * len(questions) // count] for index in range(count))
+
+
+def _warn_of_another_split(subject: Subject, reader: RowReader, *, say: Say) -> None:
+    now = reader.split_fingerprint()
+    if now is None or subject.adapter.run_dir is None:
+        return
+    manifest = json.loads(subject.adapter.run_dir.manifest.read_text(encoding="utf-8"))
+    if manifest.get("data", {}).get("fingerprint") != now:
+        say(
+            "warning: data.eval_fraction: the data are not those of training (manifest.json), so rows that were "
+            "trained on may be held out now; name other rows with --data FILE"
+        )
+
+
+def _measure(name: str, model: PreTrainedModel | PeftModel, material: _Material, harness: Harness) -> _Measured:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    batch_tokens = scoring_tokens(inner)
+    seconds: dict[str, float] = {}
+    with _timed(seconds, "scored"):
+        losses = _losses(name, model, material.rows, material, batch_tokens=batch_tokens)
+    measured = _Measured(losses, seconds=seconds)
+    if material.general is not None:
+        measured.general = _losses(name, model, material.general, material, batch_tokens=batch_tokens)
+    if material.generate is not None:
+        with _timed(seconds, "answered"):
+            written = answers(
+                model,
+                [question.prompt for question in material.questions],
+                stop_token_ids=material.stop_token_ids,
+                pad_token_id=material.pad_token_id,
+                max_new_tokens=material.generate.max_new_tokens,
+                batch_size=material.generate.batch_size,
+            )
+        decode = material.tokenizer.decode
+        measured.texts = [
+            str(decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)).strip() for ids in written
+        ]
+    measured.tasks = harness.scores(model)
+    return measured
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    started = time.monotonic()
+    yield
+    seconds[what] = time.monotonic() - started
+
+
+def _losses(
+    name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material, *, batch_tokens: int
+) -> SequenceLosses:
+    losses = sequence_losses(model, rows.table, pad_token_id=material.pad_token_id, batch_tokens=batch_tokens)
+    broken = np.flatnonzero(~np.isfinite(losses.nll))
+    if len(broken):
+        where = f" (first in {rows.where[broken[0]]})" if rows.where[broken[0]] else ""
+        raise HealthStop(
+            f"the loss of {len(broken)} of {len(losses.nll)} sequences is not finite{where}: the weights are broken, "
+            "or too large for this type; try --set model.dtype=float32",
+            where=name,
+        )
+    return losses
+
+
+def _say_speed(name: str, measured: _Measured, material: _Material, say: Say) -> None:
+    rates = _rates(measured, material)
+    said = [f"loss {measured.losses.loss:.4f}", f"{rates['scored']:,.1f} sequences/s"]
+    if measured.texts:
+        said += [f"{rates['answered']:,.2f} answers/s"]
+    say(f"{name}: {', '.join(said)}")
+    empty = sum(not text for text in measured.texts)
+    if empty:
+        say(f"warning: {name}: {empty} of {len(measured.texts)} answers are empty; they count as wrong")
+
+
+def _rates(measured: _Measured, material: _Material) -> dict[str, float]:
+    counts = {"scored": len(material.rows.table), "answered": len(material.questions)}
+    return {what: round(counts[what] / max(seconds, 1e-9), 3) for what, seconds in measured.seconds.items()}
+
+
+def _result(
+    run: str, subject: Subject, material: _Material, measured: Mapping[str, _Measured], *, seconds: float
+) -> EvalResult:
+    held_out = comparison(
+        ", ".join(material.rows.files),
+        {name: loss_scores(one.losses, material.rows) for name, one in measured.items()},
+    )
+    generate = material.generate
+    written = None
+    if generate is not None:
+        metrics = {"metrics": generate.metrics, "answer": generate.answer}
+        texts = {
+            name: text_scores(one.texts, material.questions, **metrics)  # type: ignore[arg-type]
+            for name, one in measured.items()
+        }
+        written = comparison(held_out.source, texts)
+    return EvalResult(
+        run=run,
+        base_model=subject.base_files.name,
+        merged_model=None if subject.merged is None else str(subject.merged),
+        held_out=held_out,
+        answers=written,
+        general=_general(material, measured),
+        tasks=_tasks(measured),
+        details={name: _details(one, material) for name, one in measured.items()} if generate else {},
+        samples=_samples(material, measured),
+        verdict=verdict(held_out),
+        speed=_rates(measured["adapter"], material),
+        peak_memory_bytes=_peak_memory_bytes(),
+        seconds=round(seconds, 2),
+    )
+
+
+def _general(material: _Material, measured: Mapping[str, _Measured]) -> Comparison | None:
+    if material.general is None:
+        return None
+    scores = {
+        name: loss_scores(one.general, material.general) for name, one in measured.items() if one.general is not None
+    }
+    return comparison(str(material.general_source), scores)
+
+
+def _tasks(measured: Mapping[str, _Measured]) -> dict[str, Comparison]:
+    names = next(iter(measured.values())).tasks
+    return {task: comparison(task, {name: one.tasks[task] for name, one in measured.items()}) for task in names}
+
+
+def _details(measured: _Measured, material: _Material) -> dict[str, Any]:
+    generate = material.generate
+    details: dict[str, Any] = {"empty": sum(not text for text in measured.texts)}
+    if generate is not None and "classification" in generate.metrics:
+        details["confusion"] = confusion(measured.texts, material.questions, answer=generate.answer)
+    return details
+
+
+def _samples(material: _Material, measured: Mapping[str, _Measured]) -> tuple[dict[str, Any], ...]:
+    """Answers side by side, spread over the rows."""
+    questions = material.questions
+    count = min(material.samples, len(questions))
+    chosen = [index * len(questions) // count for index in range(count)]
+    return tuple(
+        {
+            "where": questions[index].where,
+            "prompt": material.tokenizer.decode(list(questions[index].prompt), clean_up_tokenization_spaces=False),
+            "reference": questions[index].reference,
+            **{name: one.texts[index] for name, one in measured.items()},
+        }
+        for index in chosen
+    )
+
+
+def _peak_memory_bytes() -> int:
+    """Peak of the GPU allocator, or of this process's memory on CPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
