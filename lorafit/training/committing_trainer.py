@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import reduce
-from peft import AdaLoraConfig, get_peft_model_state_dict
+from peft import AdaLoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
@@ -148,19 +148,11 @@ class CommittingTrainer(SFTTrainer):
                     setattr(callback, name, value)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """The trained tensors, each of them bit for bit. Raises RunDirError when one is not."""
-        inner = self.accelerator.unwrap_model(model or self.model)
-        if isinstance(inner.peft_config["default"], AdaLoraConfig):
-            rank_allocation.load(inner, Path(resume_from_checkpoint))
-            return
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.accelerator.distributed_type not in DATA_PARALLEL:
-            return
-        file = Path(resume_from_checkpoint) / WEIGHTS
-        saved, now = load_file(file), get_peft_model_state_dict(inner, save_embedding_layers=False)
-        odd = [name for name in now if name not in saved or not torch.equal(saved[name], now[name].cpu())]
-        if odd:
-            raise RunDirError(f"{odd[0]} does not come back as it was saved ({len(odd)} in all)", where=str(file))
+        """The trained tensors. Raises RunDirError when one does not come back as it was saved."""
+        if self._holds_adapter_whole():
+            self._take_weights(Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
         """The adapter with the lowest held-out loss. Raises RunDirError when its checkpoint was damaged meanwhile."""
@@ -169,11 +161,27 @@ class CommittingTrainer(SFTTrainer):
             checkpoints.verified(best)
         except checkpoints.Damaged as reason:
             raise RunDirError(f"the best adapter cannot be read: {reason}", where=str(best)) from None
-        inner = self.accelerator.unwrap_model(self.model)
-        if isinstance(inner.peft_config["default"], AdaLoraConfig):
-            rank_allocation.load(inner, best)
+        if self._holds_adapter_whole():
+            self._take_weights(best)
         else:
             super()._load_best_model()
+
+    def _holds_adapter_whole(self) -> bool:
+        return self.accelerator.distributed_type in DATA_PARALLEL
+
+    def _take_weights(self, checkpoint: Path) -> None:
+        """Each trained tensor bit for bit. The library's way widens a bfloat16 adapter to float32."""
+        model = self.accelerator.unwrap_model(self.model)
+        if isinstance(model.peft_config["default"], AdaLoraConfig):
+            rank_allocation.load(model, checkpoint)
+            return
+        saved = load_file(checkpoint / WEIGHTS)
+        set_peft_model_state_dict(model, saved)
+        now = get_peft_model_state_dict(model, save_embedding_layers=False)
+        odd = [name for name, tensor in now.items() if not _is_same(tensor, saved.get(name))]
+        if odd:
+            message = f"{odd[0]} does not come back as it was saved ({len(odd)} in all)"
+            raise RunDirError(message, where=str(checkpoint / WEIGHTS))
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last thing to come back before the first step: with it, the loss that was being summed up."""
@@ -186,3 +194,7 @@ class CommittingTrainer(SFTTrainer):
         """Nothing, when the checkpoint was that of a run which had come to its end."""
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**named)
+
+
+def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    return other is not None and one.dtype == other.dtype and torch.equal(one.detach().cpu(), other)

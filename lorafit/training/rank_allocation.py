@@ -50,4 +50,6 @@ def load(model: PeftModel, directory: Path) -> None:
 
 
 def _trained(model: PeftModel) -> dict[str, torch.nn.Parameter]:
-    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad or "ranknum" in name}
+    """By the names that the allocator knows them by."""
+    named = model.base_model.model.named_parameters()
+    return {name: tensor for name, tensor in named if tensor.requires_grad or "ranknum" in name}
