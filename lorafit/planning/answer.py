@@ -1,0 +1,142 @@
+"""What `lorafit plan` answers; no torch, so that the command line can hold it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from lorafit.planning.gpus import Gpu
+
+Verdict = Literal["fits", "tight", "does not fit"]
+PARTS = (
+    *("weights", "quantization state", "adapter", "gradients", "optimizer", "activations", "recomputed", "loss head"),
+    *("temporary", "communication buffers", "reserve"),
+)
+"""In the order they are shown. `activations` are those kept for the backward pass, `recomputed` those that
+checkpointing computes again, `temporary` what one operation needs while it runs, `reserve` what lies around all that:
+the allocator's rounding, cuBLAS, the CUDA context, NCCL."""
+
+WORKSPACES = 2 * 8_519_680
+"""Two cuBLAS workspaces, as measured on an A100."""
+CONTEXT = 512 * 2**20
+"""CUDA context and loaded kernels, assumed: 0.4 to 0.6 GiB."""
+NCCL = 512 * 2**20
+"""Buffers of NCCL where several GPUs train, assumed."""
+MARGIN = 0.05
+"""The prediction is claimed to this; what is nearer to the limit is tight."""
+
+
+def surroundings(count: int) -> int:
+    """Bytes on a GPU outside the caching allocator."""
+    return WORKSPACES + CONTEXT + (NCCL if count > 1 else 0)
+
+
+def verdict(allocated: int, reserved: int, *, gpu: Gpu, count: int) -> Verdict:
+    """`tight`: within 5 % of the limit, or above it only by cached blocks, which the allocator gives back first."""
+    around = surroundings(count)
+    if allocated + around > gpu.memory_bytes:
+        return "does not fit"
+    return "fits" if (reserved + around) * (1 + MARGIN) <= gpu.memory_bytes else "tight"
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast a run is, on one GPU times their number."""
+
+    tokens_per_second: float
+    pass_seconds: float
+    """One forward and backward pass of the longest batch."""
+    update_seconds: float
+    """Clipping and optimizer."""
+    model_flops_utilization: float
+    """Share of the peak that the counted operations reach."""
+    arithmetic: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Bytes that the run needs on disk."""
+
+    base_bytes: int
+    """The base model's weights, as downloaded."""
+    adapter_bytes: int
+    checkpoint_bytes: int
+    """One checkpoint: adapter and optimizer."""
+    checkpoints: int
+    """How many there are at once."""
+
+    @property
+    def run_bytes(self) -> int:
+        """Of the run directory."""
+        return self.adapter_bytes + self.checkpoints * self.checkpoint_bytes
+
+
+@dataclass(frozen=True)
+class Advice:
+    """One change of the recipe and what comes of it, planned anew."""
+
+    what: str
+    change: dict[str, Any]
+    """Keys of the recipe and their new values."""
+    allocated_bytes: int
+    saving_bytes: int
+    verdict: Verdict
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class Largest:
+    """The largest value of one key that fits, all others as they are."""
+
+    key: str
+    value: int | None
+    """None when not even the smallest fits."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one recipe takes; the JSON of `lorafit plan`."""
+
+    gpu: str
+    memory_bytes: int
+    count: int
+    strategy: str
+    batch: str
+    """The batch that is planned: the longest the recipe allows."""
+    gradient_checkpointing: bool
+    checkpointing_reason: str
+    allocated_bytes: int
+    """The promise: what `torch.cuda.max_memory_allocated` shows."""
+    reserved_bytes: int
+    """What the caching allocator takes for it."""
+    device_bytes: int
+    """Reserved, and what CUDA, cuBLAS and NCCL take besides."""
+    parts: dict[str, int]
+    peak_at: str
+    verdict: Verdict
+    fits: bool
+    speed: Speed | None
+    tokens_per_second: float | None
+    steps: int | None
+    seconds: float | None
+    """Of training; None where the number of steps is not known."""
+    disk: Disk
+    advice: tuple[Advice, ...]
+    largest: tuple[Largest, ...]
+    notes: tuple[str, ...]
+    """What is not modelled, and makes the figures an upper bound."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+    def line(self) -> str:
+        """The plan in one line."""
+        figures = f"{gib(self.allocated_bytes)} allocated, {gib(self.device_bytes)} of {gib(self.memory_bytes)} in all"
+        speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
+        return f"{self.verdict} on {self.gpu}: {figures}{speed}"
+
+
+def gib(size: float) -> str:
+    """`16.59 GiB`."""
+    return f"{size / 2**30:.2f} GiB"

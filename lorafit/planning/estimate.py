@@ -1,0 +1,147 @@
+"""The peak memory and the speed of one variant of a recipe; runs in a process that plans."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from transformers import PreTrainedConfig
+
+from lorafit.planning.answer import Verdict, surroundings, verdict
+from lorafit.planning.depth import WholeStep, whole_step
+from lorafit.planning.fake_step import Batch, FakeRun, Rows
+from lorafit.planning.gpus import Gpu
+from lorafit.planning.roofline import Duration, duration
+from lorafit.preflight import Machine, bf16_choice
+from lorafit.recipe import LoadedRecipe, Recipe
+
+NO_CHECKPOINTING_BELOW = 0.85
+"""`gradient_checkpointing: auto` is off when the peak without it stays under this share of the memory."""
+ONLY_READ = {
+    *("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+    *("num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "gradient_checkpointing"),
+}
+"""Keys of `training` that change what a step reads, not what it runs: one built model answers for all their values."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One variant on one GPU."""
+
+    recipe: Recipe
+    checkpointing: bool
+    checkpointing_reason: str
+    batch: Batch
+    allocated: int
+    reserved: int
+    parts: dict[str, int]
+    peak_at: str
+    verdict: Verdict
+    trained_bytes: int
+    one_pass: Duration | None
+    """None where the GPU's rates are not known."""
+    update: Duration | None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of one GPU, of batches that are all as long as they may be."""
+        if self.one_pass is None or self.update is None:
+            return None
+        passes = self.recipe.training.gradient_accumulation_steps
+        return passes * self.batch.size * self.batch.length / (passes * self.one_pass.seconds + self.update.seconds)
+
+
+class Estimator:
+    """Answers for variants of one recipe, and keeps the models it has built."""
+
+    def __init__(
+        self, loaded: LoadedRecipe, *, config: Callable[[Recipe], PreTrainedConfig], gpu: Gpu, count: int
+    ) -> None:
+        self._loaded = loaded
+        self._config = config
+        self.gpu = gpu
+        self.count = count
+        self._runs: dict[tuple[str, bool], FakeRun] = {}
+        self._steps: dict[tuple[str, bool, bool], WholeStep] = {}
+
+    def estimate(self, recipe: Recipe, *, replay: bool = False) -> Estimate:
+        """With checkpointing as the recipe says; `auto` is off where the step fits well without it.
+
+        `replay` looks at what the allocator reserves; otherwise it is taken to be what is allocated.
+        """
+        wanted = recipe.training.gradient_checkpointing
+        if wanted != "auto":
+            return self._estimate(recipe, wanted, "training.gradient_checkpointing", replay=replay)
+        limit = NO_CHECKPOINTING_BELOW * self.gpu.memory_bytes
+        without = self._step(recipe, checkpointing=False, replay=False)
+        share = without.peak.total / self.gpu.memory_bytes
+        said = f"the planned peak without it is {share:.0%} of the GPU's memory, {{}} 85 %"
+        is_on = without.peak.total >= limit
+        return self._estimate(recipe, is_on, said.format("above" if is_on else "under"), replay=replay)
+
+    def _estimate(self, recipe: Recipe, checkpointing: bool, reason: str, *, replay: bool) -> Estimate:
+        step = self._step(recipe, checkpointing=checkpointing, replay=replay)
+        run = self._run(recipe, checkpointing=checkpointing)
+        parts = dict(step.peak.parts)
+        if self.count > 1 and recipe.launch.strategy == "ddp":
+            # One copy of all gradients, in the buckets that the processes exchange.
+            parts["communication buffers"] = run.trained_bytes
+        allocated = sum(parts.values())
+        reserved = allocated + step.reserved - step.peak.total
+        parts["reserve"] = reserved - allocated + surroundings(self.count)
+        has_rates = self.gpu.bf16_tflops is not None
+        return Estimate(
+            recipe=recipe,
+            checkpointing=checkpointing,
+            checkpointing_reason=reason,
+            batch=_train_batch(recipe),
+            allocated=allocated,
+            reserved=reserved,
+            parts=parts,
+            peak_at=step.label,
+            verdict=verdict(allocated, reserved, gpu=self.gpu, count=self.count),
+            trained_bytes=run.trained_bytes,
+            one_pass=duration(step.work["pass"], self.gpu) if has_rates else None,
+            update=duration(step.work["update"], self.gpu) if has_rates else None,
+        )
+
+    def _step(self, recipe: Recipe, *, checkpointing: bool, replay: bool) -> WholeStep:
+        key = recipe.model_dump_json(), checkpointing, replay
+        if key not in self._steps:
+            self._steps[key] = whole_step(
+                self._run(recipe, checkpointing=checkpointing),
+                _train_batch(recipe),
+                eval_batch=_eval_batch(recipe),
+                passes=min(2, recipe.training.gradient_accumulation_steps),
+                replay=replay,
+            )
+        return self._steps[key]
+
+    def _run(self, recipe: Recipe, *, checkpointing: bool) -> FakeRun:
+        key = recipe.model_dump_json(exclude={"training": ONLY_READ, "data": True}), checkpointing
+        if key not in self._runs:
+            machine = Machine("cuda", self.gpu.name, self.count, self.gpu.has_bf16, self.gpu.memory_bytes)
+            self._runs[key] = FakeRun(
+                replace(self._loaded, recipe=recipe),
+                config=copy.deepcopy(self._config(recipe)),
+                bf16=bf16_choice(recipe.training, machine).value or recipe.training.fp16,
+                checkpointing=checkpointing,
+            )
+        return self._runs[key]
+
+
+def _train_batch(recipe: Recipe) -> Batch:
+    training = recipe.training
+    return _batch(recipe, training.per_device_train_batch_size)
+
+
+def _eval_batch(recipe: Recipe) -> Batch | None:
+    has_rows = bool(recipe.data.eval) or recipe.data.eval_fraction is not None
+    return _batch(recipe, recipe.training.per_device_eval_batch_size) if has_rows else None
+
+
+def _batch(recipe: Recipe, size: int) -> Batch:
+    """The worst case: rows of `max_length`, and among several one that is shorter, so that they need a mask."""
+    rows: Rows = "packed" if recipe.training.packing else "padded" if size > 1 else "full"
+    return Batch(rows, size, recipe.training.max_length)

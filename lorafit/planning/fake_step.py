@@ -1,0 +1,346 @@
+"""One training step of a recipe on fake tensors: the run's own model, adapter, optimizer and loss, no memory taken."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from datasets import Dataset
+from peft import AdaLoraConfig
+from tokenizers import Tokenizer, models
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers.integrations.neftune import activate_neftune
+from trl import SFTTrainer
+
+from lorafit.builders.adapter import attach_adapter
+from lorafit.builders.lora_config import lora_config
+from lorafit.builders.sft_config import sft_config
+from lorafit.planning.empty_base import empty_base, quantization_state
+from lorafit.planning.fake_model import Layers, materialise
+from lorafit.planning.roofline import Work, WorkObserver
+from lorafit.planning.stand_ins import (
+    Answers,
+    CudaAutocast,
+    kernel_temporaries,
+    set_rows,
+    stand_in_for_cuda,
+    stand_in_for_values,
+)
+from lorafit.planning.storage_tracker import Moment, StorageTracker
+from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.training.trainer import LoraTrainer
+
+Rows = Literal["full", "padded", "packed"]
+"""`full`: all rows are as long as the longest, no mask; `padded`: one is shorter; `packed`: documents in one row."""
+
+
+UPDATE = ("clipping", "optimizer")
+"""Labels of what is done once a step; all else is done for each forward pass."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one forward pass reads."""
+
+    rows: Rows
+    size: int
+    """Rows, each of `length` tokens."""
+    length: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One run of the step."""
+
+    layers: tuple[int, ...]
+    moments: dict[str, Moment]
+    trace: list[tuple[int, int]]
+    work: dict[str, Counter[Work]]
+    """Operations of one forward and backward `pass`, and of the optimizer's `update`."""
+
+    @property
+    def most_allocated(self) -> int:
+        """The peak, wherever it is."""
+        return max(moment.total for moment in self.moments.values())
+
+
+class _Trainer(LoraTrainer):
+    """The run's optimizer, loss and evaluation, without what watches a run, around a model that is nowhere yet."""
+
+    def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._held_out = []
+        self._halving = None
+        SFTTrainer.__init__(self, **sft_arguments)
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        """Left on meta."""
+
+
+class FakeRun:
+    """A recipe's model, adapter and trainer without memory. `step` runs any part of its depth on any batch."""
+
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        *,
+        config: PreTrainedConfig,
+        bf16: bool,
+        checkpointing: bool,
+        on_cuda: bool = True,
+    ) -> None:
+        self._recipe = loaded.recipe
+        self._on_cuda = on_cuda
+        stand_in_for_values()
+        if on_cuda:
+            stand_in_for_cuda()
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        base = empty_base(self._recipe.model, self._recipe.quantization, config=config)
+        # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
+        lora = self._recipe.lora.model_copy(
+            update={"init_lora_weights": True, "eva_config": None, "corda_config": None}
+        )
+        settings = lora_config(lora, adalora=self._recipe.adalora, model=base, where=loaded.problem)
+        with torch.device("meta"):
+            model = attach_adapter(
+                base,
+                settings,
+                init_method=True,
+                seed=0,
+                gradient_checkpointing=checkpointing,
+                autocast_adapter_dtype=True,
+                batches=lambda: [],
+                base_directory="",
+            )
+        self.layers = Layers(base)
+        self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        """Of the adapter in the whole depth."""
+        self._trainer = _trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing)
+        self._model = self._trainer.accelerator.prepare_model(model, device_placement=False)
+        if checkpointing:
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._recipe.training.neftune_noise_alpha is not None:
+            activate_neftune(model, self._recipe.training.neftune_noise_alpha, self._trainer.accelerator)
+        self._base_model = base
+
+    def step(
+        self,
+        indices: Sequence[int],
+        batch: Batch,
+        *,
+        eval_batch: Batch | None = None,
+        passes: int = 1,
+    ) -> Measured:
+        """The step after the first (optimizer states are there) with the layers `indices`, and an evaluation.
+
+        `passes` forward and backward passes: from the second on, the gradients of the first lie beside it.
+        """
+        set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
+        self.layers.keep(indices)
+        materialise(self._model, self._mode)
+        tracker = StorageTracker(kernel_temporaries() if self._on_cuda else {})
+        self._trainer.optimizer = None
+        self._trainer.create_optimizer()
+        with ExitStack() as stack:
+            stack.enter_context(CudaAutocast() if self._on_cuda else nullcontext())
+            stack.enter_context(self._mode)
+            stack.enter_context(tracker)
+            stack.enter_context(Answers())
+            stack.callback(self._release)
+            hooks = _Places(tracker, self.layers.all, indices)
+            stack.callback(hooks.remove)
+            self._take_down(tracker)
+            self._first_optimizer_step(tracker)
+            tracker.forget_peaks()
+            observer = WorkObserver(lambda: "update" if tracker.label in UPDATE else "pass")
+            with observer:
+                self._one_step(tracker, hooks, batch, passes=passes)
+            if eval_batch is not None:
+                self._evaluate(tracker, eval_batch)
+        for work in observer.work["pass"]:
+            observer.work["pass"][work] //= passes
+        return Measured(tuple(indices), tracker.moments, tracker.trace, observer.work)
+
+    @property
+    def trainable(self) -> list[nn.Parameter]:
+        """What is trained, of the layers that are in the model."""
+        return [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+
+    def _release(self) -> None:
+        for parameter in self._model.parameters():
+            parameter.grad = None
+        self._trainer.optimizer = None
+        gc.collect()
+
+    def _take_down(self, tracker: StorageTracker) -> None:
+        """What lies in memory before the first step."""
+        tracker.place("model", "weights")
+        tracker.add(parameter for parameter in self._model.parameters() if not parameter.requires_grad)
+        tracker.add(self._model.buffers())
+        tracker.place("model", "quantization state")
+        tracker.add(scale for module in self._model.modules() for scale in quantization_state(module))
+        tracker.place("model", "adapter")
+        tracker.add(self.trainable)
+
+    def _first_optimizer_step(self, tracker: StorageTracker) -> None:
+        """Leaves the optimizer's states."""
+        tracker.place("model", "gradients")
+        for parameter in self.trainable:
+            parameter.grad = torch.empty_like(parameter)
+        tracker.place("model", "optimizer")
+        self._trainer.optimizer.step()
+        if isinstance(self._model.peft_config["default"], AdaLoraConfig):
+            self._model.base_model.rankallocator.update_ipt(self._model)
+        self._trainer.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+
+    def _one_step(self, tracker: StorageTracker, hooks: _Places, batch: Batch, *, passes: int) -> None:
+        self._trainer.current_gradient_accumulation_steps = passes
+        self._model.train()
+        watched = [
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.name([p.grad], "gradients"))
+            for parameter in self.trainable
+        ]
+        for _ in range(passes):
+            tracker.place("inputs", "activations")
+            inputs = _inputs(batch)
+            count = torch.ones((), dtype=torch.long)
+            hooks.is_forward = True
+            tracker.place("embedding", "activations")
+            with self._trainer.compute_loss_context_manager():
+                loss = self._trainer.compute_loss(self._model, inputs, num_items_in_batch=count)
+            hooks.is_forward = False
+            tracker.place("head backward", "loss head")
+            self._trainer.accelerator.backward(loss)
+            del loss, inputs, count
+        tracker.place("clipping", "temporary")
+        if self._recipe.training.max_grad_norm > 0:
+            self._trainer._clip_grad_norm(self._model)
+        tracker.place("optimizer", "temporary")
+        self._trainer.optimizer.step()
+        for watch in watched:
+            watch.remove()
+        self._trainer.optimizer.zero_grad(set_to_none=True)
+
+    def _evaluate(self, tracker: StorageTracker, batch: Batch) -> None:
+        set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
+        tracker.place("evaluation", "activations")
+        self._model.eval()
+        self._trainer.prediction_step(self._model, _inputs(batch), True)
+        self._trainer._held_out.clear()
+
+
+class _Places:
+    """Tells the tracker where the step is, by the decoder layers that it passes."""
+
+    def __init__(self, tracker: StorageTracker, layers: Sequence[nn.Module], indices: Sequence[int]) -> None:
+        self.is_forward = False
+        self._tracker = tracker
+        self._handles: list[Any] = []
+        for index in indices:
+            self._handles += [
+                layers[index].register_forward_pre_hook(self._enters(index)),
+                layers[index].register_forward_hook(self._leaves(index, is_last=index == indices[-1])),
+            ]
+
+    def remove(self) -> None:
+        """Leave the layers as they were."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _enters(self, index: int) -> Any:
+        def hook(*_: Any) -> None:
+            if self.is_forward:
+                self._tracker.place(f"forward {index}", "activations")
+
+        return hook
+
+    def _leaves(self, index: int, *, is_last: bool) -> Any:
+        def begins(_: Any) -> None:
+            if not self.is_forward:
+                self._tracker.place(f"backward {index}", "temporary")
+
+        def hook(_: Any, __: Any, output: Any) -> None:
+            hidden = output[0] if isinstance(output, tuple) else output
+            if self.is_forward and hidden.requires_grad:
+                hidden.register_hook(begins)
+            if self.is_forward and is_last:
+                self._tracker.place("head", "loss head")
+
+        return hook
+
+
+def _trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool) -> _Trainer:
+    alone = recipe.model_copy(
+        update={
+            "early_stopping": None,
+            "training": recipe.training.model_copy(
+                update={
+                    "report_to": (),
+                    "fp16": False,  # planned as bfloat16, which is as large
+                    "torch_compile": False,
+                    "load_best_model_at_end": False,
+                    "max_steps": 1,
+                    "dataloader_num_workers": 0,
+                }
+            ),
+        }
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = sft_config(
+            alone,
+            output_dir=Path(directory),
+            run_name="plan",
+            bf16=bf16,
+            gradient_checkpointing=checkpointing,
+            use_cpu=True,
+            has_eval_rows=False,
+            evaluates_first=False,
+        )
+        rows = {"input_ids": [[1, 1]], "labels": [[1, 1]]}
+        return _Trainer(
+            loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
+            model=model,
+            args=arguments,
+            train_dataset=Dataset.from_dict(rows),
+            processing_class=_tokenizer(),
+        )
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """Two tokens: the trainer wants one, no row of a plan comes from text."""
+    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="a", eos_token="b")
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    """As TRL's collator makes them: packed rows flattened into one, others beside each other with a mask."""
+    if batch.rows != "packed":
+        shape = (batch.size, batch.length)
+        return {
+            "input_ids": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.zeros(shape, dtype=torch.long),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+        }
+    shape = (1, batch.size * batch.length)
+    # Each row holds one document at least; more of them take a few bytes each.
+    boundaries = torch.zeros(batch.size + 1, dtype=torch.int32)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": batch.length,
+        "max_length_k": batch.length,
+        "seq_idx": torch.zeros(shape, dtype=torch.int32),
+    }
