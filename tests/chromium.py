@@ -38,7 +38,7 @@ class Browser:
     """One tab of a browser that runs."""
 
     def __init__(self, into: int, out: int) -> None:
-        self._into, self._out = into, os.fdopen(out, "rb", buffering=0)
+        self._into, self._out = into, out
         self._count, self._rest = 0, b""
         self._session: dict[str, str] = {}
         self.events: list[dict[str, Any]] = []
@@ -59,7 +59,7 @@ class Browser:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            more = self._out.read(1 << 20)
+            more = os.read(self._out, 1 << 20)
             assert more, "the browser has ended"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
@@ -123,5 +123,5 @@ def browser() -> Iterator[Browser]:
         finally:
             process.terminate()
             process.wait(timeout=20)
-            for end in (to_browser, into, from_browser):
+            for end in (to_browser, into, out, from_browser):
                 os.close(end)

@@ -185,8 +185,8 @@ def _drawn(series: Series, index: int, x: _Scale, y: _Scale) -> Iterable[Html]:
             for at, value in series.points
         )
     elif series.points:
-        places = thinned([(x(at), y(value)) for at, value in series.points], columns=int(x.end - x.start))
-        path = "M" + "L".join(f"{at:.1f} {value:.1f}" for at, value in places)
+        points = thinned(series.points, columns=int(x.end - x.start))
+        path = "M" + "L".join(f"{x(at):.1f} {y(value):.1f}" for at, value in points)
         yield _line(path, "faint" if series.kind == "faint" else f"line{index}")
     for one in series.intervals:
         at, low, high = x(one.x), y(one.low), y(one.high)

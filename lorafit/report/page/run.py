@@ -15,7 +15,7 @@ from lorafit.report.page.tokens import legend, token_row
 CURVES = ("loss", "grad_norm", "learning_rate", "throughput")
 MOST_EVENTS = 100
 MOST_FILES = 20
-MOST_MODULES = 8
+MOST_MODULES = 5
 MOST_MARKED = 40
 """Evaluations that are few enough to have a dot each."""
 
@@ -186,10 +186,15 @@ def memory(contents: Contents) -> Html:
     """The machine, its peak, and what was said of memory on the way."""
     manifest = contents.manifest
     pairs = [
-        ("Machine", joined([str(manifest.get("machine", ""))])),
+        ("Machine", element("span", str(manifest["machine"]), css="quote") if "machine" in manifest else Html("")),
         ("Processes", number(manifest["world_size"]) if "world_size" in manifest else Html("")),
         ("Peak memory", gibibytes(manifest["peak_memory_bytes"]) if manifest.get("peak_memory_bytes") else Html("")),
-        ("Computed in", joined(["bfloat16" if manifest["bf16"] else "float32"]) if "bf16" in manifest else Html("")),
+        (
+            "Computed in",
+            element("span", "bfloat16" if manifest["bf16"] else "float32", css="quote")
+            if "bf16" in manifest
+            else Html(""),
+        ),
     ]
     events = [_event(event) for event in contents.events if event.get("kind") == "memory"]
     return section("Machine and memory", facts(pairs), table(("step", "what", "message"), events[-MOST_EVENTS:]))
@@ -244,7 +249,9 @@ def _merge(name: str, report: Facts) -> Iterator[Html]:
         return number(report[key], form) if report.get(key) is not None else Html("")
 
     passed = "verified: it computes what base and adapter do" if report.get("passed") else "wrong"
-    yield element("h3", name, " ", element("span", str(report.get("dtype", "")), css="quiet"))
+    yield element(
+        "h3", element("span", name, css="quote"), " ", element("span", str(report.get("dtype", "")), css="quiet quote")
+    )
     yield facts(
         [
             ("Verification", element("span", passed, css="" if report.get("passed") else "bad")),

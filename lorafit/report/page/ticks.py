@@ -17,7 +17,7 @@ def ticks(low: float, high: float, *, most: int) -> list[float]:
 def log_ticks(low: float, high: float) -> list[float]:
     """Powers of ten within the range, few of them; where there is hardly one, 1, 2 and 5 times them."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    every = max(1, (last - first) // 5)
+    every = max(1, math.ceil((last - first) / 6))
     powers = [10.0**power for power in range(first, last + 1, every)]
     fine = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
     found = [value for value in powers if low <= value <= high]
