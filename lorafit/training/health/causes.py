@@ -53,8 +53,8 @@ class Cause:
 
 
 def number(value: float) -> str:
-    """As one writes it in a recipe: 4e-5, 0.3, 16."""
-    text = f"{value:.3g}"
+    """As one writes it in a recipe: 4e-5, 0.3, 4096."""
+    text = f"{value:.0f}" if value == round(value, 0) and abs(value) < 1e5 else f"{value:.3g}"
     mantissa, e, exponent = text.partition("e")
     return f"{mantissa}e{int(exponent)}" if e else text
 

@@ -111,8 +111,12 @@ def jump(values: Sequence[float], *, least_rise: Callable[[float], float]) -> Ju
     return None
 
 
-def best_level(values: Sequence[float]) -> float:
-    """The lowest median of five values in a row, or the first value."""
+def best_level(values: Sequence[float]) -> tuple[float, float]:
+    """The lowest median of five values in a row (or the first value) of the last `MEMORY`, and the noise until then.
+
+    The noise of what comes after would be that of the very rise one looks for.
+    """
     recent = values[-MEMORY:]
-    medians = [median(recent[end - 5 : end]) for end in range(5, len(recent) + 1)]
-    return min([values[0] if len(values) < MEMORY else recent[0], *medians])
+    medians = [(recent[0], 1), *((median(recent[end - 5 : end]), end) for end in range(5, len(recent) + 1))]
+    level, end = min(medians)
+    return level, noise(recent[max(0, end - WINDOW) : max(end, LEAST_BASELINE)])

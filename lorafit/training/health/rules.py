@@ -35,16 +35,20 @@ class Finding:
     what: str
     cause: Cause
     figures: dict[str, float] = field(default_factory=dict)
+    rows: tuple[str, ...] = ()
+    """Rows of data (`file:line`) that it is about, where they are known."""
 
     def __str__(self) -> str:
-        return f"{self.what}; {self.cause}"
+        more = f" and {len(self.rows) - 8} more" if len(self.rows) > 8 else ""
+        rows = f"; rows {', '.join(self.rows[:8])}{more}" if self.rows else ""
+        return f"{self.what}{rows}; {self.cause}"
 
 
 Rule = Callable[[History, Setting], Finding | None]
 
 
 def divergence(history: History, setting: Setting) -> Finding | None:
-    """Three logged losses in a row above the lowest level by 0.5 nats, a fifth and 6 deviations, or above guessing.
+    """Three logged losses in a row above the lowest level by 0.5 nats, a fifth and 4 deviations, or above guessing.
 
     Rows in the order of their files may change from one kind to another: then three times as much is asked for.
     """
@@ -59,9 +63,9 @@ def divergence(history: History, setting: Setting) -> Finding | None:
     earlier = losses[:-SUSTAINED]
     if not earlier:
         return None
-    best = best_level(earlier)
-    rise = max(0.5, 0.2 * best, 6 * noise(earlier[-50:])) * (1 if setting.is_shuffled else 3)
-    if min(newest) <= best + rise:
+    best, deviation = best_level(earlier)
+    rise = max(0.5, 0.2 * best, 4 * deviation) * (1 if setting.is_shuffled else 3)
+    if min(newest) <= min(best + rise, max(losses[0], setting.guessing) + 0.5):
         return None
     first = history.points[-SUSTAINED].step
     what = f"the loss has been above {min(newest):.3g} since step {first} and was {best:.3g} at its lowest"
@@ -144,7 +148,8 @@ def plateau(history: History, setting: Setting) -> Finding | None:
     held_out = [evaluation.loss for evaluation in history.evaluations]
     if len(held_out) > 1 and held_out[-1] < 0.97 * held_out[0]:
         return None
-    if start < 0.05 or fall > 0.01 * start or fall + 2 * error > 0.05 * start:
+    is_flat = -0.05 * start < fall < 0.01 * start and fall + 2 * error < 0.05 * start
+    if start < 0.05 or not is_flat:
         return None
     what = f"the loss is {now:.4g} after {step} steps and was {start:.4g} at the start"
     return Finding("on_plateau", what, nothing_to_learn(setting), {"loss": round(now, 4), "start": round(start, 4)})
@@ -240,7 +245,8 @@ def not_finite(found: str, rows: list[str], *, weights: Weights, history: Histor
     points = history.points[-WINDOW:]
     losses = [point.loss for point in points]
     norms = [norm for norm in _norms(history)[-WINDOW:] if norm > 0]
-    is_wild = bool(losses) and losses[-1] > best_level(losses) + max(0.5, 0.2 * best_level(losses))
+    best = best_level(losses)[0] if losses else math.inf
+    is_wild = bool(losses) and losses[-1] > best + max(0.5, 0.2 * best)
     is_steep = len(norms) > 1 and norms[-1] > 20 * median(norms[:-1])
     step = history.points[-1].step if history.points else 0
     if weights.broken_base is not None:
@@ -254,8 +260,7 @@ def not_finite(found: str, rows: list[str], *, weights: Weights, history: Histor
     else:
         why = "these rows, or what the model makes of them, in a run that was healthy until then"
         cause = Cause(why, f"look at them with `lorafit preview` and take them out, or {lower_rate(setting)}")
-    named = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-    return Finding("on_nan", f"{found}; rows {named}" if rows else found, cause)
+    return Finding("on_nan", found, cause, rows=tuple(rows))
 
 
 RULES: tuple[Rule, ...] = (divergence, exploding_gradient, spike, vanishing_gradient, plateau, overfitting)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -134,8 +136,9 @@ class HealthWatch(TrainerCallback):
             return
         message = f"step {step}: {finding}"
         if PartialState().is_main_process:
+            said = replace(finding, rows=tuple(os.path.relpath(row, self._run.path) for row in finding.rows))
             self._run.add_event(
-                "health", str(finding), step=step, rule=finding.rule, action=action, figures=finding.figures
+                "health", str(said), step=step, rule=finding.rule, action=action, figures=finding.figures
             )
         if action == "stop":
             raise HealthStop(
