@@ -1,4 +1,4 @@
-"""Real `lorafit` processes that start in no time: forked from one that has imported everything."""
+"""Real `lorafit` processes: as a user starts them, or in no time, forked from one that has imported everything."""
 
 from __future__ import annotations
 
@@ -8,13 +8,49 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 TESTS = Path(__file__).parent
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{TESTS.parent}:{TESTS}", "WANDB_MODE": ""}
+
+
+def command(directory: Path, *words: str) -> subprocess.Popen[str]:
+    """`python -m WORDS` as a user starts it, in a process group of its own, with an empty cache."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *words],
+        env=os.environ | ENVIRONMENT | {"LORAFIT_CACHE": str(directory / "cache")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def finished(process: subprocess.Popen[str], *, others: Sequence[int] = ()) -> tuple[int, str, str]:
+    """Exit code, stdout, stderr; nothing of its process group, and none of the `others`, is left running."""
+    try:
+        out, err = process.communicate(timeout=150)
+        alive = [pid for pid in (process.pid, *others) if psutil.pid_exists(pid)]
+        assert not alive, (alive, out, err)
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            pass
+        else:
+            raise AssertionError("something of its process group is left")
+    finally:
+        for pid in others:
+            if psutil.pid_exists(pid):
+                os.kill(pid, signal.SIGKILL)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return process.returncode, out, err
 
 
 @dataclass(frozen=True)

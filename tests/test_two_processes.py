@@ -1,17 +1,13 @@
-"""Two CPU processes over gloo do what one does, speak with one voice, and end together."""
+"""Two CPU processes over gloo do what one does, and speak with one voice."""
 
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
+from commands import command, finished
 from peft import get_peft_model_state_dict
 from runs import run, small_recipe
 from safetensors.torch import load_file
@@ -22,34 +18,6 @@ from lorafit import launch
 TESTS = Path(__file__).parent
 CLOSE = {"rtol": 0, "atol": 2e-6}
 """float32 sums in another order: 5e-7 apart at most in losses of 5.5."""
-
-
-def command(directory: Path, *words: str) -> subprocess.Popen[str]:
-    """`python -m WORDS`, in a process group of its own, with an empty cache."""
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        env=os.environ
-        | {"OMP_NUM_THREADS": "1", "LORAFIT_CACHE": str(directory / "cache")}
-        | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}"}
-        | {"WANDB_MODE": ""},  # transformers prints a line on stdout for `offline`
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr; nothing of the process group is left running."""
-    try:
-        out, err = process.communicate(timeout=150)
-        with pytest.raises(ProcessLookupError):
-            os.killpg(process.pid, 0)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    return process.returncode, out, err
 
 
 def metrics(path: Path) -> list[dict[str, float]]:
@@ -67,20 +35,6 @@ def assert_same_curves(one: Path, two: Path) -> None:
 
 def saved_adapter(directory: Path) -> dict[str, torch.Tensor]:
     return load_file(directory / "run" / "adapter" / "adapter_model.safetensors")
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text("utf-8").split()]
-
-
-def until_training(process: subprocess.Popen[str], directory: Path) -> list[int]:
-    """The processes that train, once they do."""
-    for _ in range(600):
-        if (directory / "run" / "metrics.jsonl").exists() and len(metrics(directory / "run")) > 2:
-            return children(process.pid)
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    raise AssertionError("training did not begin")
 
 
 def test_two_processes_leave_what_one_leaves(tmp_path: Path, tiny_base: Path) -> None:
@@ -150,37 +104,6 @@ def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny
     assert err.startswith(("error: process 0: training: step ", "error: process 1: training: step "))
     outcome = json.loads((tmp_path / "run" / "manifest.json").read_text("utf-8"))["outcome"]
     assert outcome.removeprefix("stopped: ") in err
-
-
-def test_a_killed_process_ends_the_run(tmp_path: Path, tiny_base: Path) -> None:
-    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
-    workers = until_training(process, tmp_path)
-    assert len(workers) == 2
-    os.kill(workers[1], signal.SIGKILL)
-    code, out, err = finished(process)
-    assert (code, out) == (4, "")
-    assert err.splitlines() == [
-        "error: launch: process 1 was killed (SIGKILL), the others were ended; the machine may have run out of memory"
-    ]
-
-
-@pytest.mark.slow
-def test_control_c_ends_all_processes(tmp_path: Path, tiny_base: Path) -> None:
-    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
-    until_training(process, tmp_path)
-    os.killpg(process.pid, signal.SIGINT)
-    assert finished(process) == (75, "", "error: launch: stopped on request; all processes were ended\n")
-
-
-@pytest.mark.slow
-def test_no_process_outlives_the_launcher(tmp_path: Path, tiny_base: Path) -> None:
-    endless = small_recipe(tmp_path, tiny_base, training={"max_steps": 10**6}, launch={"num_processes": 2})
-    process = command(tmp_path, "lorafit", "train", str(endless.path), "--quiet")
-    until_training(process, tmp_path)
-    process.kill()
-    assert finished(process)[0] == -signal.SIGKILL
 
 
 @pytest.mark.slow
