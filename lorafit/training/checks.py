@@ -124,7 +124,7 @@ def verify_result(
 
 
 def _without_pruned(still: list[str], before: Before) -> list[str]:
-    """Without the E of modules that AdaLoRA pruned to rank 0, which is zero as it began; but all of them are a fault."""
+    """Without the E of modules that AdaLoRA pruned to rank 0: zero, as it began. All E at zero are a fault."""
     values = [name for name in before.moving if "lora_E" in name]
     pruned = {name for name in still if "lora_E" in name}
     return still if len(pruned) == len(values) else [name for name in still if name not in pruned]
