@@ -70,6 +70,7 @@ def evaluate(
             material = material.with_own_texts(model, subject.tokenizer)
         measured[name] = _measure(name, model, material, harness)
         _say_speed(name, measured[name], material, say)
+        del model  # the next is loaded when this one is gone
     result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
     if subject.adapter.run_dir is not None:
         text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
