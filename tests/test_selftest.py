@@ -99,6 +99,7 @@ def test_a_mask_of_ones_over_packed_documents_is_seen(
     said = failure(small_recipe(tmp_path, tiny_base, training=PACKED, model=model, speed=PLAIN_PATH))
     assert "training.packing: a packed document is not computed as it is alone" in said
     assert f"with {attention} attention it sees its neighbours; write false" in said
+    assert len(said.splitlines()) == 1
 
 
 def test_padding_on_the_left_without_mask_is_seen(

@@ -145,6 +145,8 @@ def self_test(
         bench = _Bench(model, loaded, inputs=inputs, scratch=Path(scratch), bf16=bf16, checkpointing=checkpointing)
         checks = tuple(bench.checks())
     failed = [check for check in checks if not check.has_passed]
+    if any(check.name in ("packing", "padding") for check in failed):  # then rows together differ from rows alone, too
+        failed = [check for check in failed if check.name != "accumulation"]
     if failed:
         raise VerificationError(loaded.problem(check.setting, check.failure) for check in failed)
     return SelfTest(combination, checks, round(time.monotonic() - started, 2))
