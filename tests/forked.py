@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import yaml
+from runs import cache_of
 from tiny import build_base, llama_config, sums, write_jsonl
 
 from lorafit.recipe import LoadedRecipe, load
@@ -32,6 +33,8 @@ TRAINING = {
 }
 ADALORA = {"init_r": 6, "target_r": 5, "tinit": 2, "tfinal": 3, "delta_t": 2}
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 3}
+RISING = {"learning_rate": 0.1, "lr_scheduler_type": "constant"}
+"""The held-out loss falls until step 6, then rises."""
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "dropout": {"lora": {"r": 4, "lora_dropout": 0.2}},
@@ -43,8 +46,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "workers": {"training": {"dataloader_num_workers": 1}},
     "evaluated": {"training": EVALUATED, "lora": {"r": 4, "lora_dropout": 0.2}},
     "evaluated by epoch": {"training": {"eval_strategy": "epoch", "max_steps": None, "num_train_epochs": 2}},
-    "best": {"training": EVALUATED | {"load_best_model_at_end": True, "learning_rate": 0.05}},
-    "early stopping": {"training": EVALUATED | {"learning_rate": 0.05}, "early_stopping": {"patience": 2}},
+    "best": {"training": EVALUATED | RISING | {"load_best_model_at_end": True}},
+    "early stopping": {"training": EVALUATED | RISING, "early_stopping": {"patience": 1}},
     "by length": {"training": {"train_sampling_strategy": "group_by_length"}},
     "plateau": {"training": EVALUATED | {"lr_scheduler_type": "reduce_lr_on_plateau"}},
     "adafactor": {"training": {"optim": "adafactor"}},
@@ -72,7 +75,7 @@ def recipe(directory: Path, base: Path, *, every: int | str = 2, **sections: Any
     """24 rows, 12 steps, a checkpoint every second; `sections` are merged in."""
     directory.mkdir(parents=True, exist_ok=True)
     write_jsonl(directory / "train.jsonl", sums(24))
-    # Answers that training makes ever less likely: the first evaluation is the best.
+    # Answers that training makes less likely after a while.
     write_jsonl(directory / "eval.jsonl", [row | {"completion": "No # | ~"} for row in sums(4, first=100)])
     whole: dict[str, Any] = {
         "output_dir": str(directory / "run"),
@@ -154,7 +157,7 @@ def train_in(loaded: LoadedRecipe, begin: Begin) -> None:
         loaded,
         say=lambda line: print(line, flush=True),
         show_progress=False,
-        cache_dir=loaded.path.parent / "cache",
+        cache_dir=cache_of(loaded.path.parent),
         begin=begin,
     )
     print(f"outcome: {result}")
