@@ -11,6 +11,7 @@ from typing import Any
 from lorafit.data.audit import Audit, side_audit
 from lorafit.data.findings import Findings
 from lorafit.evaluation.intervals import Interval
+from lorafit.evaluation.result import Comparison, Difference, EvalResult
 from lorafit.run_dir import RunDir
 from lorafit.sweep.result import LearningRate, ModuleSpectrum, RankRow, Spectra, SweepResult
 
@@ -49,7 +50,45 @@ def write_run(directory: Path, *, steps: int = 200, text: str = "plain") -> RunD
     run.add_event("resumed", "goes on after checkpoint-100", step=steps // 2)
     run.add_event("memory", "does steps in 2 parts", step=4, figures={"parts": 2})
     (directory / "merged/merge_report.json").write_text(json.dumps(merge_report(text)), encoding="utf-8")
+    (directory / "eval.json").write_text(json.dumps(evaluation(text)), encoding="utf-8")
     return run
+
+
+def evaluation(text: str) -> dict[str, Any]:
+    """As `lorafit eval` writes it."""
+    losses = {"loss": 2.6234, "perplexity": 13.78, "bits_per_byte": 1.21, "token_accuracy": 0.48}
+    tuned = {"loss": 1.7001, "perplexity": 5.474, "bits_per_byte": 0.784, "token_accuracy": 0.63}
+    found = {
+        name: Difference(tuned[name] - losses[name], tuned[name] - losses[name] - 0.05, -0.01, "better")
+        for name in losses
+    }
+    held_out = Comparison(f"{text}.jsonl", 400, {"base": losses, "adapter": tuned, "merged": tuned}, found, found, {})
+    spread = {"loss": Difference(0.031, 0.012, 0.05, "worse")}
+    general = Comparison(
+        "text the base writes", 64, {"base": {"loss": 2.1}, "adapter": {"loss": 2.131}}, spread, {}, {}
+    )
+    confusion = {"labels": ["yes", text], "counts": [[30, 4, 1], [2, 25, 3]], "f1": {"yes": 0.891, text: 0.8475}}
+    sample = {
+        "where": f"{text}.jsonl:3",
+        "prompt": f"What is {text}?",
+        "reference": "It is 3.",
+        "base": "dunno\n" + text,
+    }
+    return EvalResult(
+        run="run",
+        base_model=text,
+        merged_model="merged",
+        held_out=held_out,
+        answers=None,
+        general=general,
+        tasks={text: general},
+        details={"adapter": {"confusion": confusion}},
+        samples=(sample | {"adapter": f"It is 3. {text}"},) * 2,
+        verdict=f"adapter better by 0.923 nats [0.873, 0.973], 400 sequences {text}",
+        speed={"scored": 123.4},
+        peak_memory_bytes=6_100_000_000,
+        seconds=88.25,
+    ).as_dict()
 
 
 def manifest(steps: int, text: str) -> dict[str, Any]:

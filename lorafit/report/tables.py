@@ -22,7 +22,7 @@ def train_table(result: Any) -> str:
         ("time", f"{_duration(result.seconds):>11}"),
         ("peak memory", f"{result.peak_memory_bytes / 2**30:>7.2f} GiB"),
         ("adapter", f"{adapter} ({weights / 1e6:.1f} MB)"),
-        ("next", f"cat {adapter / 'README.md'}   # what was trained, and how to load it with plain PEFT"),
+        ("next", f"lorafit report {result.run}   # all of it on one page; how to load it: {adapter / 'README.md'}"),
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)

@@ -33,9 +33,9 @@ PLOT_STYLE = (
 STYLE = (
     """
 :root{color-scheme:light dark;--ink:#1c1e21;--muted:#5c636a;--line:#dde1e4;--paper:#fff;--soft:#f5f6f7;
---trained:#d3f0dc;--on-trained:#06431b;--warn:#8a5300;--bad:#b3261e}
+--trained:#d3f0dc;--on-trained:#06431b;--good:#00795c;--warn:#8a5300;--bad:#b3261e}
 @media (prefers-color-scheme:dark){:root{--ink:#e6e8ea;--muted:#9aa3ab;--line:#343a40;--paper:#15171a;--soft:#1e2125;
---trained:#17472a;--on-trained:#d3f0dc;--warn:#f0b45a;--bad:#ff8a80}}
+--trained:#17472a;--on-trained:#d3f0dc;--good:#2fc79c;--warn:#f0b45a;--bad:#ff8a80}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
 body{margin:0;background:var(--paper);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,
@@ -48,7 +48,7 @@ p{margin:.5rem 0}
 section{margin-top:2.6rem;padding-top:1.5rem;border-top:1px solid var(--line)}
 .quiet{color:var(--muted);font-size:.9rem}
 .lead{margin:.35rem 0 0;color:var(--muted)}
-.warn{color:var(--warn)}.bad{color:var(--bad)}
+.good{color:var(--good)}.warn{color:var(--warn)}.bad{color:var(--bad)}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(7rem,1fr));gap:1.1rem 1rem;margin:1.8rem 0 0}
 .tiles dt{font-size:.82rem;color:var(--muted)}.tiles dd{margin:0;font-size:1.3rem;line-height:1.35;font-weight:600}
 .tiles dd.aside{font-size:.82rem;font-weight:400;color:var(--muted)}
@@ -59,7 +59,7 @@ figure{margin:1.6rem 0 0}figcaption{font-size:.93rem;font-weight:600;margin-bott
 figure .quiet{margin:.1rem 0 0;font-weight:400}
 svg{display:block;width:100%;height:auto;font-family:inherit}
 .narrow{display:none}
-.scroll{overflow-x:auto}
+.scroll{overflow-x:auto}.whole-line{white-space:nowrap}
 table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0}
 th{text-align:left;font-weight:500;color:var(--muted)}
 th,td{padding:.32rem 1.6rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
@@ -73,10 +73,11 @@ pre,.said{background:var(--soft);padding:.75rem .9rem;border-radius:6px;margin:.
 .row .trained{background:var(--trained);color:var(--on-trained)}
 .row .stop{background:var(--on-trained);color:var(--trained);font-weight:600}
 .pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(15rem,1fr));gap:0 1rem}
+.pair .whole{grid-column:1/-1}.pair .said{margin:.15rem 0 .3rem}
 .pair h4{font-size:.82rem;font-weight:500;color:var(--muted);margin:.5rem 0 0}
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
 @media (max-width:40rem){.wide{display:none}.narrow{display:block}main{padding:1.5rem 1rem 3rem}
-section>dl{grid-template-columns:1fr;gap:0}section>dl>dd{margin-bottom:.5rem}}
+section>dl{grid-template-columns:1fr;gap:0}th,td{padding-right:1rem}section>dl>dd{margin-bottom:.5rem}}
 @media print{main{max-width:none;padding:0}section,figure{break-inside:avoid}.long{break-inside:auto}
 .scroll{overflow:visible}.wide{display:block}.narrow{display:none}}
 """

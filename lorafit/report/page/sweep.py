@@ -199,8 +199,9 @@ def _or_dash(value: Any, form: str, *, per: float = 1, unit: str = "") -> Html:
 def _difference(found: Any) -> Html:
     if not isinstance(found, dict):
         return Html("–")
-    low, high = number(found.get("low"), "+.4f"), number(found.get("high"), "+.4f")
-    return joined([number(found.get("mean"), "+.4f"), " [", low, ", ", high, "]"])
+    interval = [number(found.get("low"), "+.4f"), " to ", number(found.get("high"), "+.4f")]
+    mean = element("div", number(found.get("mean"), "+.4f"))
+    return joined([mean, element("div", *interval, css="quiet whole-line")])
 
 
 def _pattern(spectrum: Any) -> Iterator[Html]:
