@@ -1,10 +1,11 @@
 """`lorafit plan`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, speaker
 
 
 @app.command()
@@ -21,13 +22,22 @@ def plan(
     model_shape: Annotated[
         str | None, typer.Option("--model-shape", metavar="SHAPE", help="A shipped shape (llama3-8b), for the model.")
     ] = None,
+    check: Annotated[bool, typer.Option("--check", help="End with exit code 4 when it does not fit.")] = False,
+    largest: Annotated[
+        bool, typer.Option("--largest", help="Find the largest batch, the longest rows and the highest rank that fit.")
+    ] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Write a recipe that fits.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where --fix writes; by default RECIPE-fits.yaml."),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Say whether a recipe fits, how fast it is and what to change, before anything is downloaded or loaded."""
     from lorafit.planning.gpus import gpu_named, gpu_of_this_machine
-    from lorafit.planning.plan import Question, ask
+    from lorafit.planning.plan import Question, ask, write_fixed
     from lorafit.recipe import load
     from lorafit.report.plan import plan_text
 
@@ -40,5 +50,11 @@ def plan(
 
         machine = this_machine()
         one, number = gpu_of_this_machine(machine), machine.gpus if asked == "auto" else asked
-    result = ask(Question(loaded, one, number, model_shape))
+    question = Question(loaded, one, number, model_shape, with_largest=largest, with_fix=fix)
+    result = ask(question)
     print_result(result.as_dict(), as_json=as_json, text=plan_text(result))
+    if fix:
+        out = output or recipe.with_name(f"{recipe.stem}-fits.yaml")
+        speaker(quiet=quiet)(write_fixed(question, result, out))
+    if check and not result.fits:
+        raise typer.Exit(4)

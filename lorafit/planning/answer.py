@@ -94,6 +94,17 @@ class Largest:
 
 
 @dataclass(frozen=True)
+class Fixed:
+    """A recipe that fits, or the smallest that was found."""
+
+    change: dict[str, Any]
+    verdict: Verdict
+    fits: bool
+    line: str
+    """What it takes."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """What one recipe takes; the JSON of `lorafit plan`."""
 
@@ -123,6 +134,7 @@ class Plan:
     disk: Disk
     advice: tuple[Advice, ...]
     largest: tuple[Largest, ...]
+    fixed: Fixed | None
     notes: tuple[str, ...]
     """What is not modelled, and makes the figures an upper bound."""
 
@@ -132,9 +144,16 @@ class Plan:
 
     def line(self) -> str:
         """The plan in one line."""
-        figures = f"{gib(self.allocated_bytes)} allocated, {gib(self.device_bytes)} of {gib(self.memory_bytes)} in all"
-        speed = f", {self.tokens_per_second:,.0f} tokens/s" if self.tokens_per_second else ""
-        return f"{self.verdict} on {self.gpu}: {figures}{speed}"
+        gpu = Gpu(self.gpu, self.memory_bytes)
+        return line(self.verdict, self.allocated_bytes, self.device_bytes, gpu=gpu, speed=self.tokens_per_second)
+
+
+def line(verdict: Verdict, allocated: int, device: int, *, gpu: Gpu, speed: float | None) -> str:
+    """`fits on a100-80: 16.59 GiB allocated, 17.48 GiB of 79.15 GiB in all, 9,500 tokens/s`."""
+    tokens = f", {speed:,.0f} tokens/s" if speed else ""
+    return (
+        f"{verdict} on {gpu.name}: {gib(allocated)} allocated, {gib(device)} of {gib(gpu.memory_bytes)} in all{tokens}"
+    )
 
 
 def gib(size: float) -> str:

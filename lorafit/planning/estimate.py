@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -55,9 +54,7 @@ class Estimate:
 class Estimator:
     """Answers for variants of one recipe, and keeps the models it has built."""
 
-    def __init__(
-        self, loaded: LoadedRecipe, *, config: Callable[[Recipe], PreTrainedConfig], gpu: Gpu, count: int
-    ) -> None:
+    def __init__(self, loaded: LoadedRecipe, *, config: PreTrainedConfig, gpu: Gpu, count: int) -> None:
         self._loaded = loaded
         self._config = config
         self.gpu = gpu
@@ -124,7 +121,7 @@ class Estimator:
             machine = Machine("cuda", self.gpu.name, self.count, self.gpu.has_bf16, self.gpu.memory_bytes)
             self._runs[key] = FakeRun(
                 replace(self._loaded, recipe=recipe),
-                config=copy.deepcopy(self._config(recipe)),
+                config=copy.deepcopy(self._config),
                 bf16=bf16_choice(recipe.training, machine).value or recipe.training.fp16,
                 checkpointing=checkpointing,
             )

@@ -9,10 +9,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.errors import LorafitError
+from lorafit.errors import LorafitError, MachineError
 from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
-from lorafit.recipe import LoadedRecipe
+from lorafit.planning.variants import changed, written_as
+from lorafit.recipe import LoadedRecipe, load
+from lorafit.recipe.write import recipe_yaml, write_file
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,12 @@ class Question:
     """GPUs."""
     model_shape: str | None = None
     """A shipped shape, instead of the recipe's model."""
+    with_advice: bool = True
+    """What to change, where the recipe does not fit with room to spare."""
+    with_largest: bool = False
+    """The largest batch, length and rank that fit."""
+    with_fix: bool = False
+    """The changes that make it fit."""
 
 
 class PlanningFailed(Exception):
@@ -44,3 +52,21 @@ def ask(question: Question) -> Plan:
     if isinstance(answer, LorafitError):
         raise answer
     return answer
+
+
+def write_fixed(question: Question, plan: Plan, out: Path) -> str:
+    """Write the recipe with the changes that make it fit to a new file; what was done, in a line.
+
+    Raises MachineError where there are not enough.
+    """
+    if plan.fixed is None or not plan.fixed.fits:
+        smallest = f"the least it takes is {plan.fixed.line}" if plan.fixed else "nothing can be changed"
+        mend = "take a GPU with more memory, several with --count, or rows that are shorter (training.max_length)"
+        raise MachineError(f"cannot be made to fit: {smallest}; {mend}", where=str(question.loaded.path))
+    recipe = changed(question.loaded.recipe, plan.fixed.change)
+    assert recipe is not None  # it was planned
+    made = f"changed to fit: {written_as(plan.fixed.change)}" if plan.fixed.change else "it fits as it was"
+    head = f"# {question.loaded.path.name}, {made}\n# Plan: {plan.fixed.line}\n"
+    write_file(out, head + recipe_yaml(recipe, out.absolute().parent), overwrite=False)
+    load(out)  # what was written is a recipe
+    return f"{out}: {made}"

@@ -14,10 +14,13 @@ import transformers.masking_utils as masking
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from trl.kernels import chunked_logprob
 from trl.trainer import utils as trl_utils
 
 from lorafit.planning.storage_tracker import Temporary
+from lorafit.speed import varlen_attention
 
 aten = torch.ops.aten
 
@@ -27,6 +30,32 @@ def stand_in_for_cuda() -> None:
     trl_utils._use_triton = lambda device: True  # only the trained positions are scored
     chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *_, **__: None
     chunked_logprob._addmm_fp32 = torch.ops.lorafit.addmm_float32
+    AttentionInterface.register(varlen_attention.NAME, _packed_attention)
+
+
+def _packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    max_length_q: int | None = None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **named: Any,
+) -> tuple[torch.Tensor, None]:
+    """Varlen attention's tensors, which flash attention over documents of `max_length_q` keeps, too."""
+    if max_length_q is None or attention_mask is not None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **named
+        )
+    # [1, heads, T, d] -> [documents, heads, max_length_q, d]
+    documents = (states[0].unflatten(1, (-1, max_length_q)).transpose(0, 1) for states in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *documents, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1)[None], None
 
 
 @torch.library.custom_op("lorafit::addmm_float32", mutates_args=("total",))
@@ -42,7 +71,7 @@ def _(total: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> None:
 
 def stand_in_for_values() -> None:
     """Fake tensors have no values; where a library looks at them, what is true of the batch that is planned."""
-    FakeTensor.data_ptr = id  # type: ignore[method-assign,assignment]  # the trainer tells embeddings apart by it
+    FakeTensor.data_ptr = lambda self: id(self)  # type: ignore[method-assign]  # the trainer tells embeddings apart by it
 
 
 def set_rows(*, packed: bool, padded: bool) -> None:

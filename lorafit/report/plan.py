@@ -2,10 +2,81 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
 from lorafit.planning.answer import PARTS, Plan, gib
+from lorafit.planning.variants import written_as
+
+if TYPE_CHECKING:
+    from lorafit.planning.answer import Advice
 
 
 def plan_text(plan: Plan) -> str:
-    """The peak by part."""
-    lines = [f"  {part:<22} {gib(plan.parts[part]):>12}" for part in PARTS if plan.parts.get(part)]
-    return "\n".join([*lines, plan.line()])
+    """The peak by part, the three totals, speed, disk, what to change, and the verdict last."""
+    return "\n".join(
+        [*_memory(plan), *_time(plan), *_disk(plan), *_notes(plan), *_largest(plan), *_advice(plan), "", plan.line()]
+    )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+    gpus = f"{plan.count} GPUs, each" if plan.count > 1 else "one GPU"
+    yield f"memory of {gpus} {plan.gpu}, {plan.batch}; the peak is at {plan.peak_at}"
+    yield from (f"  {part:<22} {gib(plan.parts[part]):>12}" for part in PARTS if plan.parts.get(part))
+    yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   what torch.cuda.max_memory_allocated shows"
+    yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   what the allocator takes for it"
+    yield f"  {'device':<22} {gib(plan.device_bytes):>12}   with CUDA, cuBLAS and NCCL; it has {gib(plan.memory_bytes)}"
+    state = "on" if plan.gradient_checkpointing else "off"
+    yield f"  gradient checkpointing {state}: {plan.checkpointing_reason}"
+
+
+def _time(plan: Plan) -> Iterator[str]:
+    yield ""
+    if plan.speed is None:
+        yield f"speed: not known, only the memory of {plan.gpu} is; name a GPU (--gpu rtx4090)"
+        return
+    yield f"speed: {plan.speed.tokens_per_second:,.0f} tokens/s, claimed to 20 % on one GPU"
+    yield from (f"  {line}" for line in plan.speed.arithmetic)
+    if plan.seconds is not None:
+        yield f"  {plan.steps:,} steps take at most {_duration(plan.seconds)}: every batch as long as it may be"
+
+
+def _disk(plan: Plan) -> Iterator[str]:
+    disk = plan.disk
+    yield ""
+    yield (
+        f"disk: {gib(disk.base_bytes)} for the base model; {gib(disk.run_bytes)} for the run: adapter "
+        f"{gib(disk.adapter_bytes)} + {disk.checkpoints} checkpoints x {gib(disk.checkpoint_bytes)}"
+    )
+
+
+def _notes(plan: Plan) -> Iterator[str]:
+    yield from (f"note: {note}" for note in plan.notes)
+
+
+def _largest(plan: Plan) -> Iterator[str]:
+    if plan.largest:
+        yield ""
+        yield "largest that fits, each alone:"
+    for one in plan.largest:
+        yield f"  {one.key}: {'none' if one.value is None else f'{one.value:,}'}"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    if not plan.advice:
+        return
+    yield ""
+    yield "what to change, each alone:"
+    width = max(len(one.what) for one in plan.advice)
+    yield from (_advice_line(one, width) for one in plan.advice)
+
+
+def _advice_line(one: Advice, width: int) -> str:
+    speed = "" if one.tokens_per_second is None else f"  {one.tokens_per_second:>9,.0f} tokens/s"
+    figures = f"-{gib(one.saving_bytes):>10} = {gib(one.allocated_bytes):>10}{speed}"
+    return f"  {one.what:<{width}}  {figures}  {one.verdict:<12}  {written_as(one.change)}"
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"

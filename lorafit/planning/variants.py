@@ -1,0 +1,31 @@
+"""A recipe with some keys changed, as if they had been written so. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.rules import broken_rules
+
+Changes = dict[str, Any]
+"""`section.key` to its new value."""
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe | None:
+    """The recipe with `changes` written in it; None where a rule between fields forbids that."""
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    for key, value in changes.items():
+        *sections, name = key.split(".")
+        inside = tree
+        for section in sections:
+            inside = inside.setdefault(section, {})
+        inside[name] = value
+    made = Recipe.model_validate(tree)
+    return None if any(broken_rules(made)) else made
+
+
+def written_as(changes: Changes) -> str:
+    """`training.gradient_checkpointing: true, ...`"""
+    words = {True: "true", False: "false", None: "null"}
+    shown = {key: words[value] if isinstance(value, bool) or value is None else value for key, value in changes.items()}
+    return ", ".join(f"{key}: {value}" for key, value in shown.items())
