@@ -72,7 +72,7 @@ def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
 def kept_facts(recipe: Recipe, inputs: RunInputs, *, machine: Machine, bf16: bool) -> dict[str, Any]:
     """What must be the same when a run goes on, as far as it is known before the model is loaded."""
     return {
-        "recipe": kept_keys(recipe),
+        "recipe": kept_keys(recipe.model_dump(mode="json")),
         "base model": inputs.base_files.fingerprint(),
         "data": dict(inputs.data.parts),
         "processes": PartialState().num_processes,

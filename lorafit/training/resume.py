@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.errors import Problem, RecipeError, RunDirError
-from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.load import load
 from lorafit.run_dir import RunDir
 from lorafit.training.checkpoints import Checkpoint, clear_stages, newest_verified, quarantine
@@ -75,7 +75,7 @@ def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | Non
         return None
     if manifest.get("outcome") not in FINISHED or not run.adapter.is_dir():
         return None
-    then, now = kept_keys(load(run.recipe).recipe), kept_keys(loaded.recipe)
+    then, now = (kept_keys(recipe.model_dump(mode="json")) for recipe in (load(run.recipe).recipe, loaded.recipe))
     refuse([loaded.problem(key, f"{change}: the run is finished") for key, change in changes(then, now)], [])
     return manifest
 
@@ -100,19 +100,14 @@ def settle(run: RunDir, begun: Departure, *, say: Any) -> None:
     run.add_event("resumed", message, step=step)
 
 
-def kept_keys(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as JSON holds it, without what may change."""
-    kept: dict[str, Any] = _without(recipe.model_dump(mode="json"), ())
-    return kept
-
-
-def _without(value: Any, key: tuple[str, ...]) -> Any:
+def kept_keys(value: Any, key: str = "") -> Any:
+    """A recipe as JSON holds it, without what may change."""
     if isinstance(value, list):  # of sources: their places are no part of a key
-        return [_without(entry, key) for entry in value]
+        return [kept_keys(entry, key) for entry in value]
     if not isinstance(value, dict):
         return value
-    below = {name: (*key, name) for name in value}
-    return {name: _without(value[name], below[name]) for name in value if ".".join(below[name]) not in MAY_CHANGE}
+    below = {name: f"{key}.{name}".lstrip(".") for name in value}
+    return {name: kept_keys(value[name], below[name]) for name in value if below[name] not in MAY_CHANGE}
 
 
 def changes(then: Any, now: Any, key: str = "") -> Iterator[tuple[str, str]]:
