@@ -46,7 +46,7 @@ def rank_sweep(loaded: LoadedRecipe, *, storage: str | None, say: Say, cache_dir
     refuse_what_cannot_be_swept(loaded)
     refuse_what_this_machine_lacks(loaded, this_machine())
     out = loaded.output_dir()
-    if not (out / FACTS).is_file():
+    if not any((out / name).is_file() for name in (FACTS, JOURNAL)):
         RunDir(out).refuse_used()
     inputs = read_inputs(loaded, cache_dir=cache_dir)
     _refuse_few_sequences(loaded, 0 if inputs.data.eval is None else len(inputs.data.eval))
@@ -56,8 +56,8 @@ def rank_sweep(loaded: LoadedRecipe, *, storage: str | None, say: Say, cache_dir
         "recipe": _what_shapes_a_trial(loaded),
     }
     _refuse_another_sweep(loaded, out, facts)
+    study = Study(storage or str(out / JOURNAL), study_name(facts))
     out.mkdir(parents=True, exist_ok=True)
-    study = Study(storage or str(out / JOURNAL), f"lorafit-rank-sweep-{_digest(facts)}")
     write_file(out / FACTS, json.dumps(facts, indent=2) + "\n")
     bench = Bench(loaded, inputs, cache_dir=cache_dir, say=say)
     rate = tuned(loaded, study, bench, out=out, wait=_wait)
@@ -88,8 +88,10 @@ def _what_shapes_a_trial(loaded: LoadedRecipe) -> dict[str, Any]:
     return kept
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+def study_name(facts: Mapping[str, Any]) -> str:
+    """The same for all who sweep the same base, rows and recipe, wherever their directories lie."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return f"lorafit-rank-sweep-{digest[:16]}"
 
 
 def _refuse_another_sweep(loaded: LoadedRecipe, out: Path, facts: Mapping[str, Any]) -> None:
