@@ -132,6 +132,11 @@ def recipe(task: str, *, seed: int, data: Path | None, out: Path, quick: bool) -
     return load(file)
 
 
+def say(line: str) -> None:
+    """On stderr at once."""
+    print(f"  {line}", file=sys.stderr, flush=True)
+
+
 def swept(loaded: LoadedRecipe, *, exhaustive: bool, cache: Path) -> SweepResult:
     """One sweep, its lines on stderr."""
     section = loaded.recipe.rank_sweep.model_copy(update={"exhaustive": exhaustive})
@@ -206,9 +211,9 @@ def main() -> None:
     cases = []
     for task, seed in pairs:
         if chosen.only in (None, task):
-            print(f"{task}, seed {seed}", file=sys.stderr)
+            say(f"{task}, seed {seed}")
             cases.append(case(task, seed=seed, data=chosen.data, out=out, quick=chosen.quick))
-            print(table(cases[-1:]), file=sys.stderr)
+            say(table(cases[-1:]))
     shares = [one.share for one in cases]
     packages = {name: version(name) for name in ("torch", "transformers", "peft", "trl", "optuna")}
     print(table(cases))

@@ -57,7 +57,7 @@ def test_a_cut_adapter_is_the_nearest_of_its_rank(
     smaller = {"r": rank, "lora_alpha": 2 * rank, "rank_pattern": {}}
     config = LoraConfig(task_type="CAUSAL_LM", **({"target_modules": "all-linear"} | keys | smaller))
     cut = updates(with_rank(trained, base, config, seed=0))
-    assert cut.keys() == whole.keys() and len(cut) >= 4
+    assert cut.keys() == whole.keys() and len(cut) >= 3
     for name, update in cut.items():
         torch.testing.assert_close(update, nearest(whole[name], rank), atol=1e-5, rtol=1e-4)
 

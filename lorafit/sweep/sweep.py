@@ -25,7 +25,7 @@ from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 from lorafit.sweep.tune import Tuned, tuned
 from lorafit.sweep.write import write_sweep
 from lorafit.training.inputs import read_inputs
-from lorafit.training.resume import kept_keys
+from lorafit.training.resume import changes, kept_keys
 
 Say = Callable[[str], None]
 
@@ -80,7 +80,7 @@ def _refuse_few_sequences(loaded: LoadedRecipe, count: int) -> None:
 
 def _what_shapes_a_trial(loaded: LoadedRecipe) -> dict[str, Any]:
     """The recipe without what only names things, and what only reads the trials: eps, seeds, budget, exhaustive."""
-    kept = kept_keys(loaded.recipe)
+    kept: dict[str, Any] = kept_keys(loaded.recipe.model_dump(mode="json"))
     section = loaded.recipe.rank_sweep
     kept["rank_sweep"] = {"ranks": list(section.ranks), "alpha": section.alpha, "tune_lr": section.tune_lr}
     if section.tune_lr:
@@ -98,22 +98,13 @@ def _refuse_another_sweep(loaded: LoadedRecipe, out: Path, facts: Mapping[str, A
     """A sweep goes on with the recipe it was begun with. Raises RecipeError naming what changed."""
     if not (out / FACTS).is_file():
         return
-    then = json.loads((out / FACTS).read_text(encoding="utf-8"))
-    if then == json.loads(json.dumps(facts)):
-        return
-    changed = sorted(_differences(then, json.loads(json.dumps(facts))))
-    told = ", ".join(changed[:4]) + (f" and {len(changed) - 4} more" if len(changed) > 4 else "")
-    message = f"holds a sweep that was begun otherwise ({told}); choose another output_dir, or change it back"
-    raise RecipeError(Problem(str(out), message))
-
-
-def _differences(then: Any, now: Any, at: str = "") -> Iterable[str]:
-    if isinstance(then, dict) and isinstance(now, dict):
-        for key in then.keys() | now.keys():
-            yield from _differences(then.get(key), now.get(key), f"{at}.{key}" if at else key)
-    elif then != now:
-        name = at.removeprefix("recipe.")
-        yield f"the {name}" if name in ("base", "data") else f"{name}: {then} -> {now}"
+    then, now = json.loads((out / FACTS).read_text(encoding="utf-8")), json.loads(json.dumps(facts))
+    changed = list(changes(then.pop("recipe"), now.pop("recipe")))
+    changed += [(f"the {name}", "another") for name in ("base", "data") if then[name] != now[name]]
+    if changed:
+        told = "; ".join(f"{key}: {change}" for key, change in changed[:4])
+        message = f"holds a sweep that was begun otherwise ({told}); choose another output_dir, or change it back"
+        raise RecipeError(Problem(str(out), message))
 
 
 def _search(loaded: LoadedRecipe, study: Study, bench: Bench, *, out: Path, tuned: Tuned) -> Decision:
