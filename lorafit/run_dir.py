@@ -105,7 +105,9 @@ class RunDir:
         """
         self.refuse_unusable()
         if self.path.is_dir() and any(path != self.lock for path in self.path.iterdir()):
-            message = "already holds a run or other files; choose another output_dir (`--set output_dir=...`)"
+            mend = "choose another output_dir (`--set output_dir=...`)"
+            message = f"already holds a run; `lorafit train RECIPE --resume` goes on with it, or {mend}"
+            message = message if self.is_begun() else f"already holds other files; {mend}"
             raise RunDirError(message, where=str(self.path))
 
     def refuse_unusable(self) -> None:

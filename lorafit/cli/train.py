@@ -133,8 +133,8 @@ def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet
     if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus) and not _is_finished(loaded, begin=begin):
         from lorafit.training.inputs import read_inputs, refuse_before_reading
 
-        refuse_before_reading(loaded, machine, begin=begin)
-        read_inputs(loaded, cache_dir=cache_directory())
+        begun = refuse_before_reading(loaded, machine, begin=begin)
+        read_inputs(loaded, cache_dir=cache_directory(), begun=begun)
         from lorafit.stopping import hold_back
 
         run = loaded.output_dir() if launch.is_first_machine(loaded.recipe.launch) else None

@@ -74,7 +74,7 @@ def kept_facts(recipe: Recipe, inputs: RunInputs, *, machine: Machine, bf16: boo
     return {
         "recipe": kept_keys(recipe.model_dump(mode="json")),
         "base model": inputs.base_files.fingerprint(),
-        "data": dict(inputs.data.parts),
+        **inputs.data.parts,
         "processes": PartialState().num_processes,
         "device": machine.device,
         "bf16": bf16,
@@ -98,9 +98,22 @@ def model_facts(trainer: LoraTrainer, before: Before, *, init_method: bool | str
 
 
 def checkpoint_room(
-    recipe: Recipe, run: RunDir, begun: Departure, *, started: float, kept: dict[str, Any], facts: dict[str, Any]
+    recipe: Recipe,
+    run: RunDir,
+    begun: Departure,
+    *,
+    started: float,
+    kept: dict[str, Any],
+    facts: dict[str, Any],
+    bytes_of_one: int,
 ) -> CheckpointRoom:
     """Where the checkpoints of a run go; `started` is when this session began, by the monotonic clock."""
     earlier = begun.checkpoint.seconds if begun.checkpoint else 0.0
     noted = kept | {"started": facts["started"], "versions": facts["versions"]}
-    return CheckpointRoom(run.checkpoints, keep=recipe.checkpoints.keep, started=started - earlier, facts=noted)
+    return CheckpointRoom(
+        run.checkpoints,
+        keep=recipe.checkpoints.keep,
+        started=started - earlier,
+        facts=noted,
+        bytes_of_one=bytes_of_one,
+    )

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
-from lorafit.data.prepare import PreparedData, prepare
+from lorafit.data.prepare import DATE, PreparedData, prepare
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
@@ -33,7 +33,7 @@ class RunInputs:
     data: PreparedData
 
 
-def read_inputs(loaded: LoadedRecipe, *, cache_dir: Path | None) -> RunInputs:
+def read_inputs(loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None) -> RunInputs:
     """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
@@ -46,5 +46,6 @@ def read_inputs(loaded: LoadedRecipe, *, cache_dir: Path | None) -> RunInputs:
         stop_token_ids=base_files.stop_token_ids,
         vocab_size=base_files.vocab_size,
         cache_dir=cache_dir,
+        as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
     )
     return RunInputs(base_files, tokenizer, data)
