@@ -133,7 +133,7 @@ def run_training(
     state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
     begun = refuse_before_reading(loaded, machine, begin=begin)
     with state.main_process_first():  # the others find the rows in the cache
-        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir)
+        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, begun=begun)
     tokenizer, data = inputs.tokenizer, inputs.data
     _say_data(data, say)
     for advice in advise(recipe, train_rows=len(data.train)):
