@@ -54,16 +54,16 @@ class Cause:
 
 def number(value: float) -> str:
     """As one writes it in a recipe: 4e-5, 0.3, 4096."""
-    text = f"{value:.0f}" if value == round(value, 0) and abs(value) < 1e5 else f"{value:.3g}"
-    mantissa, e, exponent = text.partition("e")
-    return f"{mantissa}e{int(exponent)}" if e else text
+    if value == round(value) and abs(value) < 1e5:
+        return f"{value:.0f}"
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{value:.3g}" if -3 <= int(exponent) < 5 else f"{float(mantissa):g}e{int(exponent)}"
 
 
 def lower_rate(setting: Setting) -> str:
-    """A fifth of the learning rate, and no more than what the largest usual rate is."""
-    return (
-        f"write training.learning_rate: {number(setting.learning_rate / 5)} instead of {number(setting.learning_rate)}"
-    )
+    """A fifth of the learning rate, or the usual one where it is off any scale."""
+    lower = setting.learning_rate / 5 if setting.learning_rate <= HIGHEST_RATE else USUAL_RATE
+    return f"write training.learning_rate: {number(lower)} instead of {number(setting.learning_rate)}"
 
 
 def unstable(setting: Setting, *, step: int) -> Cause:

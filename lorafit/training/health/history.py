@@ -18,6 +18,9 @@ LEAST_BASELINE = 8
 SUSTAINED = 3
 """Logged steps in a row after which a jump is no longer called a spike."""
 
+RANGE = 30
+"""Logged steps of which a divergence must leave all but one below it."""
+
 MEMORY = 200
 """Logged steps in which the lowest level of the loss is looked for."""
 
@@ -94,14 +97,14 @@ class Jump:
 def jump(values: Sequence[float], *, least_rise: Callable[[float], float]) -> Jump | None:
     """The jump that the newest value ends, or that it shows to last; None for all else.
 
-    A jump exceeds the median of the `WINDOW` values before it by 8 robust standard deviations and by `least_rise` of
-    that median, and the largest of them by 2. It is over when the newest value is back in the lower half of it.
+    A jump exceeds the median of the `WINDOW` values before it by 8 robust standard deviations, by `least_rise` of that
+    median, and by twice as much as the largest of them does. It is over when the newest value is in its lower half.
     """
     newest = len(values) - 1
     for first in range(max(LEAST_BASELINE, newest - SUSTAINED + 1), newest + 1):
         before = values[max(0, first - WINDOW) : first]
         level, deviation = median(before), spread(before)
-        limit = max(level + max(8 * deviation, least_rise(level)), max(before) + 2 * deviation)
+        limit = level + max(8 * deviation, least_rise(level), 2 * (max(before) - level))
         high = [value > limit for value in values[first:]]
         height = max(values[first:])
         if all(high) and len(high) == SUSTAINED:
@@ -111,12 +114,20 @@ def jump(values: Sequence[float], *, least_rise: Callable[[float], float]) -> Ju
     return None
 
 
-def best_level(values: Sequence[float]) -> tuple[float, float]:
-    """The lowest median of five values in a row (or the first value) of the last `MEMORY`, and the noise until then.
+def highest_healthy(values: Sequence[float]) -> float:
+    """What a loss must stay above to be called diverging, by the values before.
 
-    The noise of what comes after would be that of the very rise one looks for.
+    The lowest median of five in a row and 0.5, a fifth, and 8 robust deviations, and all but one of the `RANGE` before;
+    where they are few, half as much again as the largest, and 1.
     """
+    if len(values) < LEAST_BASELINE:
+        return max(values) + max(1.0, max(values) / 2)
+    recent = sorted(values[-RANGE:])
+    best = lowest_level(values)
+    return max(best + max(0.5, 0.2 * best, 8 * spread(values[-RANGE:])), recent[-2])
+
+
+def lowest_level(values: Sequence[float]) -> float:
+    """The lowest median of five values in a row of the last `MEMORY`, or of those there are."""
     recent = values[-MEMORY:]
-    medians = [(recent[0], 1), *((median(recent[end - 5 : end]), end) for end in range(5, len(recent) + 1))]
-    level, end = min(medians)
-    return level, noise(recent[max(0, end - WINDOW) : max(end, LEAST_BASELINE)])
+    return min(median(recent[max(0, end - 5) : end]) for end in range(min(5, len(recent)), len(recent) + 1))

@@ -23,7 +23,7 @@ from lorafit.training.health.causes import (
     unstable,
     wrong_scale,
 )
-from lorafit.training.health.history import SUSTAINED, WINDOW, History, best_level, jump, noise
+from lorafit.training.health.history import SUSTAINED, WINDOW, History, highest_healthy, jump, lowest_level, noise
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ Rule = Callable[[History, Setting], Finding | None]
 
 
 def divergence(history: History, setting: Setting) -> Finding | None:
-    """Three logged losses in a row above the lowest level by 0.5 nats, a fifth and 4 deviations, or above guessing.
+    """Three logged losses in a row above all that is healthy by the losses before, or above the first and guessing.
 
-    Rows in the order of their files may change from one kind to another: then three times as much is asked for.
+    Rows in the order of their files may change from one kind to another: then three times the rise is asked for.
     """
     losses = history.losses()
     if len(losses) < SUSTAINED:
@@ -63,9 +63,10 @@ def divergence(history: History, setting: Setting) -> Finding | None:
     earlier = losses[:-SUSTAINED]
     if not earlier:
         return None
-    best, deviation = best_level(earlier)
-    rise = max(0.5, 0.2 * best, 4 * deviation) * (1 if setting.is_shuffled else 3)
-    if min(newest) <= min(best + rise, max(losses[0], setting.guessing) + 0.5):
+    limit, best = highest_healthy(earlier), lowest_level(earlier)
+    if not setting.is_shuffled:
+        limit += 2 * (limit - best)
+    if min(newest) <= min(limit, max(losses[0], setting.guessing) + 0.5):
         return None
     first = history.points[-SUSTAINED].step
     what = f"the loss has been above {min(newest):.3g} since step {first} and was {best:.3g} at its lowest"
@@ -73,11 +74,11 @@ def divergence(history: History, setting: Setting) -> Finding | None:
 
 
 def spike(history: History, setting: Setting) -> Finding | None:
-    """A loss that jumped by 0.7 nats, a third and 8 deviations, and came back within two logged steps."""
+    """A loss that jumped by 1 nat, a half and 8 deviations, and came back within two logged steps."""
     losses = [point.loss for point in history.points]
     if not all(map(math.isfinite, losses[-WINDOW:])):
         return None
-    seen = jump(losses[-2 * WINDOW :], least_rise=lambda level: max(0.7, level / 3))
+    seen = jump(losses[-2 * WINDOW :], least_rise=lambda level: max(1.0, level / 2))
     if seen is None or not seen.is_over:
         return None
     first, last = _steps_of(history, seen.first + max(0, len(losses) - 2 * WINDOW))
@@ -245,8 +246,7 @@ def not_finite(found: str, rows: list[str], *, weights: Weights, history: Histor
     points = history.points[-WINDOW:]
     losses = [point.loss for point in points]
     norms = [norm for norm in _norms(history)[-WINDOW:] if norm > 0]
-    best = best_level(losses)[0] if losses else math.inf
-    is_wild = bool(losses) and losses[-1] > best + max(0.5, 0.2 * best)
+    is_wild = len(losses) > 1 and losses[-1] > highest_healthy(losses[:-1])
     is_steep = len(norms) > 1 and norms[-1] > 20 * median(norms[:-1])
     step = history.points[-1].step if history.points else 0
     if weights.broken_base is not None:
