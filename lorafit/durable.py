@@ -18,9 +18,13 @@ def flush(path: Path) -> None:
 def write_file(path: Path, text: str) -> None:
     """`text` in `path`: whoever reads it, after whatever happened, sees the old text or the new one."""
     stage = path.with_name(path.name + ".tmp")
-    with stage.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with stage.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError:  # a full disk
+        stage.unlink(missing_ok=True)
+        raise
     stage.replace(path)
     flush(path.parent)

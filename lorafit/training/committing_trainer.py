@@ -36,6 +36,8 @@ class CheckpointRoom:
     started: float
     """When the run began, by the monotonic clock; earlier sessions pushed it back."""
     facts: Mapping[str, Any]
+    bytes_of_one: int
+    """What one takes, at most."""
 
 
 class CommittingTrainer(SFTTrainer):
@@ -44,8 +46,11 @@ class CommittingTrainer(SFTTrainer):
     room: CheckpointRoom
     """Given before training; `facts` are known only when the model and this trainer are built."""
 
+    saved = 0
+    """Checkpoints of this session."""
+
     seconds_saving = 0.0
-    """Spent in this session on checkpoints, waiting for the other processes included."""
+    """Spent in this session on them, waiting for the other processes included."""
 
     _stage: Path | None = None
 
@@ -76,6 +81,7 @@ class CommittingTrainer(SFTTrainer):
         if self.state.best_global_step:
             best = checkpoints.path_of(self.room.directory, self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
+        self.saved += 1
         self.seconds_saving += time.monotonic() - started
 
     @contextmanager

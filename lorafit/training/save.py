@@ -13,28 +13,14 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.durable import flush
-from lorafit.errors import DiskError, VerificationError
+from lorafit.errors import VerificationError
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@contextmanager
-def full_disk_is_said(directory: Path) -> Iterator[None]:
-    """Errors that a full disk makes torch and safetensors raise in words of their own become a DiskError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        free = shutil.disk_usage(directory).free
-        if free >= 2**20:
-            raise
-        message = f"the disk is full, {free:,} bytes are free; make room, or choose another output_dir"
-        raise DiskError(f"{message}; no adapter was written", where=str(directory)) from error
 
 
 @contextmanager
@@ -72,28 +58,39 @@ def write_adapter(
     the gathered one of a sharded model, `card` the text of README.md. Raises VerificationError when the file is not
     what is in memory.
     """
+    with _staged(target) as stage:
+        # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
+        with warnings.catch_warnings():
+            # To take the difference peft loads the initial adapter beside the trained one, and warns of itself.
+            warnings.filterwarnings("ignore", message=".*changes the base weights of the model.*")
+            warnings.filterwarnings("ignore", message="`corda_config` specified but will be ignored.*")
+            model.save_pretrained(
+                str(stage),
+                state_dict=state_dict,
+                save_embedding_layers=False,
+                path_initial_model_for_weight_conversion=None if initial is None else str(initial),
+            )
+        tokenizer.save_pretrained(str(stage))
+        settle_files(stage, base_name=base_name)
+        (stage / "README.md").write_text(card, encoding="utf-8")
+        if initial is None:
+            _refuse_difference(model, stage / WEIGHTS, state_dict)
+        _refuse_broken(stage)
+        for path in (*stage.rglob("*"), stage):
+            flush(path)
+
+
+@contextmanager
+def _staged(target: Path) -> Iterator[Path]:
+    """A new directory that becomes `target` when the block has ended well, and is gone when it has not."""
     stage = target.with_name(target.name + ".tmp")
     shutil.rmtree(stage, ignore_errors=True)
     stage.mkdir(parents=True)
-    # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
-    with warnings.catch_warnings():
-        # To take the difference peft loads the initial adapter beside the trained one, and warns of itself.
-        warnings.filterwarnings("ignore", message=".*changes the base weights of the model.*")
-        warnings.filterwarnings("ignore", message="`corda_config` specified but will be ignored.*")
-        model.save_pretrained(
-            str(stage),
-            state_dict=state_dict,
-            save_embedding_layers=False,
-            path_initial_model_for_weight_conversion=None if initial is None else str(initial),
-        )
-    tokenizer.save_pretrained(str(stage))
-    settle_files(stage, base_name=base_name)
-    (stage / "README.md").write_text(card, encoding="utf-8")
-    if initial is None:
-        _refuse_difference(model, stage / WEIGHTS, state_dict)
-    _refuse_broken(stage)
-    for path in (*stage.rglob("*"), stage):
-        flush(path)
+    try:
+        yield stage
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
     if target.exists():  # of a session that was killed between writing it and saying so
         shutil.rmtree(target)
     stage.replace(target)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -11,11 +12,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import DefaultFlowCallback
 
 from lorafit import launch
-from lorafit.errors import HealthStop, LorafitError, StopRequested
+from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
 from lorafit.run_dir import RunDir
 from lorafit.stopping import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
 from lorafit.training import checkpoints
 from lorafit.training.committing_trainer import CommittingTrainer
+from lorafit.training.disk import full_disk_is_said
 
 
 class EvaluationBrokenOff(Exception):
@@ -59,6 +61,13 @@ class StoppableTrainer(CommittingTrainer):
         """Raises StopRequested where a stop was agreed on; the step's checkpoint has been saved."""
         if self.is_stopping:
             raise self._stop.stopped(step=self.state.global_step, steps=steps, where=where)
+
+    @contextmanager
+    def _staged(self) -> Iterator[Path]:
+        """With what is said while the stage is still there, and the disk as full as it was."""
+        needed = self.room.bytes_of_one
+        with super()._staged() as stage, full_disk_is_said(stage.parent, writing="a checkpoint", needed=needed):
+            yield stage
 
     def save_stopped(self) -> None:
         """A checkpoint of the step just done, outside of a step's end."""
@@ -142,7 +151,8 @@ def ending_is_recorded(
         message = error.problems[0].message
         if isinstance(error, StopRequested) and trainer.is_world_process_zero():
             run.add_event("stopped", message, step=trainer.state.global_step)
-        record(outcome=message if isinstance(error, StopRequested) else f"stopped: {error}")
+        with suppress(OSError) if isinstance(error, DiskError) else nullcontext():
+            record(outcome=message if isinstance(error, StopRequested) else f"stopped: {error}")
         # These are agreed on by all processes. One that left now would have the others ended before that is written.
         if isinstance(error, StopRequested | HealthStop):
             trainer.accelerator.wait_for_everyone()

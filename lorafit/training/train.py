@@ -37,6 +37,7 @@ from lorafit.speed.levers import speed_up
 from lorafit.stopping import StopRequest
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set, remember, verify_result
+from lorafit.training.disk import full_disk_is_said, refuse_too_little_space, space_needed
 from lorafit.training.facts import checkpoint_room, kept_facts, model_facts, run_facts
 from lorafit.training.gather import whole_adapter
 from lorafit.training.halving import HalveBatch
@@ -45,7 +46,7 @@ from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_readin
 from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_bytes
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.rows import RowFinder
-from lorafit.training.save import full_disk_is_said, initial_adapter, write_adapter
+from lorafit.training.save import initial_adapter, write_adapter
 from lorafit.training.selftest import self_test_once
 from lorafit.training.stopping import ending_is_recorded
 from lorafit.training.trainer import LoraTrainer, planned_steps
@@ -156,6 +157,9 @@ def run_training(
         has_eval_rows=data.eval is not None,
         evaluates_first=begun.checkpoint is None,
     )
+    space = space_needed(loaded, inputs.base_files.directory)
+    if state.is_main_process:
+        refuse_too_little_space(space, run)
     with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
         model = _model_with_adapter(loaded, inputs, base=base, checkpointing=checkpointing.value)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
@@ -214,7 +218,7 @@ def run_training(
     if begun.checkpoint:
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
     facts = run_facts(recipe, inputs, run, machine=machine, bf16=bf16.value, table=table, steps=steps, begun=begun)
-    room = checkpoint_room(recipe, run, begun, started=started, kept=kept, facts=facts)
+    room = checkpoint_room(recipe, run, begun, started=started, kept=kept, facts=facts, bytes_of_one=space.checkpoint)
     with (
         stop.held(),
         ending_is_recorded(trainer, run, stop=stop, steps=steps, record=partial(_finish, run, trainer, facts)),
@@ -228,7 +232,10 @@ def run_training(
             if tested is not None:
                 run.add_event("selftest", tested.line(), step=0, figures=tested.figures())
         _finish(run, trainer, facts, outcome="running")
-        with full_disk_is_said(run.path), out_of_memory_is_said(loaded, doing=trainer.doing):
+        with (
+            full_disk_is_said(run.path, writing="a checkpoint", needed=space.checkpoint),
+            out_of_memory_is_said(loaded, doing=trainer.doing),
+        ):
             trainer.train_in(room, after=begun.checkpoint)
         trainer.leave_if_stopping(steps=steps, where=str(run.path))
         stopped_early = trainer.state.global_step < steps and recipe.early_stopping is not None
@@ -246,7 +253,7 @@ def run_training(
         if trainer.is_world_process_zero():
             tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
             reached = {"steps": trainer.state.global_step, "tokens": metrics.tokens}
-            with full_disk_is_said(run.path):
+            with full_disk_is_said(run.path, writing="the adapter", needed=space.adapter):
                 write_adapter(
                     model,
                     tokenizer,
@@ -269,7 +276,7 @@ def run_training(
         outcome="stopped early" if stopped_early else "finished",
     )
     figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
-    figures["seconds_saving"] = round(trainer.seconds_saving, 3)
+    figures |= {"checkpoints_saved": trainer.saved, "seconds_saving": round(trainer.seconds_saving, 3)}
     if halving is not None and halving.parts > 1:
         figures["on_oom"] = halving.described(trainer)
     _finish(run, trainer, facts | figures, outcome=result.outcome)
