@@ -74,7 +74,14 @@ def _is_figure(figures: dict[str, Facts], name: str) -> bool:
 
 
 def _value(value: Any) -> Html:
-    return number(value, ",.4f") if is_number(value) else joined(["not finite"])
+    if not is_number(value):
+        return joined(["not finite"])
+    return number(value, _form(value))
+
+
+def _form(value: float) -> str:
+    """Counts whole, the others with four digits or more."""
+    return "," if isinstance(value, int) else ",.4f" if abs(value) < 10 else ",.2f"
 
 
 def _difference(found: Any) -> Html:
@@ -83,10 +90,17 @@ def _difference(found: Any) -> Html:
         return DASH
     verdict = str(found.get("verdict", ""))
     css = {"worse": "warn", "better": "good"}.get(verdict, "quiet")
-    shown = element("div", number(found["mean"], "+.4f"), " ", element("span", verdict, css=css), css="whole-line")
+    shown = element(
+        "div",
+        number(found["mean"], f"+{_form(found['mean'])}"),
+        " ",
+        element("span", verdict, css=css),
+        css="whole-line",
+    )
     if not (is_number(found.get("low")) and is_number(found.get("high"))):
         return shown
-    interval = [number(found["low"], "+.4f"), " to ", number(found["high"], "+.4f")]
+    low, high = (number(found[end], f"+{_form(found[end])}") for end in ("low", "high"))
+    interval = [low, " to ", high]
     return joined([shown, element("div", *interval, css="quiet whole-line")])
 
 
@@ -118,13 +132,13 @@ def _samples(samples: Sequence[Facts]) -> Iterator[Html]:
 
 def _part(name: str, text: str) -> Html:
     rest = " …" if len(text) > MOST_LETTERS else ""
-    shown = element("div", text[:MOST_LETTERS] + rest, css="said")
+    shown = element("div", text[:MOST_LETTERS] + rest, css="said") if text else element("p", "(empty)", css="quiet")
     return element("div", element("h4", name), shown, css="whole" if name == "prompt" else "")
 
 
 def _cost(found: Facts) -> Html:
     speed = found.get("sequences_per_second")
-    rates = [(f"Sequences {what} per second", number(rate, ",.2f")) for what, rate in (speed or {}).items()]
+    rates = [(f"{what.capitalize()} per second", number(rate, ",.2f")) for what, rate in (speed or {}).items()]
     memory, seconds = found.get("peak_memory_bytes"), found.get("seconds")
     about = facts(
         [

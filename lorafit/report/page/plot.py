@@ -206,7 +206,7 @@ def _labels(plot: Plot, x: _Scale, y: _Scale) -> Iterable[Html]:
             value = series.points[-1][1] if series.points else series.intervals[-1].y
             ends.append((y(value), index, series.name, value))
     ends.sort()
-    lowest = y.start - 2 - LABEL_HEIGHT * (len(ends) - 1)
+    lowest = y.start - 14 - LABEL_HEIGHT * (len(ends) - 1)
     before = -math.inf
     for rank, (place, index, name, value) in enumerate(ends):
         before = max(before + LABEL_HEIGHT, min(place, lowest + LABEL_HEIGHT * rank), y.end + 8)

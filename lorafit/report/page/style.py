@@ -62,7 +62,7 @@ svg{display:block;width:100%;height:auto;font-family:inherit}
 .scroll{overflow-x:auto}.whole-line{white-space:nowrap}
 table{border-collapse:collapse;font-size:.9rem;margin:.3rem 0}
 th{text-align:left;font-weight:500;color:var(--muted)}
-th,td{padding:.32rem 1.6rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
+th,td{padding:.32rem 1.2rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
 tr>:last-child{padding-right:0}
 td.n,th.n{white-space:nowrap;text-align:right}
 pre,.row,.said{font:13px/1.6 ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;
