@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -141,10 +142,8 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to it and to its data loader's processes."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
 
     def said(self) -> str:
         """Its output."""

@@ -11,6 +11,10 @@ from lorafit.data.files import FileProblem, files_of, read_bytes
 from lorafit.data.readers import HubRows
 from lorafit.recipe.sections import DataSection
 
+DATE = "date that the chat template writes"
+TOKENS = "tokens of the rows"
+"""Parts of what prepared tokens are known by."""
+
 
 @dataclass(frozen=True)
 class Contents:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 import lorafit
 from lorafit.data import cache
 from lorafit.data.audit import Audit, SideAudit, side_audit
-from lorafit.data.digest import contents
+from lorafit.data.digest import DATE, TOKENS, contents
 from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.hub import hub_rows
 from lorafit.data.render import Rendered, Renderer
@@ -49,8 +49,6 @@ PARTS = {
     "tokenizer": "tokenizer",
     "special tokens": "special_tokens",
 }
-DATE = "date that the chat template writes"
-TOKENS = "tokens of the rows"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
-from lorafit.data.prepare import DATE, PreparedData, prepare
+from lorafit.data.digest import DATE
+from lorafit.data.prepare import PreparedData, prepare
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from lorafit.data.digest import TOKENS
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.load import load
@@ -132,10 +133,12 @@ def refuse_changes(loaded: LoadedRecipe, run: RunDir, checkpoint: Checkpoint, *,
     Raises RecipeError or RunDirError with a line for every difference, old -> new.
     """
     then = {name: checkpoint.facts.get(name) for name in now}
-    found = [(key.removeprefix("recipe."), change, key) for key, change in changes(then, now)]
+    found = list(changes(then, now))
+    found = [(key, change) for key, change in found if key != TOKENS] or found  # what made them other is among those
+    of_recipe = [(key.removeprefix("recipe."), change) for key, change in found if key.startswith("recipe.")]
     refuse(
-        [loaded.problem(key, change) for key, change, whole in found if whole.startswith("recipe.")],
-        [Problem(f"{run.path}: {key}", change) for key, change, whole in found if not whole.startswith("recipe.")],
+        [loaded.problem(key, change) for key, change in of_recipe],
+        [Problem(f"{run.path}: {key}", change) for key, change in found if not key.startswith("recipe.")],
     )
 
 
