@@ -37,7 +37,6 @@ def runs_out(*, after_backward: bool) -> Callable[[], None]:
 
 CASES: dict[str, tuple[dict[str, Any], Callable[[], None] | None]] = {
     "alone": ({"launch": {"num_processes": 1}, "training": SETTINGS | {"per_device_train_batch_size": 4}}, None),
-    "undisturbed": ({"health": {"on_oom": "halve_batch"}}, None),
     "forward": ({"health": {"on_oom": "halve_batch"}}, runs_out(after_backward=False)),
     "backward": ({"health": {"on_oom": "halve_batch"}}, runs_out(after_backward=True)),
     "packed alone": ({"training": PACKED | SETTINGS, "launch": {"num_processes": 1}}, None),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import pytest
 import torch
 from runs import cache_of, small_recipe
 from safetensors.torch import load_file
+from tiny import write_jsonl
 from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
@@ -311,3 +315,47 @@ def test_a_resumed_run_goes_on_in_halves(tmp_path: Path, tiny_base: Path, memory
     assert said == []
     for name, tensor in adapter(tmp_path / "undisturbed").items():
         assert torch.equal(adapter(tmp_path / "crashed")[name], tensor), name
+
+
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+from lorafit.errors import LorafitError
+from lorafit.recipe import load
+from lorafit.training.train import train
+
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+limit = pages * resource.getpagesize() + 160 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    train(load(Path(sys.argv[1])), say=print, show_progress=False, cache_dir=Path(sys.argv[2]))
+except LorafitError as error:
+    print(error)
+    sys.exit(error.exit_code)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the limit of address space is Linux's")
+@pytest.mark.parametrize("on_oom", ["stop", "halve_batch"])
+def test_memory_that_really_runs_out(on_oom: str, tmp_path: Path, tiny_base: Path) -> None:
+    settings = {"max_length": 512, "per_device_train_batch_size": 96, "max_steps": 2, "warmup_steps": 0.0}
+    loaded = small_recipe(tmp_path, tiny_base, training=settings, health={"on_oom": on_oom}, data={"eval": []})
+    rows = [{"prompt": f"{number}:", "completion": "0123456789" * 48} for number in range(96)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LIMITED, str(loaded.path), str(cache_of(tmp_path))],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    if on_oom == "stop":
+        assert done.returncode == 4, done.stdout + done.stderr
+        assert "out of memory while training: " in done.stdout.splitlines()[-1]
+        assert "training.per_device_train_batch_size: 48 with " in done.stdout.splitlines()[-1]
+    else:
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "per_device_train_batch_size 96 -> 48" in done.stdout
+        assert adapter(tmp_path)
