@@ -24,7 +24,8 @@ from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe
 from lorafit.training import selftest
 from lorafit.training.inputs import read_inputs
-from lorafit.training.selftest import SelfTest, self_test, tolerances
+from lorafit.training.selftest import SelfTest, self_test
+from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
 from lorafit.training.train import Trained, run_training
 from lorafit.training.unchanged import unchanged
