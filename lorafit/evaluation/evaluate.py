@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.durable import write_file
 from lorafit.errors import DataError, HealthStop, RecipeError
-from lorafit.evaluation.generate import OWN_TOKENS, answers, own_texts
+from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.harness import Harness
 from lorafit.evaluation.memory import scoring_tokens
 from lorafit.evaluation.models import models
@@ -66,9 +66,11 @@ def evaluate(
     measured: dict[str, _Measured] = {}
     for name, model in models(subject, with_base=section.compare_base):
         say(f"{name}: measuring")
+        measured[name] = _measure(name, model, material, harness)
         if name == "base" and material.general is None:
             material = material.with_own_texts(model, subject.tokenizer)
-        measured[name] = _measure(name, model, material, harness)
+        if material.general is not None:
+            measured[name].general = _losses(name, model, material.general, material)
         _say_speed(name, measured[name], material, say)
         del model  # the next is loaded when this one is gone
     result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
@@ -97,7 +99,8 @@ class _Material:
         table = own_texts(base, tokenizer, seed=SEED)
         sizes = [len(tokenizer.decode(ids[1:], skip_special_tokens=True).encode()) for ids in table["input_ids"]]
         own = Rows(table, ("",) * len(table), np.array(sizes, np.int64), (), ())
-        source = f"{len(table)} texts of {OWN_TOKENS} tokens that the base wrote by itself"
+        length = len(table["input_ids"][0]) - 1
+        source = f"{len(table)} texts of {length} tokens that the base wrote by itself"
         return _Material(**{**vars(self), "general": own, "general_source": source})
 
 
@@ -162,14 +165,10 @@ def _warn_of_another_split(subject: Subject, reader: RowReader, *, say: Say) -> 
 
 
 def _measure(name: str, model: PreTrainedModel | PeftModel, material: _Material, harness: Harness) -> _Measured:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    batch_tokens = scoring_tokens(inner)
     seconds: dict[str, float] = {}
     with _timed(seconds, "scored"):
-        losses = _losses(name, model, material.rows, material, batch_tokens=batch_tokens)
+        losses = _losses(name, model, material.rows, material)
     measured = _Measured(losses, seconds=seconds)
-    if material.general is not None:
-        measured.general = _losses(name, model, material.general, material, batch_tokens=batch_tokens)
     if material.generate is not None:
         with _timed(seconds, "answered"):
             written = answers(
@@ -195,9 +194,9 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = time.monotonic() - started
 
 
-def _losses(
-    name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material, *, batch_tokens: int
-) -> SequenceLosses:
+def _losses(name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material) -> SequenceLosses:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    batch_tokens = scoring_tokens(inner)
     losses = sequence_losses(model, rows.table, pad_token_id=material.pad_token_id, batch_tokens=batch_tokens)
     broken = np.flatnonzero(~np.isfinite(losses.nll))
     if len(broken):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -50,7 +51,8 @@ def _attached(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
     """
     where = str(adapter.weights)
     try:
-        adapted = PeftModel.from_pretrained(model, str(adapter.directory)).eval()
+        with warnings.catch_warnings(action="ignore"):  # of tensors that are missing: named below
+            adapted = PeftModel.from_pretrained(model, str(adapter.directory)).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:300]
         raise AdapterError(f"does not fit {adapter.base.model_name_or_path}: {said}", where=where) from error

@@ -26,7 +26,7 @@ class Rows:
     table: datasets.Dataset
     """Columns `input_ids` and `labels`."""
     where: tuple[str, ...]
-    """`file:line` of each."""
+    """`file:line` of each; of a file on disk its name, without the directories of this machine."""
     text_bytes: npt.NDArray[np.int64]
     """[S] UTF-8 bytes of the trained text, special tokens left out."""
     files: tuple[str, ...]
@@ -100,13 +100,14 @@ class RowReader:
     def _rows(self, table: datasets.Dataset | None, prepared: PreparedData) -> Rows:
         if not table:
             raise DataError("holds no rows to measure on: name others with --data FILE", where="data.eval")
-        where = [f"{prepared.files[file]}:{line}" for file, line in zip(table["file"], table["line"], strict=True)]
+        files = [Path(file).name if Path(file).is_absolute() else file for file in prepared.files]
+        where = [f"{files[file]}:{line}" for file, line in zip(table["file"], table["line"], strict=True)]
         trained = [
             [token for token, label in zip(ids, labels, strict=True) if label != NOT_TRAINED]
             for ids, labels in zip(table["input_ids"], table["labels"], strict=True)
         ]
         sizes = [len(self._text(ids).encode()) for ids in trained]
-        return Rows(table, tuple(where), np.array(sizes, np.int64), prepared.files, prepared.audit.warnings)
+        return Rows(table, tuple(where), np.array(sizes, np.int64), tuple(files), prepared.audit.warnings)
 
     def _text(self, ids: list[int]) -> str:
         return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
