@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from xml.etree import ElementTree
@@ -64,12 +65,24 @@ def test_thinning_keeps_ends_extremes_and_order(points: list[tuple[int, float]],
         assert {min(values), max(values)} <= {y for _, y in kept}
 
 
-@given(st.floats(-1e12, 1e12), st.floats(1e-9, 1e12), st.integers(2, 9))
+@given(st.floats(-1e12, 1e12), st.floats(1e-6, 1e3), st.integers(2, 9))
 @settings(max_examples=100, deadline=None)
-def test_ticks_are_few_and_lie_within(low: float, width: float, most: int) -> None:
-    if low + width > low:
-        found = ticks(low, low + width, most=most)
-        assert len(found) <= most + 1 and all(low - width * 1e-6 <= tick <= low + width * (1 + 1e-6) for tick in found)
+def test_ticks_are_few_and_lie_within(low: float, share: float, most: int) -> None:
+    width = share * max(abs(low), 1e-12)
+    found = ticks(low, low + width, most=most)
+    slack = 1e-8 * max(abs(low), width)
+    assert len(found) <= most + 1 and all(low - slack <= tick <= low + width + slack for tick in found)
+
+
+def test_a_flat_curve_is_drawn_and_so_is_one_that_varies_by_rounding(tmp_path: Path) -> None:
+    values = (5e3, 5e3 + 1e-9, 5e3)
+    lines = [json.dumps({"step": step, "loss": 2.0, "tokens_per_second": value}) for step, value in enumerate(values)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    write_report(tmp_path, out=None, rows=0)
+    for name in ("loss", "throughput"):
+        drawing = (tmp_path / f"plots/{name}.svg").read_text()
+        (path,) = re.findall(r'class="line0" d="M([^"]*)"', drawing)
+        assert len({point.split()[1] for point in path.split("L")}) == 1 and drawing.count('class="tick"') >= 4
 
 
 @given(st.floats(1e-12, 1e12), st.floats(1.1, 1e12))

@@ -21,6 +21,9 @@ WIDE, NARROW = 680, 328
 TOP, BOTTOM, LEFT, RIGHT = 28, 40, 52, 76
 LABEL_HEIGHT = 30
 
+ROUNDING = 1e-6
+"""Of its values: what a curve may vary by and still be drawn as a flat line."""
+
 Point = tuple[float, float]
 
 
@@ -149,7 +152,8 @@ def _padded(values: Sequence[float], *, is_log: bool, share: float) -> tuple[flo
     if is_log:
         factor = max((high / low) ** share, 1.1)
         return low / factor, high * factor
-    gap = (high - low) * share or (0.0 if high > low else abs(high) * 0.05 or 1.0)
+    is_flat = high - low <= ROUNDING * max(abs(low), abs(high))
+    gap = (abs(high) * 0.05 or 1.0) if is_flat else (high - low) * share
     return low - gap, high + gap
 
 

@@ -78,7 +78,7 @@ pre,.said{background:var(--soft);padding:.75rem .9rem;border-radius:6px;margin:.
 footer{margin-top:3rem;color:var(--muted);font-size:.85rem}
 @media (max-width:40rem){.wide{display:none}.narrow{display:block}main{padding:1.5rem 1rem 3rem}
 section>dl{grid-template-columns:1fr;gap:0}th,td{padding-right:1rem}section>dl>dd{margin-bottom:.5rem}}
-@media print{main{max-width:none;padding:0}section,figure{break-inside:avoid}.long{break-inside:auto}
+@media print{main{max-width:none;padding:0}figure,tr,.pair{break-inside:avoid}h2,h3{break-after:avoid}
 .scroll{overflow:visible}.wide{display:block}.narrow{display:none}}
 """
     + PLOT_STYLE

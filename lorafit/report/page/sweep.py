@@ -210,7 +210,7 @@ def _pattern(spectrum: Any) -> Iterator[Html]:
         lines = [f"  {module}: {rank}" for module, rank in pattern.items()]
         rest = ["  …"] if len(lines) > MOST_PATTERN else []
         yield element("h3", "Suggested rank of modules that want another")
-        yield element("pre", "\n".join(["rank_pattern:", *lines[:MOST_PATTERN], *rest]), css="quote long")
+        yield element("pre", "\n".join(["rank_pattern:", *lines[:MOST_PATTERN], *rest]), css="quote")
 
 
 def _rates(rates: Sequence[Facts]) -> Iterator[Html]:

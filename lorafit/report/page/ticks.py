@@ -9,9 +9,8 @@ def ticks(low: float, high: float, *, most: int) -> list[float]:
     """At most `most` multiples of 1, 2, 2.5 or 5 times a power of ten within the range."""
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10, 20) if (high - low) / (power * factor) <= most)
-    return [
-        round(index * step, 12) for index in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)
-    ]
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return [float(f"{index * step:.12g}") for index in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -91,4 +91,4 @@ def _recipe(contents: Contents) -> Html:
     if not contents.recipe:
         return Html("")
     rest = "\n…" if len(contents.recipe) > MOST_RECIPE else ""
-    return section("Recipe", element("pre", contents.recipe[:MOST_RECIPE].rstrip() + rest, css="quote long"))
+    return section("Recipe", element("pre", contents.recipe[:MOST_RECIPE].rstrip() + rest, css="quote"))
