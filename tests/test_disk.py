@@ -57,7 +57,8 @@ def test_what_a_run_writes_is_what_was_reckoned_from_the_settings(
     assert space.checkpoints == 3
     run(loaded)
     for reckoned, written in ((space.adapter, tmp_path / "run/adapter"), (space.checkpoint, committed(tmp_path)[-1])):
-        assert 0.85 * (reckoned - BESIDES) <= size(written) <= reckoned
+        least = 0.6 if method == "adalora" else 0.85  # AdaLoRA prunes
+        assert least * (reckoned - BESIDES) <= size(written) <= reckoned
 
 
 def test_too_little_space_is_said_before_the_model_is_loaded(

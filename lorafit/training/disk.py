@@ -28,8 +28,8 @@ from lorafit.training.checkpoints import KEPT_AT_LEAST
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
-_STATES = {"adamw": 2, "ademamix": 3, "adafactor": 1, "adagrad": 1, "rmsprop": 1, "lion": 1, "sgd": 0}
-"""Values that an optimizer keeps for each trained one, at most (adafactor: only for what is not a matrix)."""
+_STATES = {"adamw": 2, "ademamix": 3, "adagrad": 1, "rmsprop": 1, "lion": 1, "sgd": 0}
+"""Values that an optimizer keeps for each trained one."""
 
 BESIDES = 2**20
 """Settings, logs, random states and the tables inside the files."""
@@ -54,7 +54,6 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
     """What a run of this recipe writes, from the model's settings alone. Raises ModelError and AdapterError."""
     recipe = loaded.recipe
     base = empty_base(recipe.model, recipe.quantization, config=architecture(recipe.model))
-    embeddings = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
     # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
     plain = {"init_lora_weights": True, "eva_config": None, "corda_config": None}
     config = lora_config(recipe.lora.model_copy(update=plain), adalora=recipe.adalora, model=base, where=loaded.problem)
@@ -70,15 +69,17 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
     adapter = files + weights * (2 if recipe.lora.init_lora_weights in CHANGES_BASE_WEIGHTS else 1)
     checkpoint = files + weights + _optimizer_bytes(recipe.training.optim, trained, value_bytes=value_bytes)
     if recipe.adalora is not None:
-        checkpoint += 4 * weights  # how much each value has mattered so far, and its ranks not yet pruned
-    if any(isinstance(layer, BaseTunerLayer) for layer in (base.get_input_embeddings(), base.get_output_embeddings())):
-        # peft saves the frozen embeddings with an adapter on one of them.
-        checkpoint += sum(parameter.nbytes for layer in embeddings for parameter in layer.parameters())
+        checkpoint += weights  # how much each value has mattered so far
+    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
+        if isinstance(layer, BaseTunerLayer):  # peft saves what is frozen under an adapter on an embedding
+            checkpoint += sum(parameter.nbytes for parameter in layer.get_base_layer().parameters())
     keeps_best = recipe.training.load_best_model_at_end or recipe.early_stopping is not None
     return Space(adapter, checkpoint, max(recipe.checkpoints.keep, KEPT_AT_LEAST) + keeps_best + 1)
 
 
 def _optimizer_bytes(optimizer: str, trained: list[torch.nn.Parameter], *, value_bytes: int) -> int:
+    if optimizer == "adafactor":  # one value a row and one a column
+        return 4 * sum(sum(parameter.shape) for parameter in trained)
     states = next(count for name, count in _STATES.items() if name in optimizer)
     values = sum(parameter.numel() for parameter in trained)
     # bitsandbytes leaves tensors of less than 4,096 values as they are, and adds a scale to each block of 256.

@@ -72,7 +72,7 @@ class StoppableTrainer(CommittingTrainer):
     def save_stopped(self) -> None:
         """A checkpoint of the step just done, outside of a step's end."""
         self._save_checkpoint(self.model, None)
-        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        self.control: TrainerControl = self.callback_handler.on_save(self.args, self.state, self.control)
 
     def _maybe_log_save_evaluate(self, *rest: Any, **named: Any) -> None:
         """As the library does; of an evaluation that is broken off the checkpoint remains."""
