@@ -160,7 +160,7 @@ class FakeRun:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         self.layers.keep(indices)
         materialise(self._model, self._mode)
-        tracker = StorageTracker(kernel_temporaries() if self._on_cuda else {})
+        tracker = StorageTracker(kernel_temporaries()) if self._on_cuda else StorageTracker(round_to=1)
         self._trainer.optimizer = None
         self._trainer.create_optimizer()
         with ExitStack() as stack:
@@ -210,11 +210,15 @@ class FakeRun:
         for parameter in self.trainable:
             parameter.grad = torch.empty_like(parameter)
         tracker.place("model", "optimizer")
+        self._update()
+        gc.collect()
+
+    def _update(self) -> None:
+        """The optimizer's step, and AdaLoRA's averages of the importance of each rank."""
         self._trainer.optimizer.step()
         if isinstance(self._model.peft_config["default"], AdaLoraConfig):
             self._model.base_model.rankallocator.update_ipt(self._model)
         self._trainer.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
 
     def _one_step(self, tracker: StorageTracker, hooks: _Places, batch: Batch, *, passes: int) -> None:
         self._trainer.current_gradient_accumulation_steps = passes
@@ -229,8 +233,7 @@ class FakeRun:
             count = torch.ones((), dtype=torch.long)
             hooks.is_forward = True
             tracker.place("embedding", "activations")
-            with self._trainer.compute_loss_context_manager():
-                loss = self._trainer.compute_loss(self._model, inputs, num_items_in_batch=count)
+            loss = self._loss(inputs, count)
             hooks.is_forward = False
             tracker.place("head backward", "loss head")
             self._trainer.accelerator.backward(loss)
@@ -239,10 +242,13 @@ class FakeRun:
         if self._recipe.training.max_grad_norm > 0:
             self._trainer._clip_grad_norm(self._model)
         tracker.place("optimizer", "temporary")
-        self._trainer.optimizer.step()
+        self._update()
         for watch in watched:
             watch.remove()
-        self._trainer.optimizer.zero_grad(set_to_none=True)
+
+    def _loss(self, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
+        with self._trainer.compute_loss_context_manager():
+            return self._trainer.compute_loss(self._model, inputs, num_items_in_batch=count)
 
     def _evaluate(self, tracker: StorageTracker, batch: Batch) -> None:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")

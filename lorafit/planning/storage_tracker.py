@@ -41,8 +41,9 @@ class StorageTracker(TorchDispatchMode):
     each label with what it was made of. `trace` is every allocation (number, bytes) and release (number, -bytes).
     """
 
-    def __init__(self, temporaries: dict[Any, Temporary] | None = None) -> None:
+    def __init__(self, temporaries: dict[Any, Temporary] | None = None, *, round_to: int = ROUND) -> None:
         super().__init__()
+        self._round_to = round_to
         self.temporaries = temporaries or {}
         self.moments: dict[str, Moment] = {}
         self.trace: list[tuple[int, int]] = []
@@ -79,7 +80,7 @@ class StorageTracker(TorchDispatchMode):
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
-        size = -(-storage.nbytes() // ROUND) * ROUND
+        size = self._rounded(storage.nbytes())
         if key in self._blocks or not size:
             return
         self._count += 1
@@ -101,7 +102,7 @@ class StorageTracker(TorchDispatchMode):
     def resized(self, storage: torch.UntypedStorage) -> None:
         """A storage that changed its size, as FSDP2's gathered weights do."""
         block = self._blocks.get(storage._cdata)
-        size = -(-storage.nbytes() // ROUND) * ROUND
+        size = self._rounded(storage.nbytes())
         if block is None or block.size == size:
             return
         if block.size:
@@ -113,6 +114,9 @@ class StorageTracker(TorchDispatchMode):
             block.number = self._count
             self.trace.append((block.number, size))
             self._look(0)
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self._round_to) * self._round_to
 
     def _change(self, part: str, size: int) -> None:
         self.live += size
@@ -126,7 +130,7 @@ class StorageTracker(TorchDispatchMode):
                 moment.parts["temporary"] = moment.parts.get("temporary", 0) + temporary
 
     def _take_temporarily(self, size: int) -> None:
-        size = -(-size // ROUND) * ROUND
+        size = self._rounded(size)
         self._look(size)
         self._count += 1
         self.trace += [(self._count, size), (self._count, -size)]

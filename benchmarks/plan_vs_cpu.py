@@ -1,0 +1,247 @@
+"""Predicted peak memory of a training step beside what torch's CPU allocator gives out for the same step.
+
+    python benchmarks/plan_vs_cpu.py [--quick]
+
+Both sides build the same model, adapter, trainer and optimizer through lorafit's builders; one runs them on fake
+tensors under the tracker, the other on real ones under the profiler. Ends with exit code 1 when one is off by 0.5 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import multiprocessing
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
+
+from lorafit.planning import fake_step
+from lorafit.planning.depth import whole_step
+from lorafit.planning.empty_base import quantization_state
+from lorafit.planning.fake_model import materialise
+from lorafit.planning.fake_step import Batch, FakeRun
+from lorafit.recipe import LoadedRecipe, load
+
+ALLOWED = 0.005
+MIB = 2**20
+TINY = LlamaConfig(
+    vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+SIXTY_MILLION = LlamaConfig(
+    vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=4096, tie_word_embeddings=False,
+)  # fmt: skip
+MODELS = {"tiny": TINY, "60M": SIXTY_MILLION}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: a batch and what of the recipe is not the default."""
+
+    name: str
+    model: str = "tiny"
+    rows: fake_step.Rows = "full"
+    size: int = 4
+    length: int = 512
+    passes: int = 1
+    checkpointing: bool = False
+    bf16: bool = True
+    keys: tuple[str, ...] = field(default=())
+
+
+QLORA = ("quantization.load_in_4bit=true",)
+ADALORA = ("adalora.target_r=8", "adalora.init_r=12", "adalora.tinit=1", "adalora.tfinal=1")
+CASES = (
+    Case("lora"),
+    Case("lora float32", bf16=False),
+    Case("lora checkpointing", checkpointing=True),
+    Case("lora peft's path", keys=("speed.fused_lora=false",)),
+    Case("lora padded", rows="padded"),
+    Case("lora packed", rows="packed", keys=("training.packing=true",)),
+    Case("lora accumulating", passes=2),
+    Case("lora short", length=64),
+    Case("lora long", size=1, length=2048),
+    Case("lora r 1", keys=("lora.r=1",)),
+    Case("lora r 64 attention", keys=("lora.r=64", 'lora.target_modules=["q_proj","v_proj"]')),
+    Case("lora dropout", keys=("lora.lora_dropout=0.1",)),
+    Case("lora adamw_torch", keys=("training.optim=adamw_torch",)),
+    Case("lora sgd", keys=("training.optim=sgd",)),
+    Case("lora adafactor", keys=("training.optim=adafactor",)),
+    Case("lora adamw_8bit r 64", keys=("training.optim=adamw_8bit", "lora.r=64")),
+    Case("lora+ ", keys=("optimizer.loraplus_lr_ratio=16",)),
+    Case("dora", keys=("lora.use_dora=true",)),
+    Case("dora checkpointing", checkpointing=True, keys=("lora.use_dora=true",)),
+    Case("adalora", keys=ADALORA),
+    Case("qlora", keys=QLORA),
+    Case("qlora checkpointing", checkpointing=True, keys=QLORA),
+    Case("60M lora", model="60M", size=2),
+    Case("60M lora checkpointing", model="60M", size=2, checkpointing=True),
+    Case("60M lora padded", model="60M", size=2, rows="padded"),
+    Case("60M dora checkpointing", model="60M", size=2, checkpointing=True, keys=("lora.use_dora=true",)),
+    Case("60M qlora checkpointing", model="60M", size=2, checkpointing=True, keys=QLORA),
+    Case("60M lora long", model="60M", size=1, length=2048, checkpointing=True),
+    Case("60M adalora", model="60M", size=2, keys=ADALORA),
+)
+QUICK = (
+    "lora",
+    "lora checkpointing",
+    "lora padded",
+    "lora packed",
+    "dora",
+    "adalora",
+    "qlora checkpointing",
+    "60M lora",
+)
+
+
+def recipe_of(case: Case, directory: Path) -> LoadedRecipe:
+    """The recipe of a case; its model is given by the architecture, its rows by the batch."""
+    path = directory / "case.yaml"
+    path.write_text("model: {model_name_or_path: stand-in}\ndata: {train: [{path: rows.jsonl}]}\n", encoding="utf-8")
+    return load(path, overrides=[f"training.gradient_accumulation_steps={case.passes}", *case.keys])
+
+
+def predicted(case: Case) -> int:
+    """Bytes at the peak, from fake tensors."""
+    with _built(case, FakeRun) as run:
+        batch = Batch(case.rows, case.size, case.length)
+        return whole_step(run, batch, eval_batch=None, passes=case.passes, replay=False).peak.total
+
+
+def measured(case: Case) -> int:
+    """Bytes at the peak, from real ones."""
+    with _built(case, RealRun) as run:
+        return run.measure(Batch(case.rows, case.size, case.length), passes=case.passes)
+
+
+@contextlib.contextmanager
+def _built(case: Case, kind: type[FakeRun]) -> Iterator[Any]:
+    config = MODELS[case.model].__class__(**MODELS[case.model].to_dict())
+    config.dtype = torch.bfloat16 if case.bf16 else torch.float32
+    with tempfile.TemporaryDirectory() as directory:
+        loaded = recipe_of(case, Path(directory))
+        yield kind(loaded, config=config, bf16=case.bf16, checkpointing=case.checkpointing, on_cuda=False)
+
+
+class RealRun(FakeRun):
+    """The same run with memory."""
+
+    def measure(self, batch: Batch, *, passes: int) -> int:
+        """What lies in memory, and the most that a step after the first allocates beside it."""
+        fake_step._inputs = _real_inputs
+        materialise(self._model, contextlib.nullcontext())
+        self._fill()
+        self._trainer.create_optimizer()
+        silent = SimpleNamespace(place=lambda *_: None, name=lambda *_: None)
+        self._first_optimizer_step(silent)
+        hooks = SimpleNamespace(is_forward=False)
+        self._one_step(silent, hooks, batch, passes=passes)  # kernels keep what they have prepared
+        gc.collect()
+        static = self._static_bytes()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+            self._one_step(silent, hooks, batch, passes=passes)
+        events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return static + most
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0, 0.02)
+        for module in self._model.modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is not None:
+                state.code = bnb.functional.get_4bit_type(state.quant_type, device="cpu")
+                for scale in quantization_state(module):
+                    scale.zero_()
+                if state.nested:
+                    state.state2.code = bnb.functional.create_dynamic_map()
+
+    def _static_bytes(self) -> int:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors += [scale for module in self._model.modules() for scale in quantization_state(module)]
+        states = (state for states in self._trainer.optimizer.state.values() for state in states.items())
+        tensors += [value for name, value in states if isinstance(value, torch.Tensor) and not name.startswith("qmap")]
+        if ranks := getattr(self._model.base_model, "rankallocator", None):
+            for averages in (ranks.ipt, ranks.exp_avg_ipt, ranks.exp_avg_unc):
+                tensors += averages.values()
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _real_inputs(batch: Batch) -> dict[str, Any]:
+    shape = (batch.size, batch.length)
+    ids = torch.randint(0, 264, shape)
+    if batch.rows != "packed":
+        mask = torch.ones(shape, dtype=torch.long)
+        if batch.rows == "padded":
+            mask[0, -7:] = 0
+        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+    bounds = torch.arange(0, ids.numel() + 1, batch.length, dtype=torch.int32)
+    return {
+        "input_ids": ids.view(1, -1),
+        "labels": ids.clone().view(1, -1),
+        "position_ids": torch.arange(batch.length).repeat(batch.size)[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": batch.length,
+        "max_length_k": batch.length,
+        "seq_idx": torch.arange(batch.size, dtype=torch.int32).repeat_interleave(batch.length)[None],
+    }
+
+
+def apart(what: Callable[[Case], int], case: Case) -> int:
+    """In a process of its own, forked from this one: what planning replaces in the libraries ends with it."""
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+
+    def work() -> None:
+        warnings.filterwarnings("ignore")
+        torch.manual_seed(0)
+        answers.put(what(case))
+
+    process = context.Process(target=work)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise RuntimeError(f"{case.name}: {what.__name__} ended with {process.exitcode}")
+    return answers.get()
+
+
+def main() -> int:
+    """The table; 1 when a case is off by more than ALLOWED."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few cases")
+    chosen = parser.parse_args()
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    errors = []
+    print(f"{'case':<26} {'predicted':>12} {'measured':>12}     off")
+    for case in CASES:
+        if chosen.quick and case.name not in QUICK:
+            continue
+        one, other = apart(predicted, case), apart(measured, case)
+        errors.append(abs(one / other - 1))
+        print(f"{case.name:<26} {one / MIB:>8.2f} MiB {other / MIB:>8.2f} MiB {one / other - 1:>+7.3%}", flush=True)
+    print(f"{len(errors)} cases, the furthest off by {max(errors):.3%}; allowed {ALLOWED:.1%}")
+    return int(max(errors) > ALLOWED)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
