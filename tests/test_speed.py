@@ -253,7 +253,7 @@ def test_fused_lora_moves_half_of_what_peft_moves_for_the_adapter() -> None:
         llama_config(),
         Qwen3Config(**SMALL, **HEADS),
         MistralConfig(**SMALL, **HEADS, sliding_window=6),
-        GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4),
+        GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4, attn_pdrop=0.0),
     ],
     ids=["llama", "qwen3", "sliding window", "gpt2"],
 )
@@ -295,9 +295,15 @@ def test_a_model_that_drops_the_bounds_of_documents_keeps_its_attention() -> Non
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_capped_attention_keeps_its_own_way() -> None:
-    model = built(Gemma2Config(**SMALL, **HEADS))
-    assert use_varlen_attention(model, dtype=torch.float32) == "attention is eager"
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(**SMALL, **HEADS), "attention is eager"),
+        (GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4), "the model drops attention out (attn_pdrop)"),
+    ],
+)
+def test_attention_of_another_kind_is_left_alone(config: Any, reason: str) -> None:
+    assert use_varlen_attention(built(config), dtype=torch.float32) == reason
 
 
 LEVERS = {

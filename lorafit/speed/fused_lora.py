@@ -161,7 +161,8 @@ def fuse(model: PeftModel) -> tuple[int, dict[str, int]]:
 
     Nothing else of a layer changes: what saves, merges or unloads it sees peft's own.
     """
-    fused, kept = 0, {}
+    fused = 0
+    kept: dict[str, int] = {}
     for layer in model.modules():
         if type(layer) not in _FUSED:
             continue

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from peft import PeftModel
 
 from lorafit.recipe.sections import SpeedSection
-from lorafit.speed.answer_head import use_answer_head
 from lorafit.speed.answer_head import why_not as why_no_answer_head
 from lorafit.speed.fused_lora import fuse
 from lorafit.speed.varlen_attention import use_varlen_attention
 
 
+@dataclass(frozen=True)
+class Levers:
+    """What was settled."""
+
+    lines: tuple[str, ...]
+    """For people: each lever that is on, or why it is not."""
+
+    answer_head: bool
+    """For the trainer to put on: its base class puts TRL's own head on every model it is given."""
+
+
 def speed_up(
     model: PeftModel, section: SpeedSection, *, packing: bool, compiled: bool, is_whole: bool, dtype: torch.dtype
-) -> tuple[str, ...]:
-    """Pull the levers that the section allows and this model takes; one line for each that is on, or why it is not.
+) -> Levers:
+    """Pull the levers that the section allows and this model takes.
 
-    Called when TRL has put its head on the model. `dtype` is what products are computed in; `is_whole` is false where
-    FSDP or ZeRO spread the weights over processes, whose own hooks the levers would pass by.
+    `dtype` is what products are computed in; `is_whole` is false where FSDP or ZeRO spread the weights over processes,
+    whose own hooks the levers would pass by.
     """
     base = model.get_base_model()
     wanted = {
@@ -29,8 +41,8 @@ def speed_up(
     names = [name for name, is_wanted in wanted.items() if is_wanted]
     if not is_whole or compiled:
         why = "torch_compile fuses by itself" if compiled else "the weights are spread over processes"
-        return (f"plain path for {', '.join(names)}: {why}",) if names else ()
-    lines = []
+        return Levers((f"plain path for {', '.join(names)}: {why}",) if names else (), answer_head=False)
+    lines, answer_head = [], False
     if "packed attention by document" in names:
         reason = use_varlen_attention(base, dtype=dtype)
         lines.append(_line("packed attention by document", reason))
@@ -42,10 +54,9 @@ def speed_up(
         )
     if "answer head" in names:
         reason = why_no_answer_head(base)
-        if reason is None:
-            use_answer_head(base)
+        answer_head = reason is None
         lines.append(_line("answer head", reason))
-    return tuple(lines)
+    return Levers(tuple(lines), answer_head)
 
 
 def _line(lever: str, reason: str | None) -> str:

@@ -20,6 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 NAME = "lorafit_varlen"
 
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""Dropout of attention by the names of transformers' configs."""
+
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -33,40 +36,44 @@ def packed_attention(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     scaling: float | None = None,
-    dropout: float = 0.0,
     sliding_window: int | None = None,
     **named: Any,
 ) -> tuple[torch.Tensor, None]:
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d]; transformers' attention call."""
-    if cu_seq_lens_q is None or attention_mask is not None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **named
-        )
+    if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
+    is_grouped = query.shape[1] != key.shape[1]
     if query.is_cuda:
+        by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
         out = varlen_attn(
-            *(states[0].transpose(0, 1) for states in (query, key, value)),
+            by_token[0],
+            by_token[1],
+            by_token[2],
             cu_seq_lens_q,
             cu_seq_lens_q,
             max_length_q,
             max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=is_grouped,
         )
+        assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
         return out[None], None
-    bounds = cu_seq_lens_q.tolist()
-    documents = [
-        scaled_dot_product_attention(
-            query[:, :, start:end],
-            key[:, :, start:end],
-            value[:, :, start:end],
-            attn_mask=_window(end - start, sliding_window),
-            is_causal=_window(end - start, sliding_window) is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+    documents = []
+    for start, end in pairwise(cu_seq_lens_q.tolist()):
+        own = slice(start, end)
+        mask = _window(end - start, sliding_window)
+        documents.append(
+            scaled_dot_product_attention(
+                query[:, :, own],
+                key[:, :, own],
+                value[:, :, own],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=is_grouped,
+            )
         )
-        for start, end in pairwise(bounds)
-    ]
     return torch.cat(documents, dim=2).transpose(1, 2), None
 
 
@@ -100,6 +107,9 @@ def use_varlen_attention(model: PreTrainedModel, *, dtype: torch.dtype) -> str |
     config = model.config.get_text_config()
     if config._attn_implementation != "sdpa":
         return f"attention is {config._attn_implementation}"
+    dropout = next((name for name in _DROPOUTS if getattr(config, name, 0)), None)
+    if dropout is not None:
+        return f"the model drops attention out ({dropout})"
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
     if strange:
         return f"the model has layers of {strange[0]}"
