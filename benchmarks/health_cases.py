@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -120,14 +121,18 @@ def watch(case: Case, directory: Path, *, cache: Path) -> Watched:
     for section, keys in case.recipe.items():
         recipe[section] = recipe.get(section, {}) | keys
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    outcome = "finished"
+    outcome, events = "finished", []
     with (case.inject or contextlib.nullcontext)():
         try:
             loaded = load(directory / "recipe.yaml")
             run_training(loaded, say=lambda _: None, show_progress=False, cache_dir=cache)
         except LorafitError as error:
             outcome = f"exit {error.exit_code}"
-    return Watched(case, _lines(directory / "run/events.jsonl"), _lines(directory / "run/metrics.jsonl"), outcome)
+            rule = re.search(r"health\.(\w+): warn", str(error))
+            if rule:  # the self-test before the first step leaves no run directory
+                events = [{"step": 0, "rule": rule[1], "message": str(error)}]
+    events = _lines(directory / "run/events.jsonl") or events
+    return Watched(case, events, _lines(directory / "run/metrics.jsonl"), outcome)
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

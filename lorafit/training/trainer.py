@@ -125,6 +125,11 @@ class LoraTrainer(StoppableTrainer):
         nll, tokens = per_document.sum(dim=0)
         return nll / tokens.clamp(min=1), None, None
 
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Only of finite weights, so that a run can go on from its newest checkpoint."""
+        if self._health.may_save(model, step=self.state.global_step):
+            super()._save_checkpoint(model, trial)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         """As the library saves, without its pickle of all arguments: nothing reads it, and it can hold a token."""
         super()._save(output_dir, state_dict)

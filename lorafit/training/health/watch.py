@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorafit.errors import HealthStop
+from lorafit.errors import HealthStop, VerificationError
 from lorafit.recipe import Recipe
 from lorafit.run_dir import RunDir
 from lorafit.training.health.causes import Setting
@@ -72,22 +72,40 @@ class HealthWatch(TrainerCallback):
             finding = broken if self._is_new("on_nan") else finding
         self._act(finding, step=state.global_step)
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Weight decay alone moves every weight. Raises VerificationError when there never was a gradient."""
+        norms = [point.grad_norm for point in self._history.points if point.grad_norm is not None]
+        if norms and max(norms) == 0:
+            mend = "look at the trained tokens with `lorafit preview`, at lora.target_modules and the adapter's scale"
+            raise VerificationError(f"every logged gradient was zero: nothing was learned; {mend}", where="training")
+
+    def may_save(self, model: nn.Module, *, step: int) -> bool:
+        """Whether the adapter is finite in every process; a checkpoint of any other would only be gone on from.
+
+        Raises HealthStop.
+        """
+        assert self._setting is not None
+        finite = all(torch.isfinite(_local(p.detach())).all() for p in model.parameters() if p.requires_grad)
+        if not reduce(torch.tensor(float(not finite), device=PartialState().device)):
+            return True
+        finding = not_finite(
+            "the adapter is not finite", [], weights=weights_of(model), history=self._history, setting=self._setting
+        )
+        self._act(finding if self._is_new("on_nan") else None, step=step)
+        return False
+
     def broken_step(self, found: list[tuple[str, dict[str, Any]]], model: nn.Module, *, step: int) -> None:
         """Called by all processes when a loss or gradient norm is not finite in any, before any weight is touched.
 
         `found` are the words and the batch of each in this process. Raises HealthStop.
         """
-        assert self._setting is not None
-        every = gather_object([(what, row) for what, batch in found for row in self._rows_of_batch(batch)])
+        setting = self._setting or setting_of(self._recipe, model, total_steps=step)  # None in a self-test
+        every = gather_object([(what, self._rows_of_batch(batch)) for what, batch in found])
         # One broken loss breaks the gradient everywhere: name the rows it came from, not all rows of the step.
-        every = [(what, row) for what, row in every if what.startswith("loss")] or every
-        finding = not_finite(
-            every[0][0],
-            [row for _, row in every],
-            weights=weights_of(model),
-            history=self._history,
-            setting=self._setting,
-        )
+        every = [(what, rows) for what, rows in every if what.startswith("loss")] or every
+        rows = [row for _, found_rows in every for row in found_rows]
+        weights = weights_of(model)
+        finding = not_finite(every[0][0], rows, weights=weights, history=self._history, setting=setting)
         self._act(finding if self._is_new("on_nan") else None, step=step)
 
     def _judge(self, setting: Setting) -> Finding | None:
