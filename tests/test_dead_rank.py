@@ -59,7 +59,11 @@ def training(directory: Path, base: Path, **sections: Any) -> Together:
     return Together(directory, process, workers)
 
 
-def assert_stopped(run: Together, *, within_seconds: float = 10) -> None:
+LOADED = 25
+"""Seconds in which all is over also where ten others want the same cores; torch's launcher would kill after 30."""
+
+
+def assert_stopped(run: Together) -> None:
     code, out, err, seconds = run.ended()
     newest = newest_verified(run.directory / "run" / "checkpoints").newest
     assert newest is not None
@@ -67,7 +71,7 @@ def assert_stopped(run: Together, *, within_seconds: float = 10) -> None:
         f"stopped at {newest.step}/1000000; go on with `lorafit train {run.directory}/recipe.yaml --quiet --resume`"
     )
     assert (code, out, err) == (75, "", f"error: {run.directory}/run: {message}\n")
-    assert seconds < within_seconds
+    assert seconds < LOADED
     assert run.outcome() == message
     assert {path.name for path in (run.directory / "run").iterdir()} == {
         *("recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints")
@@ -89,7 +93,7 @@ def test_a_process_that_is_killed_ends_the_run_and_is_named_once(rank: int, tmp_
     code, out, err, seconds = run.ended()
     killed = f"process {rank} was killed by SIGKILL (out of memory?); the others were ended"
     assert (code, out, err) == (4, "", f"error: launch: {killed}\n")
-    assert seconds < 15
+    assert seconds < LOADED
     # Killed, the first process can say nothing.
     assert run.outcome().startswith("ended after step " if rank else "running")
     assert not (tmp_path / "run" / "run.lock").exists()
@@ -140,7 +144,7 @@ def test_a_request_at_any_time_of_the_start_ends_all(seconds: float, tmp_path: P
     code, out, err, took = Together(tmp_path, process, workers).ended()
     assert (code, out) == (75, "")
     assert len(err.splitlines()) == 1 and "stopped" in err
-    assert took < 10
+    assert took < LOADED
 
 
 FAILS = """

