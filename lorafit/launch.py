@@ -109,6 +109,15 @@ def _threads(count: int, *, gpus: int) -> int:
     return 1 if gpus else max(1, cores // count)
 
 
+def environment_beside(index: int, *, count: int, gpus: int) -> dict[str, str]:
+    """The environment of one of `count` processes that work side by side: one GPU, or its share of the cores."""
+    own = {"OMP_NUM_THREADS": str(_threads(count, gpus=gpus))}
+    if gpus:
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        own["CUDA_VISIBLE_DEVICES"] = seen[index % len(seen)]
+    return dict(os.environ) | own
+
+
 def replace_this_process(command: list[str]) -> None:
     """Become `command`: no shell, and no parent left behind to hold memory or a GPU."""
     sys.stdout.flush()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from forked import Child
+
 from lorafit.errors import MachineError
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.sweep import study as studies
@@ -79,6 +79,17 @@ def test_of_many_processes_that_claim_at_once_one_has_the_work(tmp_path: Path) -
     for child in children:
         assert child.wait() == 0, child.said()
     assert sorted("".join(file.read_text() for file in tmp_path.glob("*.won"))) == list("01234")
+
+
+def test_processes_that_open_a_new_database_at_once_all_find_it(tmp_path: Path) -> None:
+    start = time.time() + 1.0
+
+    def open_it() -> None:
+        time.sleep(max(0.0, start - time.time()))
+        assert Study(f"sqlite:///{tmp_path / 'study.db'}", "s").outcomes() == {}
+
+    children = [Child(open_it, log=tmp_path / f"{number}.log") for number in range(4)]
+    assert [child.wait() for child in children] == [0] * 4
 
 
 def test_the_work_of_a_dead_process_is_taken_over_at_once(storage: str, tmp_path: Path) -> None:

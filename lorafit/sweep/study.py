@@ -87,8 +87,7 @@ class Study:
         self._last_beats: dict[int, tuple[Any, float]] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_is_there(storage), _without_notices():
-            self.storage = _opened(storage)
-            self.study = optuna.create_study(storage=self.storage, study_name=name, load_if_exists=True)
+            self.storage, self.study = _opened(storage, name)
         self._id = self.study._study_id
 
     def outcomes(self) -> dict[str, Outcome]:
@@ -192,12 +191,21 @@ class Claim:
                 return
 
 
-def _opened(storage: str) -> BaseStorage:
-    if "://" in storage:
-        return get_storage(storage)
-    path = Path(storage).absolute()  # the lock file is a link to it
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return JournalStorage(JournalFileBackend(str(path)))
+def _opened(storage: str, name: str, *, tries: int = 4) -> tuple[BaseStorage, optuna.Study]:
+    """Of two processes that make the tables of a new database at the same time, one fails and finds them made."""
+    try:
+        if "://" in storage:
+            opened = get_storage(storage)
+        else:
+            path = Path(storage).absolute()  # the lock file is a link to it
+            path.parent.mkdir(parents=True, exist_ok=True)
+            opened = JournalStorage(JournalFileBackend(str(path)))
+        return opened, optuna.create_study(storage=opened, study_name=name, load_if_exists=True)
+    except (OptunaError, SQLAlchemyError):
+        if tries == 1:
+            raise
+        time.sleep(0.3)
+        return _opened(storage, name, tries=tries - 1)
 
 
 @contextmanager

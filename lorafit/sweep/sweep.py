@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.durable import write_file
-from lorafit.errors import DataError, HealthStop, Problem, RecipeError
+from lorafit.errors import DataError, HealthStop, Problem, RecipeError, StopRequested
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
 from lorafit.run_dir import RunDir
+from lorafit.stopping import StopRequest
 from lorafit.sweep.largest import cut_to_smaller_ranks
 from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
 from lorafit.sweep.result import SweepResult
@@ -38,10 +39,17 @@ POLL = 1.0
 JOURNAL, FACTS = "study.journal", "study.json"
 
 
-def rank_sweep(loaded: LoadedRecipe, *, storage: str | None, say: Say, cache_dir: Path | None) -> SweepResult:
+def rank_sweep(
+    loaded: LoadedRecipe,
+    *,
+    storage: str | None,
+    say: Say,
+    cache_dir: Path | None,
+    new_stop: Callable[[], StopRequest] = StopRequest,
+) -> SweepResult:
     """The smallest rank that is as good as the largest; a sweep that was begun goes on, beside others of its storage.
 
-    Raises RecipeError, DataError, ModelError, RunDirError, MachineError.
+    Raises every LorafitError of training, and MachineError where the storage cannot be reached.
     """
     refuse_what_cannot_be_swept(loaded)
     refuse_what_this_machine_lacks(loaded, this_machine())
@@ -59,10 +67,13 @@ def rank_sweep(loaded: LoadedRecipe, *, storage: str | None, say: Say, cache_dir
     study = Study(storage or str(out / JOURNAL), study_name(facts))
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / FACTS, json.dumps(facts, indent=2) + "\n")
-    bench = Bench(loaded, inputs, cache_dir=cache_dir, say=say)
-    rate = tuned(loaded, study, bench, out=out, wait=_wait)
-    decision = _search(loaded, study, bench, out=out, tuned=rate)
-    return write_sweep(loaded, decision, study, bench, out=out, tuned=rate, wait=_wait)
+    bench = Bench(loaded, inputs, cache_dir=cache_dir, say=say, new_stop=new_stop)
+    try:
+        rate = tuned(loaded, study, bench, out=out, wait=_wait)
+        decision = _search(loaded, study, bench, out=out, tuned=rate)
+        return write_sweep(loaded, decision, study, bench, out=out, tuned=rate, wait=_wait)
+    except KeyboardInterrupt as interrupt:
+        raise StopRequested("stopped between two trials; the same command goes on", where=str(out)) from interrupt
 
 
 def refuse_what_cannot_be_swept(loaded: LoadedRecipe) -> None:

@@ -22,6 +22,7 @@ from lorafit.errors import HealthStop, RecipeError
 from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.run_dir import RunDir
+from lorafit.stopping import StopRequest
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import peak_memory_bytes
@@ -64,8 +65,17 @@ def trial_recipe(
 class Bench:
     """What all trials of a process share: the rows, and the base model, loaded once."""
 
-    def __init__(self, loaded: LoadedRecipe, inputs: RunInputs, *, cache_dir: Path | None, say: Say) -> None:
-        self.inputs, self.cache_dir, self.say = inputs, cache_dir, say
+    def __init__(
+        self,
+        loaded: LoadedRecipe,
+        inputs: RunInputs,
+        *,
+        cache_dir: Path | None,
+        say: Say,
+        new_stop: Callable[[], StopRequest],
+    ) -> None:
+        """`new_stop` listens for requests to stop one trial: what was heard of one is no matter of the next."""
+        self.inputs, self.cache_dir, self.say, self.new_stop = inputs, cache_dir, say, new_stop
         self._recipe = loaded.recipe
         self._base: PreTrainedModel | None = None
         lora = loaded.recipe.lora
@@ -125,6 +135,7 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
                 base=base,
                 watchers=(marks,),
                 begin="restart",
+                stop=bench.new_stop(),
             )
         except _Paused:
             pass
