@@ -23,8 +23,6 @@ class Change:
 
     what: str
     keys: Changes
-    keeps_the_run: bool
-    """Whether the same is learned from the same data: such changes are made first, and only they by themselves."""
 
 
 def proposals(estimate: Estimate, *, config: PreTrainedConfig, count: int) -> Iterator[Change]:
@@ -32,36 +30,29 @@ def proposals(estimate: Estimate, *, config: PreTrainedConfig, count: int) -> It
     recipe = estimate.recipe
     training, lora = recipe.training, recipe.lora
     if not estimate.checkpointing:
-        yield Change(
-            "recompute activations in the backward pass", {"training.gradient_checkpointing": True}, keeps_the_run=True
-        )
+        yield Change("recompute activations in the backward pass", {"training.gradient_checkpointing": True})
     if estimate.peak_at == "evaluation" and training.per_device_eval_batch_size > 1:
-        yield Change("evaluate one row at a time", {"training.per_device_eval_batch_size": 1}, keeps_the_run=True)
+        yield Change("evaluate one row at a time", {"training.per_device_eval_batch_size": 1})
     yield from _smaller_batches(recipe)
     if training.optim.startswith("adamw_torch"):
-        yield Change("optimizer states in 8 bits", {"training.optim": "paged_adamw_8bit"}, keeps_the_run=False)
-    if recipe.quantization is None:
-        keys: Changes = {"quantization.load_in_4bit": True}
-        if recipe.launch.strategy == "fsdp2":
-            keys["quantization.bnb_4bit_quant_storage"] = "bfloat16"
-        yield Change("base weights in 4 bits (QLoRA)", keys, keeps_the_run=False)
-    if count > 1 and recipe.launch.strategy == "ddp":
-        keys = {"launch.strategy": "fsdp2", "launch.num_processes": count}
-        if recipe.quantization is not None:
-            keys["quantization.bnb_4bit_quant_storage"] = "bfloat16"
-        yield Change(f"weights spread over {count} GPUs", keys, keeps_the_run=True)
+        yield Change("optimizer states in 8 bits", {"training.optim": "paged_adamw_8bit"})
+    if count > 1 and recipe.launch.strategy == "ddp" and recipe.quantization is None:
+        keys: Changes = {"launch.strategy": "fsdp2", "launch.num_processes": count}
+        yield Change(f"weights spread over {count} GPUs (FSDP2)", keys)
+    if recipe.quantization is None and recipe.launch.strategy == "ddp":
+        yield Change("base weights in 4 bits (QLoRA)", {"quantization.load_in_4bit": True})
     if lora.use_dora:
-        yield Change("plain LoRA instead of DoRA", {"lora.use_dora": False}, keeps_the_run=False)
+        yield Change("plain LoRA instead of DoRA", {"lora.use_dora": False})
     if recipe.adalora is None and lora.r > LOW_RANK:
         keys = {"lora.r": LOW_RANK}
         if lora.lora_alpha is not None:
             keys["lora.lora_alpha"] = max(1, lora.lora_alpha * LOW_RANK // lora.r)
-        yield Change(f"rank {LOW_RANK}", keys, keeps_the_run=False)
+        yield Change(f"rank {LOW_RANK}", keys)
     attention = list(target_table(config).attention().names)
     if lora.target_modules == "all-linear" and attention:
-        yield Change("adapters on attention only", {"lora.target_modules": attention}, keeps_the_run=False)
+        yield Change("adapters on attention only", {"lora.target_modules": attention})
     if training.max_length >= 512:
-        yield Change("rows half as long", {"training.max_length": training.max_length // 2}, keeps_the_run=False)
+        yield Change("rows half as long", {"training.max_length": training.max_length // 2})
 
 
 def _smaller_batches(recipe: Recipe) -> Iterator[Change]:
@@ -74,7 +65,7 @@ def _smaller_batches(recipe: Recipe) -> Iterator[Change]:
                 "training.gradient_accumulation_steps": passes * size // smaller,
             }
             what = f"{smaller} row{'s' * (smaller > 1)} at once, {size * passes} a step as before"
-            yield Change(what, keys, keeps_the_run=True)
+            yield Change(what, keys)
 
 
 def advice(estimator: Estimator, estimate: Estimate, *, config: PreTrainedConfig) -> tuple[Advice, ...]:

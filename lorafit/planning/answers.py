@@ -56,7 +56,7 @@ def answer(question: Question) -> Plan:
         advice=advice(estimator, estimate, config=config) if wants_advice else (),
         largest=largest_that_fit(estimator, recipe, longest=longest) if question.with_largest else (),
         fixed=_fixed(estimator, estimate, config) if question.with_fix else None,
-        notes=tuple(notes(recipe, config)),
+        notes=tuple(notes(recipe, config, count=question.count)),
     )
 
 

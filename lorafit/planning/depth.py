@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafit.planning.allocator import most_reserved
-from lorafit.planning.fake_step import Batch, FakeRun, Measured
+from lorafit.planning.fake_step import Batch, FakeRun, Measured, SpreadRun
 from lorafit.planning.roofline import Work
 from lorafit.planning.storage_tracker import Moment
 
@@ -35,14 +35,16 @@ class _Deeper:
     count: int
 
 
-def whole_step(run: FakeRun, batch: Batch, *, eval_batch: Batch | None, passes: int, replay: bool) -> WholeStep:
+def whole_step(
+    run: FakeRun | SpreadRun, batch: Batch, *, eval_batch: Batch | None, passes: int, replay: bool
+) -> WholeStep:
     """A step from as few layers as show every kind.
 
     Each further layer of a kind adds the same at each place: the first and the last layer of each kind are places of
     their own, and what is added comes between them. `replay` runs some layers more to see what is reserved; without
     it, `reserved` is what is allocated.
     """
-    sample = run.layers.sample()
+    sample = run.layers.sample(ends=run.ends)
     base = run.step(sample.base, batch, eval_batch=eval_batch, passes=passes)
     deeper = [
         _Deeper(run.step(sorted([*sample.base, extra]), batch, eval_batch=eval_batch, passes=passes), count)

@@ -94,15 +94,18 @@ class Layers:
         for key, values in self._per_layer.items():
             setattr(self._config, key, [values[index] for index in indices])
 
-    def sample(self) -> Sample:
-        """The layers to run. Layers are of one kind when the config says the same of them and their parameters have
-        the same names, shapes, types and gradients."""
+    def sample(self, *, ends: int = 1) -> Sample:
+        """The layers to run: `ends` of each kind at either end, and one more of it.
+
+        Layers are of one kind when the config says the same of them and their parameters have the same names, shapes,
+        types and gradients.
+        """
         kinds: dict[Any, list[int]] = {}
         for index, layer in enumerate(self.all):
             said = tuple(str(values[index]) for values in self._per_layer.values())
             held = tuple((name, tuple(p.shape), p.dtype, p.requires_grad) for name, p in layer.named_parameters())
             kinds.setdefault((said, held), []).append(index)
-        base = sorted({index for members in kinds.values() for index in (members[0], members[-1])})
+        base = sorted({index for members in kinds.values() for index in (*members[:ends], *members[-ends:])})
         if len(self.all) <= len(base) + len(kinds):
             return Sample(tuple(range(len(self.all))), ())
         left = ([index for index in members if index not in base] for members in kinds.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.planning.empty_base import empty_base, quantization_state
 from lorafit.planning.fake_model import Layers, materialise
 from lorafit.planning.roofline import Work, WorkObserver
+from lorafit.planning.spread import local, spread_over, watch_spreading
 from lorafit.planning.stand_ins import (
     Answers,
     CudaAutocast,
@@ -107,7 +108,11 @@ class FakeRun:
         bf16: bool,
         checkpointing: bool,
         on_cuda: bool = True,
+        spread: int = 1,
     ) -> None:
+        """`spread`: GPUs that FSDP2 shares the weights out to; such a run does one step."""
+        self._spread, self._bf16 = spread, bf16
+        self.ends = 1 if spread == 1 else 2  # FSDP2 gathers the next layer ahead: two layers share a place
         self._recipe = loaded.recipe
         self._on_cuda = on_cuda
         stand_in_for_values()
@@ -133,10 +138,12 @@ class FakeRun:
             )
         self.layers = Layers(base)
         self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        """Of the adapter in the whole depth."""
+        """Of the adapter in the whole depth, before it is spread."""
         self._trainer = _trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing)
         _pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
-        self._model = self._trainer.accelerator.prepare_model(model, device_placement=False)
+        # FSDP2 casts by its own policy, without autocast.
+        prepare = self._trainer.accelerator.prepare_model
+        self._model = model if spread > 1 else prepare(model, device_placement=False)
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._recipe.training.neftune_noise_alpha is not None:
@@ -160,7 +167,11 @@ class FakeRun:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         self.layers.keep(indices)
         materialise(self._model, self._mode)
+        if self._spread > 1:
+            spread_over(self._spread, self._model, bf16=self._bf16, mode=self._mode)
         tracker = StorageTracker(kernel_temporaries()) if self._on_cuda else StorageTracker(round_to=1)
+        if self._spread > 1:
+            watch_spreading(tracker)
         self._trainer.optimizer = None
         self._trainer.create_optimizer()
         with ExitStack() as stack:
@@ -197,18 +208,18 @@ class FakeRun:
     def _take_down(self, tracker: StorageTracker) -> None:
         """What lies in memory before the first step."""
         tracker.place("model", "weights")
-        tracker.add(parameter for parameter in self._model.parameters() if not parameter.requires_grad)
+        tracker.add(local(parameter) for parameter in self._model.parameters() if not parameter.requires_grad)
         tracker.add(self._model.buffers())
         tracker.place("model", "quantization state")
         tracker.add(scale for module in self._model.modules() for scale in quantization_state(module))
         tracker.place("model", "adapter")
-        tracker.add(self.trainable)
+        tracker.add(local(parameter) for parameter in self.trainable)
 
     def _first_optimizer_step(self, tracker: StorageTracker) -> None:
         """Leaves the optimizer's states."""
         tracker.place("model", "gradients")
         for parameter in self.trainable:
-            parameter.grad = torch.empty_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)
         tracker.place("model", "optimizer")
         self._update()
         gc.collect()
@@ -226,6 +237,7 @@ class FakeRun:
         watched = [
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.name([p.grad], "gradients"))
             for parameter in self.trainable
+            if self._spread == 1
         ]
         for _ in range(passes):
             tracker.place("inputs", "activations")
@@ -238,6 +250,7 @@ class FakeRun:
             tracker.place("head backward", "loss head")
             self._trainer.accelerator.backward(loss)
             del loss, inputs, count
+            tracker.name((local(parameter.grad) for parameter in self.trainable), "gradients")
         tracker.place("clipping", "temporary")
         if self._recipe.training.max_grad_norm > 0:
             self._trainer._clip_grad_norm(self._model)
@@ -256,6 +269,21 @@ class FakeRun:
         self._model.eval()
         self._trainer.prediction_step(self._model, _inputs(batch), True)
         self._trainer._held_out.clear()
+
+
+class SpreadRun:
+    """A run that FSDP2 spreads: a model is sharded for good, so each step builds one anew."""
+
+    def __init__(self, build: Callable[[], FakeRun]) -> None:
+        self._build = build
+        first = build()
+        self.layers, self.ends, self.trained_bytes = first.layers, first.ends, first.trained_bytes
+
+    def step(
+        self, indices: Sequence[int], batch: Batch, *, eval_batch: Batch | None = None, passes: int = 1
+    ) -> Measured:
+        """As `FakeRun.step`."""
+        return self._build().step(indices, batch, eval_batch=eval_batch, passes=passes)
 
 
 class _Places:

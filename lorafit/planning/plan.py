@@ -39,19 +39,35 @@ class PlanningFailed(Exception):
     """The process that plans ended without an answer: a bug, with its traceback."""
 
 
-def ask(question: Question) -> Plan:
-    """The answer of a fresh process. Raises the LorafitError that it ends with, and PlanningFailed for a bug in it."""
-    with tempfile.TemporaryDirectory(prefix="lorafit-plan-") as directory:
-        asked, answered = Path(directory, "question"), Path(directory, "answer")
+class Asked:
+    """A question that a fresh process is answering meanwhile."""
+
+    def __init__(self, question: Question) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="lorafit-plan-")
+        asked, self._answered = (Path(self._directory.name, name) for name in ("question", "answer"))
         asked.write_bytes(pickle.dumps(question))
-        command = [sys.executable, "-m", "lorafit.planning.job", str(asked), str(answered)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-        if done.returncode or not answered.is_file():
-            raise PlanningFailed(done.stderr.strip() or f"it ended with {done.returncode}")
-        answer = pickle.loads(answered.read_bytes())
-    if isinstance(answer, LorafitError):
-        raise answer
-    return answer
+        command = [sys.executable, "-m", "lorafit.planning.job", str(asked), str(self._answered)]
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+        self._process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+
+    def answer(self) -> Plan:
+        """Waits for it. Raises the LorafitError that the process ends with, and PlanningFailed for a bug in it."""
+        with self._directory:
+            try:
+                _, said = self._process.communicate()
+            finally:
+                self._process.kill()
+            if self._process.returncode or not self._answered.is_file():
+                raise PlanningFailed(said.strip() or f"it ended with {self._process.returncode}")
+            answer = pickle.loads(self._answered.read_bytes())
+        if isinstance(answer, LorafitError):
+            raise answer
+        return answer
+
+
+def ask(question: Question) -> Plan:
+    """The answer of a fresh process; raises as `Asked.answer`."""
+    return Asked(question).answer()
 
 
 def write_fixed(question: Question, plan: Plan, out: Path) -> str:

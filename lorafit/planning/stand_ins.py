@@ -51,9 +51,11 @@ def _packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **named
         )
     # [1, heads, T, d] -> [documents, heads, max_length_q, d]
-    documents = (states[0].unflatten(1, (-1, max_length_q)).transpose(0, 1) for states in (query, key, value))
+    queries, keys, values = (
+        states[0].unflatten(1, (-1, max_length_q)).transpose(0, 1) for states in (query, key, value)
+    )
     out = torch.nn.functional.scaled_dot_product_attention(
-        *documents, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        queries, keys, values, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     return out.transpose(1, 2).flatten(0, 1)[None], None
 

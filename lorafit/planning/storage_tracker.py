@@ -107,7 +107,9 @@ class StorageTracker(TorchDispatchMode):
             return
         if block.size:
             self.trace.append((block.number, -block.size))
-        self._change(block.part, size - block.size)
+        self._change(block.part, -block.size)
+        block.part = "communication buffers"
+        self._change(block.part, size)
         block.size = size
         if size:
             self._count += 1

@@ -19,6 +19,9 @@ def refuse_unmodelled(loaded: LoadedRecipe) -> None:
     if recipe.launch.strategy not in MODELLED:
         message = "a plan models ddp and fsdp2, not DeepSpeed, FSDP 1 or a file; plan with --set launch.strategy=fsdp2"
         problems.append(loaded.problem("launch.strategy", message))
+    if recipe.launch.strategy == "fsdp2" and recipe.quantization is not None:
+        message = "a plan does not model weights in 4 bits that fsdp2 spreads; plan one of the two"
+        problems.append(loaded.problem("launch.strategy", message))
     if recipe.quantization is not None and recipe.quantization.load_in_8bit:
         message = "8-bit layers split columns by their values, which a plan does not have; plan with load_in_4bit"
         problems.append(loaded.problem("quantization.load_in_8bit", message))
@@ -26,10 +29,12 @@ def refuse_unmodelled(loaded: LoadedRecipe) -> None:
         raise MachineError(problems)
 
 
-def notes(recipe: Recipe, config: PreTrainedConfig) -> Iterator[str]:
+def notes(recipe: Recipe, config: PreTrainedConfig, *, count: int) -> Iterator[str]:
     """One line each."""
     training = recipe.training
     yield "not in the step: loading the model, saving, and what an initialisation computes (pissa, eva, ...)"
+    if count > 1:
+        yield "several GPUs: what they wait for each other is not counted in the time"
     if training.torch_compile:
         yield "training.torch_compile: planned without it, an upper bound of memory and of time"
     if recipe.model.attn_implementation in ("flash_attention_2", "flash_attention_3", "flex_attention"):

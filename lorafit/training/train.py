@@ -26,6 +26,7 @@ from lorafit.data.prepare import PreparedData
 from lorafit.data.render import saved_chat_template
 from lorafit.durable import write_file
 from lorafit.errors import LorafitError, RecipeError
+from lorafit.planning.for_training import PlanOfRun, measured_beside
 from lorafit.preflight import bf16_choice, checkpointing_choice, this_machine
 from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.recipe import LoadedRecipe
@@ -133,6 +134,7 @@ def run_training(
     machine = this_machine()
     state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
     begun = refuse_before_reading(loaded, machine, begin=begin)
+    planning = PlanOfRun(loaded, machine, state=state) if base is None else None
     with state.main_process_first():  # the others find the rows in the cache
         inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, begun=begun)
     tokenizer, data = inputs.tokenizer, inputs.data
@@ -140,7 +142,9 @@ def run_training(
     for advice in advise(recipe, train_rows=len(data.train)):
         say(f"advice: {advice}")
 
-    bf16, checkpointing = bf16_choice(recipe.training, machine), checkpointing_choice(recipe.training, machine)
+    plan = planning.answer(say) if planning else None
+    bf16 = bf16_choice(recipe.training, machine)
+    checkpointing = checkpointing_choice(recipe.training, machine, plan=plan)
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
     kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)
@@ -275,6 +279,8 @@ def run_training(
         seconds=round(time.monotonic() - room.started, 2),
         outcome="stopped early" if stopped_early else "finished",
     )
+    if plan is not None:
+        say(measured_beside(plan, result.peak_memory_bytes))
     figures = {key: value for key, value in asdict(result).items() if key not in ("run", "adapter")}
     figures |= {"checkpoints_saved": trainer.saved, "seconds_saving": round(trainer.seconds_saving, 3)}
     if halving is not None and halving.parts > 1:

@@ -1,0 +1,50 @@
+"""The plan of a run that is about to start on a GPU: made by another process while this one reads the rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
+from lorafit.errors import LorafitError
+from lorafit.planning.answer import Plan, gib
+from lorafit.planning.gpus import gpu_of_this_machine
+from lorafit.planning.plan import Asked, PlanningFailed, Question
+from lorafit.preflight import Machine
+from lorafit.recipe import LoadedRecipe
+
+
+class PlanOfRun:
+    """What the run is expected to take. Nothing is planned on a CPU, where the limit is not the process's own."""
+
+    def __init__(self, loaded: LoadedRecipe, machine: Machine, *, state: PartialState) -> None:
+        self._state = state
+        self._is_planned = machine.device == "cuda"
+        self._asked: Asked | None = None
+        if self._is_planned and state.is_main_process:
+            question = Question(loaded, gpu_of_this_machine(machine), state.num_processes, with_advice=False)
+            self._asked = Asked(question)
+
+    def answer(self, say: Callable[[str], None]) -> Plan | None:
+        """The same in every process; None where there is none, with its reason said in a line."""
+        if not self._is_planned:
+            return None
+        plan: Plan | None = None
+        if self._asked is not None:
+            try:
+                plan = self._asked.answer()
+                say(f"plan: {plan.line()}")
+            except (LorafitError, PlanningFailed) as error:
+                say(f"no plan: {str(error).strip().splitlines()[-1]}")
+        if self._state.num_processes > 1:
+            (plan,) = broadcast_object_list([plan])
+        if plan is not None and not plan.fits:
+            say(f"warning: by its plan the run does not fit on {plan.gpu}; `lorafit plan` says what to change")
+        return plan
+
+
+def measured_beside(plan: Plan, peak_bytes: int) -> str:
+    """`peak memory: 16.60 GiB, planned 16.59 GiB (-0.1 %)`."""
+    off = plan.allocated_bytes / peak_bytes - 1
+    return f"peak memory: {gib(peak_bytes)}, planned {gib(plan.allocated_bytes)} ({off:+.1%})"
