@@ -81,6 +81,11 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
         ]
         torch.testing.assert_close(*adapters, rtol=0, atol=1e-4)
 
+    whole_and_resumed = [tmp_path / "two" / name / "run" for name in ("fsdp2", "fsdp2 resumed")]
+    files = [run / "adapter/adapter_model.safetensors" for run in whole_and_resumed]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads((whole_and_resumed[1] / "manifest.json").read_text("utf-8"))["resumes"]
+
     whole = lora_model(tiny_base)
     step_by_hand(whole, process=0, processes=1)
     saved = load_file(tmp_path / "two" / "sharded" / "adapter_model.safetensors")

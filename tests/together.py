@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -16,7 +18,7 @@ from peft import LoraConfig, PeftModel
 from runs import small_recipe
 from tiny import byte_tokenizer
 from torch.distributed.fsdp import StateDictType, fully_shard
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.errors import LorafitError
@@ -24,7 +26,7 @@ from lorafit.processes import join_processes, refuse_other_distribution
 from lorafit.training.checks import remember, verify_result
 from lorafit.training.gather import gathered_adapter
 from lorafit.training.save import write_adapter
-from lorafit.training.train import train
+from lorafit.training.train import run_training, train
 
 PACKED = {"packing": True, "max_length": 96}
 VARIANTS = {
@@ -72,7 +74,22 @@ def step_by_hand(model: PeftModel, *, process: int, processes: int) -> None:
         optimizer.zero_grad()
 
 
-def train_spread_over(directory: Path, base: Path, *, process: int) -> None:
+class Crash(Exception):
+    """Nothing that anything in lorafit waits for."""
+
+
+class CrashAfter(TrainerCallback):
+    """Ends both processes in the middle of a run."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
+        if state.global_step == self._step:
+            raise Crash
+
+
+def train_spread_over(directory: Path, base: Path, *, name: str, process: int, **how: Any) -> None:
     """One run through accelerate's FSDP2, as on GPUs.
 
     accelerate calls two CPU processes data parallel whatever it is asked for, but nothing in its FSDP2 needs a GPU: so
@@ -86,13 +103,13 @@ def train_spread_over(directory: Path, base: Path, *, process: int) -> None:
     )
     AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    place = directory / "fsdp2" / str(process)
-    place.mkdir(parents=True)
-    loaded = small_recipe(place, base, output_dir=str(directory / "fsdp2" / "run"), **SPREAD)
+    place = directory / name / str(process)
+    place.mkdir(parents=True, exist_ok=True)
+    loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **SPREAD)
     keeps_state = {"accelerator_config": {"use_configured_state": True}}
     training = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
-    train(loaded, say=lambda line: None, show_progress=False, cache_dir=directory / "cache")
+    run_training(loaded, say=lambda line: None, show_progress=False, cache_dir=directory / "cache", **how)
 
 
 def refusal(check: object) -> str:
@@ -144,7 +161,11 @@ def main(directory: Path, base: Path) -> None:
         seen[f"asked fsdp2 by {name}"] = refusal(
             lambda asked=asks_fsdp: refuse_other_distribution(asked, accelerator, mixed_precision="no")
         )
-    train_spread_over(directory, base, process=process)
+    train_spread_over(directory, base, name="fsdp2", process=process)
+    with contextlib.suppress(Crash):
+        train_spread_over(directory, base, name="fsdp2 resumed", process=process, watchers=[CrashAfter(STEPS - 1)])
+    state.wait_for_everyone()
+    train_spread_over(directory, base, name="fsdp2 resumed", process=process, begin="resume")
     Accelerator(cpu=True).state.fsdp_plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
     seen["checkpoints in parts"] = refusal(
         lambda: refuse_other_distribution(small_recipe(place, base), Accelerator(cpu=True), mixed_precision="no")
