@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import byte_tokenizer, sums, write_jsonl
 from transformers import TrainerCallback
 
 from lorafit.cli import _exit_code
+from lorafit.data import prepare
 from lorafit.errors import LorafitError, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.fields import field_at, places, section_in
@@ -280,6 +282,23 @@ def _sealed_anew(seal: Path, change: Any) -> None:
     body = json.loads(seal.read_text())["checkpoint"]
     change(body)
     seal.write_text(json.dumps({"checkpoint": body, "sha256": checkpoints._hash_of(body)}))
+
+
+def test_a_template_that_writes_the_date_writes_that_of_the_day_the_run_began(
+    room: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = base_model(room / "dated base")
+    template = base / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d') }}" + template.read_text())
+    sections = {"data": {"train": [{"path": "train.jsonl"}]}, "training": {"max_length": 96}}
+    whole = recipe(room / "dated/whole", base, **sections)
+    resume(whole, "new")
+    loaded = crash(recipe(room / "dated/crashed", base, **sections), after=7)
+    monkeypatch.setattr(prepare, "date", SimpleNamespace(today=lambda: "2001-02-03"))
+    with pytest.raises(RunDirError, match=r'date that the chat template writes: "\d{4}-\d\d-\d\d" -> "2001-02-03"'):
+        train(loaded, say=lambda line: None, show_progress=False, cache_dir=None, begin="resume")
+    resume(loaded)
+    assert adapter_hash(loaded) == adapter_hash(whole)
 
 
 def test_a_base_that_moved_is_still_the_base(broken_off: LoadedRecipe, undisturbed: LoadedRecipe, base: Path) -> None:
