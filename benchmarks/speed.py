@@ -1,6 +1,6 @@
 """Training speed: lorafit, lorafit with each lever off, plain TRL, and a bare PyTorch loop, in turn, in one run.
 
-    python benchmarks/speed.py [--rounds 3] [--steps 20] [--threads 2] [--out benchmarks/results/speed_cpu.json]
+    python benchmarks/speed.py [--rounds 3] [--steps 20] [--threads 2] [--others DIR] [--out FILE.json]
 
 Every side trains LoRA r=16 on all linear layers of one Llama of random weights, on rows as long as GSM8K's, in a
 process of its own. Useful tokens/s leaves out padding and the first six steps. First, in float32, each side's losses
@@ -13,6 +13,10 @@ are compared with TRL's on the same batches; a side that computes something else
     lorafit-padded   as trl-padded
     lorafit          packing and every lever
     lorafit-no-*     one lever off
+    *-float32        the same in float32 instead of bfloat16 autocast
+
+With `--others DIR` (see other_trainers.py) also LLaMA-Factory and Axolotl, padded as their examples are, in float32,
+which is all they take on a CPU.
 """
 
 from __future__ import annotations
@@ -23,12 +27,14 @@ import logging
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 import warnings
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,7 +46,10 @@ LEVERS = ("varlen_attention", "fused_lora", "answer_head")
 SIDES = (
     *("trl-defaults", "trl-padded", "trl-packed", "bare-loop", "lorafit-padded", "lorafit"),
     *(f"lorafit-no-{lever}" for lever in LEVERS),
+    *("trl-packed-float32", "bare-loop-float32", "lorafit-float32"),
 )
+OTHERS = ("llamafactory", "axolotl")
+OTHERS_SCRIPT = Path(__file__).parent / "other_trainers.py"
 MAX_LENGTH = 512
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINING = {
@@ -224,14 +233,16 @@ def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, 
     return _measured([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
 
 
-def _measured(losses: list[float], tokens: list[int], seconds: list[float]) -> dict[str, Any]:
+def _measured(
+    losses: list[float], tokens: list[int], seconds: list[float], *, peak: int | None = None
+) -> dict[str, Any]:
     first = min(WARM_UP_STEPS, len(losses) - 2)
     useful = tokens[-1] - tokens[first - 1]
     return {
         "losses": losses,
         "tokens_per_second": useful / (seconds[-1] - seconds[first - 1]),
         "tokens_per_step": useful / (len(losses) - first),
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": _peak_memory_bytes() if peak is None else peak,
     }
 
 
@@ -256,17 +267,28 @@ def one_side(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]
     return with_lorafit(work, side=side, steps=steps, bf16=bf16)
 
 
-def in_its_own_process(work: Path, *, side: str, steps: int, bf16: bool, threads: int) -> dict[str, Any]:
+def in_its_own_process(
+    work: Path, *, side: str, steps: int, threads: int, others: Path | None = None, bf16: bool = True
+) -> dict[str, Any]:
     """One side, measured in a fresh process."""
     out = work / "measured.json"
-    command = [sys.executable, __file__, "--side", side, "--work", str(work), "--steps", str(steps)]
+    out.unlink(missing_ok=True)
+    if side in OTHERS:
+        assert others is not None
+        command = [others / side / "bin" / "python", OTHERS_SCRIPT, side, work, "--steps", str(steps)]
+    else:
+        name = side.removesuffix("-float32")
+        in_float32 = ["--float32"] if name != side or not bf16 else []
+        command = [sys.executable, __file__, "--side", name, "--work", work, "--steps", str(steps), *in_float32]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(
-        [*command, *(["--float32"] if not bf16 else [])], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
-    return json.loads(out.read_text())
+    measured = json.loads(out.read_text())
+    if side in OTHERS:
+        peak = measured["peak_memory_bytes"]
+        return _measured(measured["losses"], measured["tokens"], measured["seconds"], peak=peak)
+    return measured
 
 
 def refuse_other_work(work: Path, *, sides: list[str], threads: int) -> dict[str, float]:
@@ -275,7 +297,8 @@ def refuse_other_work(work: Path, *, sides: list[str], threads: int) -> dict[str
     for reference in ("trl-padded", "trl-packed"):
         theirs = in_its_own_process(work, side=reference, steps=EQUALITY_STEPS, bf16=False, threads=threads)["losses"]
         padded = reference == "trl-padded"
-        same = [side for side in sides if side.startswith("lorafit") and (side == "lorafit-padded") == padded]
+        ours_here = [side for side in sides if side.startswith("lorafit") and not side.endswith("float32")]
+        same = [side for side in ours_here if (side == "lorafit-padded") == padded]
         for side in same + (["trl-defaults"] if padded else []):
             ours = in_its_own_process(work, side=side, steps=EQUALITY_STEPS, bf16=False, threads=threads)["losses"]
             found[side] = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
@@ -292,76 +315,77 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--others", type=Path, help="directory made by `other_trainers.py set-up`")
     parser.add_argument("--out", type=Path, help="write the results here")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--float32", action="store_true", help="train in float32 instead of bfloat16 autocast")
+    parser.add_argument("--float32", action="store_true", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side:
         measured = one_side(chosen.work, side=chosen.side, steps=chosen.steps, bf16=not chosen.float32)
         (chosen.work / "measured.json").write_text(json.dumps(measured))
         return
+    sides = [*chosen.sides, *(OTHERS if chosen.others else ())]
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         write_base(work / "base")
         write_rows(work / "rows.jsonl", count=rows_per_step(packed=False) * (chosen.steps + 2))
-        apart = refuse_other_work(work, sides=chosen.sides, threads=chosen.threads)
-        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
+        apart = refuse_other_work(work, sides=sides, threads=chosen.threads)
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+        settings = {"steps": chosen.steps, "threads": chosen.threads, "others": chosen.others}
         for _ in range(chosen.rounds):
-            for side in chosen.sides:
-                settings = {"steps": chosen.steps, "bf16": not chosen.float32, "threads": chosen.threads}
+            for side in sides:
                 rounds[side].append(in_its_own_process(work, side=side, **settings))
-    report = summary(rounds, apart=apart, threads=chosen.threads, bf16=not chosen.float32)
+    report = summary(rounds, apart=apart, threads=chosen.threads)
     print(table(report))
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def summary(
-    rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], threads: int, bf16: bool
-) -> dict[str, Any]:
-    """Medians and ranges, and the ratio to TRL's defaults of the same round."""
+def summary(rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], threads: int) -> dict[str, Any]:
+    """Medians and ranges, and how many times as fast lorafit was in the same round."""
     sides = {}
     for side, measured in rounds.items():
         speeds = [one["tokens_per_second"] for one in measured]
         ratios = {}
-        for name in ("trl-defaults", "trl-packed", "bare-loop"):
-            if name in rounds:
-                pairs = zip(measured, rounds[name], strict=True)
-                ratios[name] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
+        for ours in ("lorafit", "lorafit-float32"):
+            if ours in rounds:
+                pairs = zip(rounds[ours], measured, strict=True)
+                ratios[ours] = statistics.median(a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs)
         sides[side] = {
             "tokens_per_second": statistics.median(speeds),
             "range": [min(speeds), max(speeds)],
             "tokens_per_step": measured[0]["tokens_per_step"],
             "peak_memory_bytes": max(one["peak_memory_bytes"] for one in measured),
-            "ratio_to": ratios,
+            "times_as_fast": ratios,
         }
     packages = ("lorafit", "torch", "transformers", "trl", "peft", "accelerate")
     return {
-        "device": platform.processor() or platform.machine(),
+        "command": "python benchmarks/speed.py",
+        "device": _processor(),
         "threads": threads,
-        "precision": "bfloat16 autocast" if bf16 else "float32",
+        "date": date.today().isoformat(),
         "versions": {package: version(package) for package in packages},
         "largest_difference_of_a_loss": apart,
         "sides": sides,
     }
 
 
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.is_file() else []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
 def table(report: dict[str, Any]) -> str:
     """The sides, a line each."""
-    lines = [
-        "side                          tokens/s     (range)          x TRL defaults  x TRL packed  x bare loop   peak"
-    ]
+    lines = [f"{'side':<28} tokens/s (range)          lorafit is x as fast   in float32   peak memory"]
     for side, row in report["sides"].items():
-        ratios = [
-            f"{row['ratio_to'].get(name, float('nan')):>12.2f}" for name in ("trl-defaults", "trl-packed", "bare-loop")
-        ]
         low, high = row["range"]
-        peak = f"{row['peak_memory_bytes'] / 2**20:,.0f} MiB"
-        lines.append(
-            f"{side:<28} {row['tokens_per_second']:>8,.0f}  ({low:,.0f}-{high:,.0f})  {' '.join(ratios)}  {peak}"
-        )
+        ratios = [f"{row['times_as_fast'].get(name, float('nan')):>12.2f}" for name in ("lorafit", "lorafit-float32")]
+        speed = f"{row['tokens_per_second']:>8,.0f} ({low:,.0f}-{high:,.0f})"
+        lines.append(f"{side:<28} {speed:<26} {' '.join(ratios)}  {row['peak_memory_bytes'] / 2**20:>8,.0f} MiB")
     return "\n".join(lines)
 
 
