@@ -30,7 +30,7 @@ REQUIREMENTS = {
         *("tyro<0.9.0", "matplotlib", "torchdata<=0.11.0", "fastapi", "uvicorn", "sse-starlette", "hf-transfer"),
     ],
     # Left out: what needs CUDA (xformers, liger-kernel, torchao, flash-linear-attention), cloud
-    # file systems, gradio, modal, wandb, lm_eval.
+    # file systems, gradio, modal, lm_eval.
     "axolotl": [
         "axolotl==0.19.0",
         *("huggingface_hub==1.17.0", "peft==0.20.0", "tokenizers==0.23.1", "transformers==5.16.1"),
@@ -46,7 +46,7 @@ REQUIREMENTS = {
             "typer==0.25.1",
             "fastcore",
         ),
-        *("nvidia-ml-py==12.560.30", "triton>=3.4"),
+        *("nvidia-ml-py==12.560.30", "triton>=3.4", "wandb"),
     ],
 }
 
