@@ -51,6 +51,8 @@ class History:
 
     points: list[Point] = field(default_factory=list)
     evaluations: list[Evaluation] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    """The finite training losses."""
 
     def add(self, logs: dict[str, Any], *, step: int) -> Point | Evaluation | None:
         """Take in what the trainer logs: the figures of training steps or an evaluation, None for anything else."""
@@ -61,15 +63,13 @@ class History:
                 step, float(logs["loss"]), None if norm is None else float(norm), logs["learning_rate"], epoch
             )
             self.points.append(point)
+            if math.isfinite(point.loss):
+                self.losses.append(point.loss)
             return point
         if "eval_loss" in logs:
             self.evaluations.append(Evaluation(step, float(logs["eval_loss"]), epoch))
             return self.evaluations[-1]
         return None
-
-    def losses(self) -> list[float]:
-        """The finite training losses, in order."""
-        return [point.loss for point in self.points if math.isfinite(point.loss)]
 
 
 def noise(values: Sequence[float]) -> float:

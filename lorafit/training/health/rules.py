@@ -23,7 +23,16 @@ from lorafit.training.health.causes import (
     unstable,
     wrong_scale,
 )
-from lorafit.training.health.history import SUSTAINED, WINDOW, History, highest_healthy, jump, lowest_level, noise
+from lorafit.training.health.history import (
+    MEMORY,
+    SUSTAINED,
+    WINDOW,
+    History,
+    highest_healthy,
+    jump,
+    lowest_level,
+    noise,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,7 @@ def divergence(history: History, setting: Setting) -> Finding | None:
 
     Rows in the order of their files may change from one kind to another: then three times the rise is asked for.
     """
-    losses = history.losses()
+    losses = history.losses
     if len(losses) < SUSTAINED:
         return None
     newest = losses[-SUSTAINED:]
@@ -89,13 +98,12 @@ def spike(history: History, setting: Setting) -> Finding | None:
 
 def exploding_gradient(history: History, setting: Setting) -> Finding | None:
     """A gradient norm above twenty times its median, or three in a row above 1000 times what clipping leaves."""
-    norms = _norms(history)
-    newest = norms[-SUSTAINED:]
+    newest = _norms(history, last=SUSTAINED)
     bound = 1000 * (setting.max_grad_norm or 1.0)
     if len(newest) == SUSTAINED and min(newest) > bound:
         what = f"the gradient norm is {number(newest[-1])}, clipped to {number(setting.max_grad_norm or math.inf)}"
         cause = unstable(setting, step=history.points[-SUSTAINED].step)
-        if history.points[0].grad_norm in newest and history.losses()[0] > 2 * setting.guessing:
+        if history.points[0].grad_norm in newest and history.losses[0] > 2 * setting.guessing:
             cause = wrong_scale()
         return Finding("on_exploding_gradient", what, cause, {"grad_norm": newest[-1]})
     recent = [point.grad_norm or 0.0 for point in history.points[-2 * WINDOW :]]
@@ -116,15 +124,15 @@ def exploding_gradient(history: History, setting: Setting) -> Finding | None:
 
 def vanishing_gradient(history: History, setting: Setting) -> Finding | None:
     """Three gradient norms in a row below 1e-7, or 1e-4 of the first twenty's median while the loss is still high."""
-    norms = _norms(history)
+    norms = _norms(history, last=SUSTAINED)
     if len(norms) < SUSTAINED:
         return None
-    largest = max(norms[-SUSTAINED:])
-    first = [norm for norm in norms[:WINDOW] if norm > 0]
+    largest = max(norms)
+    first = [norm for point in history.points[:WINDOW] if (norm := point.grad_norm) and math.isfinite(norm)]
     usual = median(first) if first else 0.0
-    losses = history.losses()
+    losses = history.losses
     is_high = bool(losses) and median(losses[-SUSTAINED:]) > 0.5 * median(losses[:WINDOW])
-    if largest >= 1e-7 and not (is_high and len(norms) > WINDOW and largest < 1e-4 * usual):
+    if largest >= 1e-7 and not (is_high and len(history.points) > WINDOW and largest < 1e-4 * usual):
         return None
     figures = {"grad_norm": largest, "usual": usual}
     since = history.points[-SUSTAINED].step
@@ -137,20 +145,19 @@ def plateau(history: History, setting: Setting) -> Finding | None:
 
     Noise that would hide a fall of 5 % keeps it quiet, and so does a held-out loss that fell by 3 %.
     """
-    losses = history.losses()
+    losses = history.losses
     if len(losses) < 30:
         return None
     step = history.points[-1].step
-    learning = [point for point in history.points if point.step > setting.warmup_steps]
-    if step < 0.2 * setting.total_steps or len(learning) < WINDOW:
+    if step < 0.2 * setting.total_steps or history.points[-WINDOW].step <= setting.warmup_steps:
         return None
     start, now = max(losses[0], fmean(losses[:3])), fmean(losses[-10:])
-    fall, error = start - now, noise(losses) * math.sqrt(1 / 3 + 1 / 10)
+    fall = start - now
     held_out = [evaluation.loss for evaluation in history.evaluations]
-    if len(held_out) > 1 and held_out[-1] < 0.97 * held_out[0]:
+    if start < 0.05 or not -0.05 * start < fall < 0.01 * start or (held_out and held_out[-1] < 0.97 * held_out[0]):
         return None
-    is_flat = -0.05 * start < fall < 0.01 * start and fall + 2 * error < 0.05 * start
-    if start < 0.05 or not is_flat:
+    error = noise(losses[-MEMORY:]) * math.sqrt(1 / 3 + 1 / 10)
+    if fall + 2 * error > 0.05 * start:
         return None
     what = f"the loss is {now:.4g} after {step} steps and was {start:.4g} at the start"
     return Finding("on_plateau", what, nothing_to_learn(setting), {"loss": round(now, 4), "start": round(start, 4)})
@@ -215,7 +222,7 @@ def zero_b(movement: Movement, history: History, setting: Setting) -> Finding | 
     figures = {"still": float(len(movement.still)), "of": float(movement.count), "largest_change": movement.largest}
     if not is_still and reach >= 1e-5:
         return None
-    norms = [norm for norm in _norms(history)[-SUSTAINED:] if norm > 0]
+    norms = [norm for norm in _norms(history, last=SUSTAINED) if norm > 0]
     if is_still:
         what = f"after {movement.steps} steps {len(movement.still)} of {movement.count} B matrices have not moved"
         what += f" ({', '.join(movement.still[:2])}{' ...' if len(movement.still) > 2 else ''})"
@@ -245,7 +252,7 @@ def not_finite(found: str, rows: list[str], *, weights: Weights, history: Histor
     """Why a loss or gradient norm is not finite: the base, the number format, an unstable run, or the rows."""
     points = history.points[-WINDOW:]
     losses = [point.loss for point in points]
-    norms = [norm for norm in _norms(history)[-WINDOW:] if norm > 0]
+    norms = [norm for norm in _norms(history, last=WINDOW) if norm > 0]
     is_wild = len(losses) > 1 and losses[-1] > highest_healthy(losses[:-1])
     is_steep = len(norms) > 1 and norms[-1] > 20 * median(norms[:-1])
     step = history.points[-1].step if history.points else 0
@@ -267,8 +274,9 @@ RULES: tuple[Rule, ...] = (divergence, exploding_gradient, spike, vanishing_grad
 """In the order in which they are asked. What comes first explains the rest: one finding a logged step."""
 
 
-def _norms(history: History) -> list[float]:
-    return [p.grad_norm for p in history.points if p.grad_norm is not None and math.isfinite(p.grad_norm)]
+def _norms(history: History, *, last: int) -> list[float]:
+    recent = [point.grad_norm for point in history.points[-last:]]
+    return [norm for norm in recent if norm is not None and math.isfinite(norm)]
 
 
 def _steps_of(history: History, index: int) -> tuple[int, int]:
