@@ -22,7 +22,8 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe
-from lorafit.training import selftest
+from lorafit.speed.answer_head import use_answer_head
+from lorafit.training import selftest, trainer
 from lorafit.training.inputs import read_inputs
 from lorafit.training.selftest import SelfTest, self_test
 from lorafit.training.selftest_bench import tolerances
@@ -144,6 +145,23 @@ def test_an_adapter_that_works_when_switched_off_is_seen(
     monkeypatch.setattr(Linear, "disable_adapters", property(lambda self: False))
     said = failure(small_recipe(tmp_path, tiny_base))
     assert "lora: switched off, the LORA adapter still moves the model" in said
+
+
+def test_the_head_of_the_run_is_what_is_tried(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_with_more_rows(model: Any) -> None:
+        use_answer_head(model)
+        right = model.forward
+
+        def forward(*inputs: Any, **named: Any) -> Any:
+            output = right(*inputs, **named)
+            output.log_probs = output.log_probs * len(output.log_probs)
+            return output
+
+        model.forward = forward
+
+    monkeypatch.setattr(trainer, "use_answer_head", wrong_with_more_rows)
+    assert "a padded row is not computed as it is alone" in failure(small_recipe(tmp_path, tiny_base))
+    self_tested(small_recipe(tmp_path, tiny_base, speed={"answer_head": False}))
 
 
 def fingerprint(model: PeftModel) -> dict[str, Any]:
@@ -307,7 +325,8 @@ def test_several_processes_leave_it_out_in_one_line(
     monkeypatch.setattr(selftest, "PartialState", Two)
     monkeypatch.setattr(selftest, "combination_of", lambda *_, **__: {"model": "any"})
     said: list[str] = []
-    settings = {"inputs": inputs, "bf16": False, "checkpointing": False, "say": said.append, "only": False}
+    passes = {"bf16": False, "checkpointing": False, "answer_head": False}
+    settings = {"inputs": inputs, "say": said.append, "only": False} | passes
     model: Any = small_model(tiny_base)
     assert selftest.self_test_once(model, loaded, cache_dir=tmp_path / "cache", **settings) is None
     assert said == ["self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one"]

@@ -98,7 +98,7 @@ def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str,
 
 
 def self_test(
-    model: PeftModel, loaded: LoadedRecipe, *, inputs: RunInputs, bf16: bool, checkpointing: bool
+    model: PeftModel, loaded: LoadedRecipe, *, inputs: RunInputs, bf16: bool, checkpointing: bool, answer_head: bool
 ) -> SelfTest:
     """Try everything. Raises VerificationError with what failed; the model is what it was, whatever happens."""
     started = time.monotonic()
@@ -107,7 +107,15 @@ def self_test(
     with tempfile.TemporaryDirectory(prefix="lorafit-") as scratch, unchanged(model), _quick_collections():
         switch_off_noise(model)
         wake_adapter(model)
-        bench = Bench(model, loaded, inputs=inputs, scratch=Path(scratch), bf16=bf16, checkpointing=checkpointing)
+        bench = Bench(
+            model,
+            loaded,
+            inputs=inputs,
+            scratch=Path(scratch),
+            bf16=bf16,
+            checkpointing=checkpointing,
+            answer_head=answer_head,
+        )
         checks = tuple(bench.checks())
     failed = [check for check in checks if not check.has_passed]
     if any(check.name in ("packing", "padding") for check in failed):  # then rows together differ from rows alone, too
@@ -132,6 +140,7 @@ def self_test_once(
     inputs: RunInputs,
     bf16: bool,
     checkpointing: bool,
+    answer_head: bool,
     cache_dir: Path | None,
     say: Callable[[str], None],
     only: bool,
@@ -147,7 +156,9 @@ def self_test_once(
         say("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
         return None
     with out_of_memory_is_said(loaded, doing=lambda: "training"):
-        tested = self_test(model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing)
+        tested = self_test(
+            model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing, answer_head=answer_head
+        )
     remember_passed(cache_dir, tested)
     if only:
         raise SelfTested(tested)

@@ -84,9 +84,10 @@ class Bench:
         scratch: Path,
         bf16: bool,
         checkpointing: bool,
+        answer_head: bool,
     ) -> None:
         self._model, self._loaded, self._inputs, self._scratch = model, loaded, inputs, scratch
-        self._bf16, self._checkpointing = bf16, checkpointing
+        self._bf16, self._checkpointing, self._answer_head = bf16, checkpointing, answer_head
         self._rows = _short_rows(inputs, model)
         self._tolerances = tolerances(loaded.recipe, dtype=model.dtype, bf16=bf16)
 
@@ -162,11 +163,10 @@ class Bench:
         health = HealthWatch(
             self._loaded.recipe, RunDir(self._scratch), say=lambda line: None, rows_of_batch=lambda batch: []
         )
-        base = self._model.get_base_model()
-        head = vars(base).get("forward")
         step.trainer = LoraTrainer(
             stop=StopRequest(),
             loraplus_lr_ratio=None,
+            answer_head=self._answer_head,
             health=health,
             halving=None,
             base_name=None,
@@ -176,8 +176,6 @@ class Bench:
             processing_class=self._inputs.tokenizer,
             callbacks=[step],
         )
-        if head is not None:
-            base.forward = head  # the run's own, which this trainer would have put another before
         step.trainer.remove_callback(PrinterCallback)
         step.loss = step.trainer.train().training_loss
         return step

@@ -175,9 +175,19 @@ def run_training(
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
     watching = [] if halving is None else [halving]
     base_name = None if Path(recipe.model.model_name_or_path).is_absolute() else recipe.model.model_name_or_path
+    mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
+    levers = speed_up(
+        model,
+        recipe.speed,
+        packing=recipe.training.packing,
+        compiled=recipe.training.torch_compile,
+        is_whole=launch.sharding_asked_for() == "data parallel",
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
+    )
     trainer = LoraTrainer(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
+        answer_head=levers.answer_head,
         health=health,
         halving=halving,
         base_name=base_name,
@@ -189,21 +199,13 @@ def run_training(
         callbacks=[*_callbacks(loaded, metrics, show_progress=show_progress), health, *watching, *watchers, interval],
     )
     trainer.remove_callback(PrinterCallback)
-    mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
     with _nothing_left_of(run):
         refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
         steps = planned_steps(trainer)
         _refuse_too_long(loaded, steps)
         set_total_steps(model, steps)
     _say_steps(loaded, trainer, steps, say)
-    for line in speed_up(
-        model,
-        recipe.speed,
-        packing=recipe.training.packing,
-        compiled=recipe.training.torch_compile,
-        is_whole=launch.sharding_asked_for() == "data parallel",
-        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
-    ):
+    for line in levers.lines:
         say(line)
     with _nothing_left_of(run):
         tested = self_test_once(
@@ -212,6 +214,7 @@ def run_training(
             inputs=inputs,
             bf16=bf16.value,
             checkpointing=checkpointing.value,
+            answer_head=levers.answer_head,
             cache_dir=cache_dir,
             say=say,
             only=only_self_test,

@@ -11,6 +11,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
+from lorafit.speed.answer_head import use_answer_head
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.out_of_memory import Doing
@@ -25,6 +26,7 @@ class LoraTrainer(StoppableTrainer):
         self,
         *,
         loraplus_lr_ratio: float | None,
+        answer_head: bool,
         health: HealthWatch,
         halving: HalveBatch | None,
         base_name: str | None,
@@ -38,6 +40,8 @@ class LoraTrainer(StoppableTrainer):
         self._broken_losses: list[tuple[str, dict[str, Any]]] = []
         self._held_out: list[torch.Tensor] = []
         super().__init__(**sft_arguments)
+        if answer_head:
+            use_answer_head(self.model.get_base_model())
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
