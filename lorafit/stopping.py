@@ -134,6 +134,7 @@ class PassOn:
         if self._interrupts > 1:
             for process in started:
                 process.kill()
+            psutil.wait_procs(started, timeout=5)
             _write_line(LEFT)
             os._exit(StopRequested.exit_code)
         first, self.heard = self.heard is None, signal.Signals(number)

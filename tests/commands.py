@@ -31,11 +31,21 @@ def command(directory: Path, *words: str) -> subprocess.Popen[str]:
     )
 
 
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that nobody has asked for its exit code does not."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def finished(process: subprocess.Popen[str], *, others: Sequence[int] = ()) -> tuple[int, str, str]:
     """Exit code, stdout, stderr; nothing of its process group, and none of the `others`, is left running."""
     try:
         out, err = process.communicate(timeout=150)
-        alive = [pid for pid in (process.pid, *others) if psutil.pid_exists(pid)]
+        end = time.monotonic() + 5  # what is killed with its parent is gone a moment later
+        while (alive := [pid for pid in others if is_alive(pid)]) and time.monotonic() < end:
+            time.sleep(0.05)
         assert not alive, (alive, out, err)
         try:
             os.killpg(process.pid, 0)
