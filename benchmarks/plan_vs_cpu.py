@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import gc
 import multiprocessing
 import os
 import sys
@@ -19,19 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
-from lorafit.planning import fake_step
 from lorafit.planning.depth import whole_step
-from lorafit.planning.empty_base import quantization_state
-from lorafit.planning.fake_model import materialise
-from lorafit.planning.fake_step import Batch, FakeRun
+from lorafit.planning.fake_step import Batch, FakeRun, Rows
+from lorafit.planning.real_step import RealRun
 from lorafit.recipe import LoadedRecipe, load
 
 ALLOWED = 0.005
@@ -53,7 +47,7 @@ class Case:
 
     name: str
     model: str = "tiny"
-    rows: fake_step.Rows = "full"
+    rows: Rows = "full"
     size: int = 4
     length: int = 512
     passes: int = 1
@@ -124,7 +118,7 @@ def predicted(case: Case) -> int:
 def measured(case: Case) -> int:
     """Bytes at the peak, from real ones."""
     with _built(case, RealRun) as run:
-        return run.measure(Batch(case.rows, case.size, case.length), passes=case.passes)
+        return run.measure(Batch(case.rows, case.size, case.length), passes=case.passes).allocated
 
 
 @contextlib.contextmanager
@@ -134,76 +128,6 @@ def _built(case: Case, kind: type[FakeRun]) -> Iterator[Any]:
     with tempfile.TemporaryDirectory() as directory:
         loaded = recipe_of(case, Path(directory))
         yield kind(loaded, config=config, bf16=case.bf16, checkpointing=case.checkpointing, on_cuda=False)
-
-
-class RealRun(FakeRun):
-    """The same run with memory."""
-
-    def measure(self, batch: Batch, *, passes: int) -> int:
-        """What lies in memory, and the most that a step after the first allocates beside it."""
-        fake_step._inputs = _real_inputs
-        materialise(self._model, contextlib.nullcontext())
-        self._fill()
-        self._trainer.create_optimizer()
-        silent = SimpleNamespace(place=lambda *_: None, name=lambda *_: None)
-        self._first_optimizer_step(silent)
-        hooks = SimpleNamespace(is_forward=False)
-        self._one_step(silent, hooks, batch, passes=passes)  # kernels keep what they have prepared
-        gc.collect()
-        static = self._static_bytes()
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
-            self._one_step(silent, hooks, batch, passes=passes)
-        events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
-        now = most = 0
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        return static + most
-
-    @torch.no_grad()
-    def _fill(self) -> None:
-        for tensor in (*self._model.parameters(), *self._model.buffers()):
-            if tensor.is_floating_point():
-                tensor.normal_(0, 0.02)
-        for module in self._model.modules():
-            state = getattr(getattr(module, "weight", None), "quant_state", None)
-            if state is not None:
-                state.code = bnb.functional.get_4bit_type(state.quant_type, device="cpu")
-                for scale in quantization_state(module):
-                    scale.zero_()
-                if state.nested:
-                    state.state2.code = bnb.functional.create_dynamic_map()
-
-    def _static_bytes(self) -> int:
-        tensors = [*self._model.parameters(), *self._model.buffers()]
-        tensors += [scale for module in self._model.modules() for scale in quantization_state(module)]
-        states = (state for states in self._trainer.optimizer.state.values() for state in states.items())
-        tensors += [value for name, value in states if isinstance(value, torch.Tensor) and not name.startswith("qmap")]
-        if ranks := getattr(self._model.base_model, "rankallocator", None):
-            for averages in (ranks.ipt, ranks.exp_avg_ipt, ranks.exp_avg_unc):
-                tensors += averages.values()
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def _real_inputs(batch: Batch) -> dict[str, Any]:
-    shape = (batch.size, batch.length)
-    ids = torch.randint(0, 264, shape)
-    if batch.rows != "packed":
-        mask = torch.ones(shape, dtype=torch.long)
-        if batch.rows == "padded":
-            mask[0, -7:] = 0
-        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
-    bounds = torch.arange(0, ids.numel() + 1, batch.length, dtype=torch.int32)
-    return {
-        "input_ids": ids.view(1, -1),
-        "labels": ids.clone().view(1, -1),
-        "position_ids": torch.arange(batch.length).repeat(batch.size)[None],
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": batch.length,
-        "max_length_k": batch.length,
-        "seq_idx": torch.arange(batch.size, dtype=torch.int32).repeat_interleave(batch.length)[None],
-    }
 
 
 def apart(what: Callable[[Case], int], case: Case) -> int:

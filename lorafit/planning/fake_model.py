@@ -5,20 +5,20 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _KEPT_BY_4BIT = ("blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
 
 
-def materialise(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Every meta tensor of `model` becomes a fake CPU one: shapes, types, ties and 4-bit states stay, no memory is
-    taken. In place, because `Module.to` cannot do it."""
+def materialise(model: nn.Module, mode: AbstractContextManager[Any], *, device: str = "cpu") -> None:
+    """Every meta tensor of `model` becomes one of `mode`, fake or real, and stays unwritten; shapes, types, ties and
+    4-bit states remain. In place, because `Module.to` cannot do it."""
     fakes: dict[int, torch.Tensor] = {}
 
     def fake(tensor: Any) -> Any:
@@ -27,7 +27,7 @@ def materialise(model: nn.Module, mode: FakeTensorMode) -> None:
         if id(tensor) not in fakes:
             with mode:
                 fakes[id(tensor)] = torch.empty_strided(
-                    tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu"
+                    tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device
                 )
         return fakes[id(tensor)]
 

@@ -108,16 +108,17 @@ class FakeRun:
         bf16: bool,
         checkpointing: bool,
         on_cuda: bool = True,
+        device: str = "cpu",
         spread: int = 1,
     ) -> None:
-        """`spread`: GPUs that FSDP2 shares the weights out to; such a run does one step."""
+        """`on_cuda`: as CUDA's kernels do it. `device`: where it runs, which fake tensors do on the CPU. `spread`: GPUs
+        that FSDP2 shares the weights out to; such a run does one step."""
         self._spread, self._bf16 = spread, bf16
         self.ends = 1 if spread == 1 else 2  # FSDP2 gathers the next layer ahead: two layers share a place
         self._recipe = loaded.recipe
         self._on_cuda = on_cuda
-        stand_in_for_values()
-        if on_cuda:
-            stand_in_for_cuda()
+        self._device = device
+        self._stand_in()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         base = empty_base(self._recipe.model, self._recipe.quantization, config=config)
         # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
@@ -139,7 +140,7 @@ class FakeRun:
         self.layers = Layers(base)
         self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         """Of the adapter in the whole depth, before it is spread."""
-        self._trainer = _trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing)
+        self._trainer = _trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
         _pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model
@@ -241,8 +242,8 @@ class FakeRun:
         ]
         for _ in range(passes):
             tracker.place("inputs", "activations")
-            inputs = _inputs(batch)
-            count = torch.ones((), dtype=torch.long)
+            inputs = self._inputs(batch)
+            count = torch.ones((), dtype=torch.long, device=self._device)
             hooks.is_forward = True
             tracker.place("embedding", "activations")
             loss = self._loss(inputs, count)
@@ -259,6 +260,14 @@ class FakeRun:
         for watch in watched:
             watch.remove()
 
+    def _stand_in(self) -> None:
+        stand_in_for_values()
+        if self._on_cuda:
+            stand_in_for_cuda()
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        return _inputs(batch)
+
     def _loss(self, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
         with self._trainer.compute_loss_context_manager():
             return self._trainer.compute_loss(self._model, inputs, num_items_in_batch=count)
@@ -267,7 +276,7 @@ class FakeRun:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         tracker.place("evaluation", "activations")
         self._model.eval()
-        self._trainer.prediction_step(self._model, _inputs(batch), True)
+        self._trainer.prediction_step(self._model, self._inputs(batch), True)
         self._trainer._held_out.clear()
 
 
@@ -338,7 +347,7 @@ def _pull_levers(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits:
         model.get_base_model().set_attn_implementation(varlen_attention.NAME)
 
 
-def _trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool) -> _Trainer:
+def _trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool, device: str) -> _Trainer:
     alone = recipe.model_copy(
         update={
             "early_stopping": None,
@@ -361,7 +370,7 @@ def _trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: boo
             run_name="plan",
             bf16=bf16,
             gradient_checkpointing=checkpointing,
-            use_cpu=True,
+            use_cpu=device == "cpu",
             has_eval_rows=False,
             evaluates_first=False,
         )

@@ -1,0 +1,135 @@
+"""The step that is planned, for real: the same model with random weights, adapter, trainer and batches, measured."""
+
+from __future__ import annotations
+
+import gc
+from contextlib import nullcontext
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import bitsandbytes as bnb
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lorafit.planning.empty_base import quantization_state
+from lorafit.planning.fake_model import materialise
+from lorafit.planning.fake_step import Batch, FakeRun
+
+STEPS = 3
+"""Of which the last is as every later one: optimizer states and the kernels' workspaces are there."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was allocated at the peak, and on a GPU what was reserved."""
+
+    allocated: int
+    reserved: int | None
+    seconds: float | None
+    """Of the last step, on a GPU."""
+
+
+class RealRun(FakeRun):
+    """A run with memory, on `device`; it measures once."""
+
+    def _stand_in(self) -> None:
+        """Nothing is replaced."""
+
+    def measure(self, batch: Batch, *, eval_batch: Batch | None = None, passes: int = 1) -> Measurement:
+        """The most that is allocated in a step (and an evaluation) after the first."""
+        materialise(self._model, nullcontext(), device=self._device)
+        self._fill()
+        self._trainer.create_optimizer()
+        silent: Any = SimpleNamespace(place=lambda *_: None, name=lambda *_: None)
+        hooks: Any = SimpleNamespace(is_forward=False)
+        self._first_optimizer_step(silent)
+
+        def step() -> None:
+            self._one_step(silent, hooks, batch, passes=passes)
+
+        def evaluation() -> None:
+            if eval_batch is not None:
+                self._evaluate(silent, eval_batch)
+
+        if self._device == "cpu":
+            return self._on_cpu(step, evaluation)
+        return _on_gpu(step, evaluation)
+
+    def _on_cpu(self, step: Any, evaluation: Any) -> Measurement:
+        """By the allocator's own events: the process's memory holds much else."""
+        step()  # kernels keep what they have prepared
+        gc.collect()
+        static = self._static_bytes()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
+            step()
+            evaluation()
+        events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return Measurement(static + most, None, None)
+
+    def _inputs(self, batch: Batch) -> dict[str, Any]:
+        """With values: which rows are padded, and where documents begin, is looked at."""
+        shape = (batch.size, batch.length)
+        ids = torch.randint(0, 256, shape)
+        if batch.rows != "packed":
+            mask = torch.ones(shape, dtype=torch.long)
+            if batch.rows == "padded":
+                mask[0, -7:] = 0
+            inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+        else:
+            bounds = torch.arange(0, ids.numel() + 1, batch.length, dtype=torch.int32)
+            inputs = {
+                "input_ids": ids.view(1, -1),
+                "labels": ids.clone().view(1, -1),
+                "position_ids": torch.arange(batch.length).repeat(batch.size)[None],
+                "cu_seq_lens_q": bounds,
+                "cu_seq_lens_k": bounds,
+                "seq_idx": torch.arange(batch.size, dtype=torch.int32).repeat_interleave(batch.length)[None],
+            }
+        lengths = {"max_length_q": batch.length, "max_length_k": batch.length} if batch.rows == "packed" else {}
+        return {**{name: tensor.to(self._device) for name, tensor in inputs.items()}, **lengths}
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for tensor in (*self._model.parameters(), *self._model.buffers()):
+            if tensor.is_floating_point():
+                tensor.normal_(0, 0.02)
+        for module in self._model.modules():
+            state = getattr(getattr(module, "weight", None), "quant_state", None)
+            if state is None:
+                continue
+            state.code = bnb.functional.get_4bit_type(state.quant_type, device=self._device)
+            for scale in quantization_state(module):
+                scale.zero_()
+            if state.nested:
+                state.state2.code = bnb.functional.create_dynamic_map().to(self._device)
+
+    def _static_bytes(self) -> int:
+        tensors = [*self._model.parameters(), *self._model.buffers()]
+        tensors += [scale for module in self._model.modules() for scale in quantization_state(module)]
+        states = (state for states in self._trainer.optimizer.state.values() for state in states.items())
+        tensors += [value for name, value in states if isinstance(value, torch.Tensor) and not name.startswith("qmap")]
+        if ranks := getattr(self._model.base_model, "rankallocator", None):
+            for averages in (ranks.ipt, ranks.exp_avg_ipt, ranks.exp_avg_unc):
+                tensors += averages.values()
+        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _on_gpu(step: Any, evaluation: Any) -> Measurement:
+    for _ in range(STEPS - 1):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    step()
+    end.record()
+    evaluation()
+    torch.cuda.synchronize()
+    return Measurement(
+        torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved(), start.elapsed_time(end) / 1000
+    )
