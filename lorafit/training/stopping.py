@@ -158,7 +158,7 @@ def ending_is_recorded(
             trainer.accelerator.wait_for_everyone()
         raise
     except (SystemExit, RuntimeError) as error:
-        if not launch.is_worker() or not has_lost_another(within_seconds=2):
+        if not launch.is_worker() or not has_lost_another(within_seconds=5):
             raise
         stop.ignore()
         record(outcome=f"ended after step {trainer.state.global_step} of {steps}: another process ended")
