@@ -46,6 +46,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "lora+": {"optimizer": {"loraplus_lr_ratio": 4.0}},
     "workers": {"training": {"dataloader_num_workers": 1}},
     "evaluated": {"training": EVALUATED, "lora": {"r": 4, "lora_dropout": 0.2}},
+    "all of these": {
+        "lora": {"r": 4, "use_dora": True},
+        "optimizer": {"loraplus_lr_ratio": 4.0},
+        "training": EVALUATED
+        | {"gradient_accumulation_steps": 3, "packing": True, "max_length": 96}
+        | {"neftune_noise_alpha": 5.0, "dataloader_num_workers": 1},
+    },
     "evaluated by epoch": {"training": {"eval_strategy": "epoch", "max_steps": None, "num_train_epochs": 2}},
     "best": {"training": EVALUATED | RISING | {"load_best_model_at_end": True}},
     "early stopping": {"training": EVALUATED | RISING, "early_stopping": {"patience": 1}},
