@@ -91,11 +91,9 @@ def test_a_training_key_changes_the_sft_config(key: str, tmp_path: Path) -> None
     assert named in changed
 
 
-def test_checkpoint_and_stopping_keys_change_the_sft_config(tmp_path: Path) -> None:
+def test_early_stopping_keeps_the_best_and_the_library_removes_no_checkpoint(tmp_path: Path) -> None:
     recipe = _recipe()
-    before = _sft(recipe, tmp_path)
-    more = recipe.model_copy(update={"checkpoints": recipe.checkpoints.model_copy(update={"keep": 5})})
-    assert _sft(more, tmp_path)["save_total_limit"] == "5" != before["save_total_limit"]
+    assert _sft(recipe, tmp_path)["save_total_limit"] == "None"
     raw = recipe.model_dump(exclude_unset=True) | {"early_stopping": {"patience": 2}}
     assert "BEST" in _sft(Recipe.model_validate(raw), tmp_path)["save_strategy"].upper()
 
