@@ -47,9 +47,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def recipe(directory: Path, base: Path, *, out: str = "out", **sections: Any) -> LoadedRecipe:
-    """A sweep over three ranks of twelve steps each, judged by 20 rows."""
+    """A sweep over three ranks of six steps each, judged by 20 rows."""
+    sections["training"] = {"max_steps": 6} | sections.get("training", {})
     sections["rank_sweep"] = {"ranks": RANKS, "budget": 1.0} | sections.get("rank_sweep", {})
-    loaded = forked.recipe(directory, base, every="50%", output_dir=str(directory / out), lora={}, **sections)
+    loaded = forked.recipe(
+        directory, base, every="50%", **({"output_dir": str(directory / out), "lora": {}} | sections)
+    )
     write_jsonl(directory / "eval.jsonl", sums(20, first=100))
     return load(loaded.path)
 
@@ -119,21 +122,17 @@ def test_a_trial_of_a_sweep_is_the_run_that_train_gives(
     alone = trial_recipe(loaded, rank=4, seed=42, learning_rate=5e-3, output_dir=tmp_path / "run")
     train(alone, say=lambda line: None, show_progress=False, cache_dir=None)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(loaded.output_dir() / "trials/rank-4-seed-42")
-    for rank in (2, 1):
-        mine = trial_recipe(loaded, rank=rank, seed=42, learning_rate=5e-3, output_dir=tmp_path / f"{rank}")
-        shared = bench(loaded)
-        run_trial(
-            trial_recipe(loaded, rank=4, seed=7, learning_rate=1e-2, output_dir=tmp_path / f"x{rank}"),
-            until=THIRD,
-            bench=shared,
-        )
-        for until in (THIRD, TWO_THIRDS, END) if rank == 2 else (END,):
-            outcome = run_trial(mine, until=until, bench=shared)
-            assert max(outcome.losses) == until
-        fresh = trial_recipe(loaded, rank=rank, seed=42, learning_rate=5e-3, output_dir=tmp_path / f"fresh{rank}")
-        train(fresh, say=lambda line: None, show_progress=False, cache_dir=None)
-        assert adapter_bytes(tmp_path / f"{rank}") == adapter_bytes(tmp_path / f"fresh{rank}")
-        assert outcome.facts["tokens"] == json.loads((tmp_path / f"fresh{rank}/manifest.json").read_text())["tokens"]
+    shared = bench(loaded)
+    other = trial_recipe(loaded, rank=4, seed=7, learning_rate=1e-2, output_dir=tmp_path / "other")
+    run_trial(other, until=THIRD, bench=shared)
+    paused = trial_recipe(loaded, rank=2, seed=42, learning_rate=5e-3, output_dir=tmp_path / "paused")
+    for until in (THIRD, TWO_THIRDS, END):
+        outcome = run_trial(paused, until=until, bench=shared)
+        assert max(outcome.losses) == until
+    fresh = trial_recipe(loaded, rank=2, seed=42, learning_rate=5e-3, output_dir=tmp_path / "fresh")
+    train(fresh, say=lambda line: None, show_progress=False, cache_dir=None)
+    assert adapter_bytes(tmp_path / "paused") == adapter_bytes(tmp_path / "fresh")
+    assert outcome.facts["tokens"] == json.loads((tmp_path / "fresh/manifest.json").read_text())["tokens"]
 
 
 def test_losses_are_those_of_the_adapter_on_disk(swept: tuple[LoadedRecipe, SweepResult], base: Path) -> None:
@@ -182,7 +181,7 @@ def _killed_at(point: str) -> Callable[[], None]:
 
             def on_step_end(self: Any, args: Any, state: Any, control: Any, **named: Any) -> None:
                 step_end(self, args, state, control, **named)
-                if state.global_step == 7:
+                if state.global_step == 5:
                     die()
 
             trials._Marks.on_step_end = on_step_end  # type: ignore[method-assign]
@@ -376,3 +375,37 @@ def test_the_largest_rank_must_train(base: Path, tmp_path: Path) -> None:
         sweep(loaded)
     assert caught.value.exit_code == 6
     assert torch.get_default_dtype() == torch.float32
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "qlora": {"quantization": {"load_in_4bit": True}},
+    "dora": {"lora": {"use_dora": True}},
+    "pissa": {"lora": {"init_lora_weights": "pissa"}},
+    "eva": {"lora": {"init_lora_weights": "eva"}},
+    "trained head": {"lora": {"modules_to_save": ["lm_head"]}},
+    "early stopping": {
+        "training": {"max_steps": 12} | forked.EVALUATED | forked.OVERSHOOTING,
+        "early_stopping": {"patience": 1},
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_kind_of_adapter_can_be_swept(variant: str, base: Path, tmp_path: Path) -> None:
+    """Cut to its own rank's neighbour, judged on the way, and the same beside others as alone."""
+    keys = dict(VARIANTS[variant])
+    lora = {"r": 8} | keys.pop("lora", {})
+    loaded = recipe(tmp_path, base, rank_sweep={"ranks": [2, 4], "exhaustive": True}, **keys)
+    text = yaml.safe_load(loaded.path.read_text()) | {"lora": lora}
+    loaded.path.write_text(yaml.safe_dump(text))
+    loaded = load(loaded.path)
+    result = sweep(loaded)
+    assert [row.decided_by for row in result.trials] == ["direct", "direct"]
+    assert result.trials[0].truncated_loss is not None
+    alone = trial_recipe(loaded, rank=2, seed=42, learning_rate=result.learning_rate, output_dir=tmp_path / "alone")
+    train(alone, say=lambda line: None, show_progress=False, cache_dir=None)
+    assert adapter_bytes(tmp_path / "alone") == adapter_bytes(loaded.output_dir() / "trials/rank-2-seed-42")
+    if variant == "early stopping":
+        manifest = json.loads((loaded.output_dir() / "trials/rank-4-seed-42/manifest.json").read_text())
+        assert manifest["outcome"] == "stopped early"
