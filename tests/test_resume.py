@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from forked import EVALUATED, adapter_hash, base_model, recipe
 from tiny import byte_tokenizer, sums, write_jsonl
 from transformers import TrainerCallback
@@ -415,6 +416,15 @@ def test_checkpoints_name_no_path_of_this_machine(room: Path, base: Path) -> Non
     texts = [path for path in (loaded.output_dir() / "checkpoints").rglob("*") if path.suffix in (".json", ".jinja")]
     assert len(texts) > 8
     assert not [path for path in texts if str(room) in path.read_text()]
+
+
+def test_what_changes_the_last_bits_is_said(broken_off: LoadedRecipe) -> None:
+    seal = broken_off.output_dir() / "checkpoints/checkpoint-6/checkpoint.json"
+    _sealed_anew(seal, lambda body: body["facts"]["how it is computed"].update(torch="2.0.0", threads=99))
+    _, said = resume(broken_off)
+    now = f'threads 99 -> {torch.get_num_threads()}, torch "2.0.0" -> "{torch.__version__}"'
+    assert said[0].startswith(f"warning: {now.partition('+')[0]}")
+    assert "may differ in its last bits" in said[0]
 
 
 def test_resuming_with_other_weights_before_the_first_step_is_refused(broken_off: LoadedRecipe) -> None:

@@ -6,12 +6,14 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from lorafit import __version__
@@ -23,7 +25,7 @@ from lorafit.run_dir import RunDir
 from lorafit.training.checks import Before
 from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.inputs import RunInputs
-from lorafit.training.resume import Departure, kept_keys
+from lorafit.training.resume import ROUNDING, Departure, kept_keys
 from lorafit.training.trainer import LoraTrainer
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -106,10 +108,13 @@ def checkpoint_room(
     kept: dict[str, Any],
     facts: dict[str, Any],
     bytes_of_one: int,
+    ways: Sequence[str],
 ) -> CheckpointRoom:
-    """Where the checkpoints of a run go; `started` is when this session began, by the monotonic clock."""
+    """Where the checkpoints of a run go; `started` is when this session began, by the monotonic clock, and `ways` how
+    what is computed is computed."""
     earlier = begun.checkpoint.seconds if begun.checkpoint else 0.0
-    noted = kept | {"started": facts["started"], "versions": facts["versions"]}
+    rounding = {"machine": facts["machine"], "threads": torch.get_num_threads(), "ways": list(ways)}
+    noted = kept | {"started": facts["started"], ROUNDING: rounding | facts["versions"]}
     return CheckpointRoom(
         run.checkpoints,
         keep=recipe.checkpoints.keep,

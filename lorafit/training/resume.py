@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,9 @@ MAY_CHANGE = frozenset(
     }
 )
 """Keys and sections of a recipe that a run may go on with changed. Every other key, also one that is new, must stay."""
+
+ROUNDING = "how it is computed"
+"""Facts of a checkpoint that a run may go on without, in other last bits: versions, machine, threads, fast paths."""
 
 FINISHED = ("finished", "stopped early")
 
@@ -81,8 +84,8 @@ def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | Non
     return manifest
 
 
-def settle(run: RunDir, begun: Departure, *, say: Any) -> None:
-    """Make the run directory what it was at the point of departure; by one process alone."""
+def settle(run: RunDir, begun: Departure, *, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+    """Make the run directory what it was at the point of departure; by one process alone. `now` are the facts."""
     if begun.is_again:
         clear_stages(run.checkpoints)
     step = begun.checkpoint.step if begun.checkpoint else 0
@@ -93,6 +96,9 @@ def settle(run: RunDir, begun: Departure, *, say: Any) -> None:
         run.add_event("quarantined", message, step=step)
     if begun.checkpoint:
         message = f"goes on after step {step}, from {begun.checkpoint.path.relative_to(run.path)}"
+        others = [f"{key} {change}" for key, change in changes(begun.checkpoint.facts[ROUNDING], now[ROUNDING])]
+        if others:
+            say(f"warning: {', '.join(others)}: the adapter may differ in its last bits from an undisturbed run's")
     elif begun.is_again:
         message = "there is no checkpoint to go on from: starts again at the first step"
     else:

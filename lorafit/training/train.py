@@ -225,7 +225,16 @@ def run_training(
     if begun.checkpoint:
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
     facts = run_facts(recipe, inputs, run, machine=machine, bf16=bf16.value, table=table, steps=steps, begun=begun)
-    room = checkpoint_room(recipe, run, begun, started=started, kept=kept, facts=facts, bytes_of_one=space.checkpoint)
+    room = checkpoint_room(
+        recipe,
+        run,
+        begun,
+        started=started,
+        kept=kept,
+        facts=facts,
+        bytes_of_one=space.checkpoint,
+        ways=(*levers.lines, f"gradient checkpointing {'on' if checkpointing.value else 'off'}"),
+    )
     with (
         stop.held(),
         ending_is_recorded(trainer, run, stop=stop, steps=steps, record=partial(_finish, run, trainer, facts)),
@@ -233,7 +242,7 @@ def run_training(
     ):
         if trainer.is_world_process_zero():
             run.path.mkdir(parents=True, exist_ok=True)
-            settle(run, begun, say=say)
+            settle(run, begun, now=room.facts, say=say)
             placed = replace(loaded, recipe=recipe.model_copy(update={"output_dir": None}))
             write_file(run.recipe, placed.yaml(relative_to=run.path))
             if tested is not None:
