@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.data.tokens import NOT_TRAINED
-from lorafit.evaluation.memory import generated_tokens
+from lorafit.evaluation.memory import generated_tokens, scoring_tokens
 from lorafit.evaluation.rows import before_stop
 from lorafit.evaluation.sequences import batches_by_length
 
@@ -57,11 +57,13 @@ def answers(
 def _batches(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], *, max_new_tokens: int, batch_size: int | None
 ) -> Iterator[list[int]]:
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     if batch_size is None:
-        yield from batches_by_length(lengths, batch_tokens=generated_tokens(model))
+        cached, read = generated_tokens(model), scoring_tokens(model)
+        # Two limits in one: the cache of the whole text, and the activations of a prompt that is read at once.
+        sizes = [max(len(prompt) + max_new_tokens, len(prompt) * cached // read) for prompt in prompts]
+        yield from batches_by_length(sizes, batch_tokens=cached)
         return
-    by_length = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    by_length = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
     for start in range(0, len(by_length), batch_size):
         yield by_length[start : start + batch_size]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-SHARE = 0.04
+SHARE = 0.03
 """Of the weights: what activations or cached keys and values may take beside them."""
 
-AT_LEAST = 64 * 2**20
+AT_LEAST = 32 * 2**20
 """Bytes of them that a small model may take all the same: less would be a row at a time."""
 
 

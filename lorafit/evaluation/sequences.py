@@ -17,8 +17,9 @@ from lorafit.data.tokens import NOT_TRAINED
 BATCH_TOKENS = 4096
 """Padded tokens of one forward pass, where the caller knows no better."""
 
-LOGITS_AT_ONCE = 2**21
-"""Values of the logits that are held at a time: 8 MiB in float32. All of a batch's may be larger than the model."""
+LOGITS_AT_ONCE = 2**20
+"""Values of the logits that may be held at a time, for a small model: 4 MiB in float32. All of a batch's may be larger
+than the model; of a large one they are a hundredth of it, since each time the output head is read anew."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,8 @@ class _HeadApart:
     def __init__(self, model: nn.Module) -> None:
         self._decoder = model.get_decoder()  # type: ignore[operator]
         self._head = model.get_output_embeddings()  # type: ignore[operator]
+        weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+        self._logits_at_once = max(LOGITS_AT_ONCE, weights // 100 // 12)  # float32, with what its sum of exps takes
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self._head(hidden.to(self._head.weight.dtype) if hasattr(self._head, "weight") else hidden)
@@ -109,7 +112,7 @@ class _HeadApart:
     def __call__(self, input_ids: Tensor, is_trained: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(input_ids)[:, :-1][is_trained]
         vocabulary = self.logits(hidden[:1]).shape[-1]
-        size = max(1, LOGITS_AT_ONCE // vocabulary)
+        size = max(1, self._logits_at_once // vocabulary)
         parts = [
             _judge(self.logits(some), wanted)
             for some, wanted in zip(hidden.split(size), targets.split(size), strict=True)

@@ -62,5 +62,6 @@ def _is_path(text: str, at: KeyPath, base: Path) -> bool:
 
 def _from(text: str, base: Path, at: KeyPath) -> str:
     short = os.path.relpath(text, Path.cwd() / base)
-    is_bare = at[0] in ("model", "launch") or at[1] == "template"  # a bare name would be read as a Hub id or a built-in name
+    # A bare name would be read as a Hub id or a built-in name.
+    is_bare = at[0] in ("model", "launch") or at[1] == "template"
     return f"./{short}" if is_bare and not short.startswith(".") else short

@@ -26,8 +26,8 @@ class GenerateSection(Section):
     (`'#### (\\S+)'` for GSM8K). For exact_match, json_valid and classification. null means the whole text."""
 
     batch_size: int | None = Field(default=None, ge=1)
-    """Answers written at a time. null: as many as need no more memory than a twenty-fifth of the model (64 MiB at
-    least). Where memory is free, more are quicker."""
+    """Answers written at a time. null: as many as need no more memory than 3 % of the model (32 MiB at least).
+    Where memory is free, more are quicker."""
 
     limit: int | None = Field(default=None, ge=1)
     """Answer only so many rows, spread evenly over the held-out ones. null means all."""
