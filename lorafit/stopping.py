@@ -31,12 +31,17 @@ def listen(on_request: Callable[[int, FrameType | None], None]) -> None:
     for number in REQUESTS:
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, on_request)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)  # blocked while this process became what it is
+    release()  # held back while this process became what it is
 
 
 def hold_back() -> None:
     """Let requests wait for the next `listen`, also across `exec`, which forgets who listens."""
     signal.pthread_sigmask(signal.SIG_BLOCK, REQUESTS)
+
+
+def release() -> None:
+    """Hear what was held back."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
 
 
 class StopRequest:
@@ -54,6 +59,12 @@ class StopRequest:
     def listen(self) -> None:
         """Hear requests from now on."""
         listen(self._on_request)
+        # A system that stops a job signals all of its processes. Those that training forks to load batches still owe
+        # them to this one, and begin with requests held back for good.
+        os.register_at_fork(
+            before=lambda: hold_back() if self._is_held else None,
+            after_in_parent=lambda: release() if self._is_held else None,
+        )
 
     def _on_request(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += number == signal.SIGINT

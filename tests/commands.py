@@ -100,6 +100,13 @@ class Command:
         self._since = time.monotonic()
         os.kill(self.pid, number)
 
+    def send_to_all(self, number: int) -> None:
+        """A signal to the process and those it has started, as a scheduler sends it."""
+        self._since = time.monotonic()
+        process = psutil.Process(self.pid)
+        for one in [*process.children(recursive=True), process]:
+            one.send_signal(number)
+
     def texts(self) -> tuple[str, str]:
         """stdout and stderr so far."""
         out, err = ((self._directory / name).read_text("utf-8") for name in ("stdout", "stderr"))

@@ -94,6 +94,18 @@ def test_while_training_a_request_saves_the_step_and_says_how_to_go_on(
     assert (event["kind"], event["step"], event["message"]) == ("stopped", newest.step, message)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_request_to_all_processes_of_a_run_leaves_those_that_load_batches_at_work(
+    name: str, starter: Starter, tmp_path: Path, tiny_base: Path
+) -> None:
+    command = train(starter, tmp_path, tiny_base, training=ENDLESS | {"dataloader_num_workers": 2})
+    command.until(lambda: in_training(tmp_path))
+    command.send_to_all(signal.Signals[name])
+    ended = command.ended()
+    assert (ended.code, ended.out) == (75, ""), ended
+    assert "stopped at" in ended.err
+
+
 # Dropout draws random numbers; the evaluations, a batch a row, take long enough to be met.
 WHOLE = {
     "lora": {"r": 4, "lora_dropout": 0.2},
