@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import LlamaConfig
 
@@ -155,6 +156,7 @@ def main() -> int:
     chosen = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     errors = []
     print(f"{'case':<26} {'predicted':>12} {'measured':>12}     off")
     for case in CASES:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
@@ -154,6 +155,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    datasets.disable_progress_bars()
     # Asked in a process of its own: this one must not touch the GPU before it forks.
     gpu = None if chosen.tiny else apart(lambda: gpu_of_this_machine(this_machine()))
     if isinstance(gpu, str):

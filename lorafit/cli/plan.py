@@ -26,6 +26,9 @@ def plan(
     largest: Annotated[
         bool, typer.Option("--largest", help="Find the largest batch, the longest rows and the highest rank that fit.")
     ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Run one step and one evaluation for real, on a GPU of this machine.")
+    ] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Write a recipe that fits.")] = False,
     output: Annotated[
         Path | None,
@@ -37,7 +40,8 @@ def plan(
 ) -> None:
     """Say whether a recipe fits, how fast it is and what to change, before anything is downloaded or loaded."""
     from lorafit.planning.gpus import gpu_named, gpu_of_this_machine
-    from lorafit.planning.plan import Question, ask, write_fixed
+    from lorafit.planning.plan import Question, ask, refuse_to_overwrite, write_fixed
+    from lorafit.planning.plan import measure as measured_too
     from lorafit.recipe import load
     from lorafit.report.plan import plan_text
 
@@ -50,11 +54,15 @@ def plan(
 
         machine = this_machine()
         one, number = gpu_of_this_machine(machine), machine.gpus if asked == "auto" else asked
+    out = output or recipe.with_name(f"{recipe.stem}-fits.yaml")
+    if fix:
+        refuse_to_overwrite(out)
     question = Question(loaded, one, number, model_shape, with_largest=largest, with_fix=fix)
     result = ask(question)
+    if measure:
+        result = measured_too(question, result)
     print_result(result.as_dict(), as_json=as_json, text=plan_text(result))
     if fix:
-        out = output or recipe.with_name(f"{recipe.stem}-fits.yaml")
         speaker(quiet=quiet)(write_fixed(question, result, out))
     if check and not result.fits:
         raise typer.Exit(4)

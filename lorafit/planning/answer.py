@@ -135,6 +135,8 @@ class Plan:
     advice: tuple[Advice, ...]
     largest: tuple[Largest, ...]
     fixed: Fixed | None
+    measured_bytes: int | None
+    """What a real step allocated, where one was run."""
     notes: tuple[str, ...]
     """What is not modelled, and makes the figures an upper bound."""
 

@@ -7,15 +7,17 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lorafit.builders.model_files import is_on_hub
 from lorafit.data import scan
-from lorafit.errors import DataError, ModelError
+from lorafit.errors import DataError, MachineError, ModelError
 from lorafit.planning.advice import advice, fitting
 from lorafit.planning.answer import Disk, Fixed, Plan, Speed, line, surroundings
-from lorafit.planning.estimate import Estimate, Estimator
+from lorafit.planning.estimate import Estimate, Estimator, eval_batch, train_batch
 from lorafit.planning.known_shapes import architecture, known_shapes
 from lorafit.planning.largest import largest_that_fit
 from lorafit.planning.plan import Question
+from lorafit.planning.real_step import RealRun
 from lorafit.planning.roofline import ARITHMETIC, BANDWIDTH, LAUNCH, SHORTEST
 from lorafit.planning.unmodelled import notes, refuse_unmodelled
+from lorafit.preflight import bf16_choice, this_machine
 from lorafit.recipe import Recipe
 from lorafit.recipe.arithmetic import total_steps
 from lorafit.recipe.sections import ModelSection
@@ -56,8 +58,33 @@ def answer(question: Question) -> Plan:
         advice=advice(estimator, estimate, config=config) if wants_advice else (),
         largest=largest_that_fit(estimator, recipe, longest=longest) if question.with_largest else (),
         fixed=_fixed(estimator, estimate, config) if question.with_fix else None,
+        measured_bytes=None,
         notes=tuple(notes(recipe, config, count=question.count)),
     )
+
+
+def measured(question: Question) -> int:
+    """Bytes allocated at the peak of a real step and evaluation, with random weights, on this machine's GPU.
+
+    Raises MachineError where there is none.
+    """
+    recipe, machine = question.loaded.recipe, this_machine()
+    if machine.device != "cuda":
+        raise MachineError("there is no GPU here to run a step on", where="--measure")
+    if recipe.launch.strategy != "ddp":
+        raise MachineError("one process runs the step: only ddp can be measured so", where="--measure")
+    run = RealRun(
+        question.loaded,
+        config=_config(question),
+        bf16=bf16_choice(recipe.training, machine).value,
+        checkpointing=recipe.training.gradient_checkpointing is True,
+        device="cuda",
+    )
+    passes = min(2, recipe.training.gradient_accumulation_steps)
+    try:
+        return run.measure(train_batch(recipe), eval_batch=eval_batch(recipe), passes=passes).allocated
+    except torch.OutOfMemoryError as error:
+        raise MachineError(f"the step does not fit: {str(error).splitlines()[0]}", where="--measure") from error
 
 
 def _config(question: Question) -> PreTrainedConfig:

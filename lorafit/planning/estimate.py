@@ -92,7 +92,7 @@ class Estimator:
             recipe=recipe,
             checkpointing=checkpointing,
             checkpointing_reason=reason,
-            batch=_train_batch(recipe),
+            batch=train_batch(recipe),
             allocated=allocated,
             reserved=reserved,
             parts=parts,
@@ -108,8 +108,8 @@ class Estimator:
         if key not in self._steps:
             self._steps[key] = whole_step(
                 self._run(recipe, checkpointing=checkpointing),
-                _train_batch(recipe),
-                eval_batch=_eval_batch(recipe),
+                train_batch(recipe),
+                eval_batch=eval_batch(recipe),
                 passes=min(2, recipe.training.gradient_accumulation_steps),
                 replay=replay,
             )
@@ -134,12 +134,13 @@ class Estimator:
         return self._runs[key]
 
 
-def _train_batch(recipe: Recipe) -> Batch:
-    training = recipe.training
-    return _batch(recipe, training.per_device_train_batch_size)
+def train_batch(recipe: Recipe) -> Batch:
+    """The largest that one forward pass of training reads."""
+    return _batch(recipe, recipe.training.per_device_train_batch_size)
 
 
-def _eval_batch(recipe: Recipe) -> Batch | None:
+def eval_batch(recipe: Recipe) -> Batch | None:
+    """The largest of an evaluation; None without held-out rows."""
     has_rows = bool(recipe.data.eval) or recipe.data.eval_fraction is not None
     return _batch(recipe, recipe.training.per_device_eval_batch_size) if has_rows else None
 

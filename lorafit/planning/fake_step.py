@@ -149,9 +149,7 @@ class FakeRun:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._recipe.training.neftune_noise_alpha is not None:
             activate_neftune(model, self._recipe.training.neftune_noise_alpha, self._trainer.accelerator)
-        # All that was imported and built stays: collecting garbage after each step need not look at it.
-        gc.collect()
-        gc.freeze()
+        gc.freeze()  # all that was imported and built stays: collecting garbage after a step need not look at it
 
     def step(
         self,

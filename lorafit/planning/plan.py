@@ -6,10 +6,11 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Literal
 
-from lorafit.errors import LorafitError, MachineError
+from lorafit.errors import LorafitError, MachineError, RecipeError
 from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.variants import changed, written_as
@@ -42,15 +43,16 @@ class PlanningFailed(Exception):
 class Asked:
     """A question that a fresh process is answering meanwhile."""
 
-    def __init__(self, question: Question) -> None:
+    def __init__(self, question: Question, *, kind: Literal["plan", "measure"] = "plan") -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="lorafit-plan-")
         asked, self._answered = (Path(self._directory.name, name) for name in ("question", "answer"))
         asked.write_bytes(pickle.dumps(question))
-        command = [sys.executable, "-m", "lorafit.planning.job", str(asked), str(self._answered)]
+        command = [sys.executable, "-m", "lorafit.planning.job", kind, str(asked), str(self._answered)]
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        self._process = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+        # Its own session: Ctrl-C reaches this process alone, which then ends that one.
+        self._process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
 
-    def answer(self) -> Plan:
+    def answer(self) -> Any:
         """Waits for it. Raises the LorafitError that the process ends with, and PlanningFailed for a bug in it."""
         with self._directory:
             try:
@@ -66,8 +68,23 @@ class Asked:
 
 
 def ask(question: Question) -> Plan:
-    """The answer of a fresh process; raises as `Asked.answer`."""
-    return Asked(question).answer()
+    """The plan, by a fresh process; raises as `Asked.answer`."""
+    plan: Plan = Asked(question).answer()
+    return plan
+
+
+def measure(question: Question, plan: Plan) -> Plan:
+    """The plan with what one step takes for real, on a GPU of this machine, in a fresh process; raises as `ask`."""
+    keys = {"training.gradient_checkpointing": plan.gradient_checkpointing}
+    recipe = changed(question.loaded.recipe, keys) or question.loaded.recipe
+    asked = replace(question, loaded=replace(question.loaded, recipe=recipe))
+    return replace(plan, measured_bytes=Asked(asked, kind="measure").answer())
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    """Before anything is planned. Raises RecipeError."""
+    if out.exists():
+        raise RecipeError("is there already and is never overwritten; choose another --output", where=str(out))
 
 
 def write_fixed(question: Question, plan: Plan, out: Path) -> str:

@@ -26,6 +26,10 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   what torch.cuda.max_memory_allocated shows"
     yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   what the allocator takes for it"
     yield f"  {'device':<22} {gib(plan.device_bytes):>12}   with CUDA, cuBLAS and NCCL; it has {gib(plan.memory_bytes)}"
+    if plan.measured_bytes is not None:
+        off = plan.allocated_bytes / plan.measured_bytes - 1
+        measured = gib(plan.measured_bytes)
+        yield f"  {'measured':<22} {measured:>12}   allocated by a real step; the plan is off by {off:+.1%}"
     state = "on" if plan.gradient_checkpointing else "off"
     yield f"  gradient checkpointing {state}: {plan.checkpointing_reason}"
 

@@ -1,0 +1,160 @@
+"""`lorafit plan`: the command, its GPUs, its advice and the recipe that it mends."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import build_base, llama_config
+
+from lorafit.cli import _exit_code
+from lorafit.errors import MachineError, ModelError, RecipeError
+from lorafit.planning.answer import CONTEXT, WORKSPACES, verdict
+from lorafit.planning.answers import answer
+from lorafit.planning.gpus import KNOWN, Gpu, gpu_named, gpu_of_this_machine
+from lorafit.planning.largest import search
+from lorafit.planning.plan import Question
+from lorafit.planning.variants import changed, written_as
+from lorafit.preflight import Machine, checkpointing_choice
+from lorafit.recipe import load
+from recipes import loaded, written
+
+GIB = 2**30
+RECIPE = "model: {model_name_or_path: ./base}\ndata: {train: [{path: rows.jsonl}]}\ntraining: {max_length: 512}\n"
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny base model and a recipe for it."""
+    path = tmp_path_factory.mktemp("plan")
+    build_base(path / "base", config=llama_config(vocab_size=32768))
+    written(path, RECIPE)
+    return path
+
+
+def plan(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lorafit", "plan", *arguments]
+    return subprocess.run(command, cwd=directory, capture_output=True, text=True, timeout=600, check=False)
+
+
+def test_a_recipe_that_does_not_fit_is_mended_and_then_fits(directory: Path) -> None:
+    done = plan(directory, "x.yaml", "--gpu", "900MiB", "--set", "training.optim=sgd", "--json", "--check", "--fix")
+    assert done.returncode == 4, done.stderr
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "does not fit" and found["fits"] is False
+    assert found["allocated_bytes"] == sum(found["parts"].values()) - found["parts"]["reserve"]
+    assert found["allocated_bytes"] <= found["reserved_bytes"] < found["device_bytes"]
+    savings = [one["saving_bytes"] for one in found["advice"]]
+    assert savings == sorted(savings, reverse=True) and savings[-1] > 0
+    assert "x-fits.yaml" in done.stderr
+    mended = load(directory / "x-fits.yaml").recipe.training
+    assert mended.per_device_train_batch_size * mended.gradient_accumulation_steps == 16
+    assert mended.optim == "sgd" and mended.max_length == 512
+    again = plan(directory, "x-fits.yaml", "--gpu", "900MiB", "--check")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.splitlines()[-1].startswith("fits on 900MiB")
+
+
+def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
+    code = _exit_code(["plan", *arguments])
+    return code, capsys.readouterr().err
+
+
+def test_bad_input_is_one_line_with_its_mend(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(directory / "x.yaml")
+    assert said(capsys, recipe, "--gpu", "rtx490") == (2, one_line("rtx4090"))
+    assert said(capsys, recipe, "--gpu", "quantum") == (2, one_line("24GiB"))
+    assert said(capsys, recipe, "--gpu", "0GiB") == (2, one_line("24GiB"))
+    assert said(capsys, recipe, "--gpu", "l4", "--count", "0") == (2, one_line("--count"))
+    assert said(capsys, recipe, "--gpu", "l4", "--fix", "--output", recipe) == (2, one_line("never overwritten"))
+    assert said(capsys, recipe) == (4, one_line("--gpu"))
+
+
+class one_line:
+    """Equal to one line of error that holds a word."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def __eq__(self, other: object) -> bool:
+        lines = str(other).splitlines()
+        return len(lines) == 1 and lines[0].startswith("error: ") and self.word in lines[0]
+
+    def __repr__(self) -> str:
+        return f"one line with {self.word!r}"
+
+
+def test_a_model_that_is_not_here_is_planned_by_its_shape(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path, RECIPE.replace("./base", "some/model"))
+    with pytest.raises(ModelError, match=r"hf download some/model .* --model-shape, one of llama3-8b"):
+        answer(Question(recipe, KNOWN["l4"], 1))
+
+
+@pytest.mark.parametrize(
+    ("keys", "why"),
+    [
+        (["launch.strategy=zero3"], "not DeepSpeed"),
+        (["quantization.load_in_8bit=true"], "8-bit"),
+        (
+            ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_storage=bfloat16", "launch.strategy=fsdp2"],
+            "4 bits that fsdp2",
+        ),
+    ],
+)
+def test_what_is_not_modelled_is_refused(tmp_path: Path, keys: list[str], why: str) -> None:
+    recipe = loaded(tmp_path, RECIPE.replace("./base", "llama3-8b"), overrides=keys)
+    with pytest.raises(MachineError, match=why):
+        answer(Question(recipe, KNOWN["h200"], 4))
+
+
+def test_a_gpu_is_known_by_many_names() -> None:
+    assert gpu_named("RTX 4090") == gpu_named("rtx4090") == KNOWN["rtx4090"]
+    assert gpu_named("A100") == gpu_named("NVIDIA A100-80") == KNOWN["a100-80"]
+    assert gpu_named("24GiB") == Gpu("24GiB", 24 * GIB)
+    with pytest.raises(RecipeError, match="did you mean h200"):
+        gpu_named("h20O")
+
+
+def test_the_gpu_of_a_machine_has_the_memory_that_the_driver_shows() -> None:
+    machine = Machine("cuda", "NVIDIA A100-SXM4-40GB", 8, True, 40 * GIB)
+    gpu = gpu_of_this_machine(machine)
+    assert (gpu.memory_bytes, gpu.bandwidth_gb) == (40 * GIB, KNOWN["a100-40"].bandwidth_gb)
+    unknown = gpu_of_this_machine(Machine("cuda", "NVIDIA Something", 1, True, GIB))
+    assert (unknown.memory_bytes, unknown.bf16_tflops) == (GIB, None)
+
+
+def test_a_plan_is_tight_within_five_percent_of_the_limit() -> None:
+    gpu = Gpu("x", 10 * GIB)
+    around = WORKSPACES + CONTEXT
+    most = 10 * GIB - around
+    assert verdict(int(most * 0.9), int(10 * GIB / 1.05 - around) - 1, gpu=gpu, count=1) == "fits"
+    assert verdict(int(most * 0.9), int(10 * GIB / 1.05 - around) + 2, gpu=gpu, count=1) == "tight"
+    assert verdict(most, most + GIB, gpu=gpu, count=1) == "tight"  # the allocator gives cached blocks back
+    assert verdict(most + 1, most + 1, gpu=gpu, count=1) == "does not fit"
+
+
+def test_the_search_finds_the_largest_that_fits() -> None:
+    for limit in range(1, 40):
+        assert search(lambda value, limit=limit: value <= limit, step=1, most=32) == min(limit, 32)
+    assert search(lambda value: value <= 1000, step=256, most=8192) == 768
+    assert search(lambda value: value <= 100, step=256, most=8192) is None
+    assert search(lambda value: True, step=256, most=6000) == 5888
+
+
+def test_changed_keys_count_as_written_and_rules_still_hold(tmp_path: Path) -> None:
+    recipe = loaded(tmp_path).recipe
+    made = changed(recipe, {"training.max_length": 4096, "quantization.load_in_4bit": True})
+    assert made is not None and made.training.max_length == 4096 and made.quantization is not None
+    assert "max_length" in made.training.model_fields_set
+    assert changed(recipe, {"launch.strategy": "fsdp2", "quantization.load_in_4bit": True}) is None
+    assert written_as({"training.gradient_checkpointing": True, "lora.r": 8}) == (
+        "training.gradient_checkpointing: true, lora.r: 8"
+    )
+
+
+def test_without_a_plan_checkpointing_is_on_for_gpus(tmp_path: Path) -> None:
+    machine = Machine("cuda", "x", 1, True, GIB)
+    assert checkpointing_choice(loaded(tmp_path).recipe.training, machine).value is True
