@@ -284,7 +284,7 @@ def test_a_broken_rule_is_said_once_at_its_key(tmp_path: Path, text: str, key: s
         with_source("{path: a, columns: {messages: chat}}"),
         with_source("{hub: a/b, split: train}").replace("]}", "], eval: [{hub: a/b, split: test}]}"),
         SMALLEST.replace("]}", "], template_kwargs: {enable_thinking: false}}"),
-        f"{EVAL}eval: {{generate: {{answer: '#### (\\S+)', metrics: [bleu, classification]}}, general: [{{path: g.txt}}]}}",
+        f"{EVAL}eval: {{generate: {{answer: '#### (.*)', metrics: [bleu, classification]}}, general: [{{path: g}}]}}",
         f"{SMALLEST}eval: {{compare_base: false, tasks: [hellaswag, ./mine.yaml]}}",
     ],
 )
