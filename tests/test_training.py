@@ -233,7 +233,10 @@ def _poison_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_module.LoraTrainer, "compute_loss", poison)
 
 
-@pytest.mark.parametrize("fault", ["frozen", "no gradient"])
+NOTHING_LEARNED = {"frozen": "did not move", "no gradient": "every logged gradient was zero"}
+
+
+@pytest.mark.parametrize("fault", NOTHING_LEARNED)
 def test_a_run_that_learned_nothing_is_refused(
     fault: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,7 +247,7 @@ def test_a_run_that_learned_nothing_is_refused(
         monkeypatch.setattr(
             train_module.LoraTrainer, "compute_loss", lambda self, *a, **k: compute(self, *a, **k) * 0.0
         )
-    with pytest.raises(VerificationError, match="did not move") as caught:
+    with pytest.raises(VerificationError, match=NOTHING_LEARNED[fault]) as caught:
         run(small_recipe(tmp_path, tiny_base))
     assert caught.value.exit_code == 5
     assert not (tmp_path / "run/adapter").exists()
