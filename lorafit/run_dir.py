@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import write_file
+from lorafit.durable import flush, write_file
 from lorafit.errors import RunDirError
 
 
@@ -132,5 +132,8 @@ class RunDir:
                 directory.rmdir()
 
     def write_manifest(self, facts: dict[str, Any]) -> None:
-        """Replace the manifest in one step, so that a reader sees the old one or the new one."""
+        """Replace the manifest in one step, so that a reader sees the old one or the new one; after what it sums up."""
+        for lines in (self.metrics, self.events):
+            if lines.is_file():
+                flush(lines)
         write_file(self.manifest, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
