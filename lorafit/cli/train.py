@@ -14,6 +14,7 @@ import typer
 from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import RecipeError
+from lorafit.imports import without_collections
 
 if TYPE_CHECKING:
     from lorafit.recipe import LoadedRecipe
@@ -109,7 +110,8 @@ def train(
             is_ours = launch.is_first_machine(loaded.recipe.launch)
             held_run = held(RunDir(loaded.output_dir()), say=speaker(quiet=quiet)) if is_ours else nullcontext()
             with held_run:
-                quiet_libraries(debug=debug)
+                with without_collections():
+                    quiet_libraries(debug=debug)
                 trained = _train(loaded, stop, begin=begin, quiet=quiet)
             if launch.rank() != 0:
                 return
@@ -127,22 +129,26 @@ def _resume_command() -> str:
 
 def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet: bool) -> "TrainResult":
     """Train in this process, or first become the launcher of those that train."""
-    from lorafit.preflight import cache_directory, this_machine
-
-    machine = this_machine()
-    if launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus) and not _is_finished(loaded, begin=begin):
+    with without_collections():
+        from lorafit.preflight import cache_directory, this_machine
         from lorafit.training.inputs import read_inputs, refuse_before_reading
 
+    machine, inputs = this_machine(), None
+    if not launch.is_worker() and not _is_finished(loaded, begin=begin):
+        starts_others = launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus)
+        meanwhile = None if starts_others else "lorafit.training.train"
         begun = refuse_before_reading(loaded, machine, begin=begin)
-        read_inputs(loaded, cache_dir=cache_directory(), begun=begun)
-        from lorafit.stopping import hold_back
+        inputs = read_inputs(loaded, cache_dir=cache_directory(), begun=begun, meanwhile=meanwhile)
+        if starts_others:
+            from lorafit.stopping import hold_back
 
-        run = loaded.output_dir() if launch.is_first_machine(loaded.recipe.launch) else None
-        command = launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus, run=run)
-        hold_back()
-        launch.replace_this_process(command)
-    from lorafit.processes import leave_processes
-    from lorafit.training.train import train as train_adapter
+            run = loaded.output_dir() if launch.is_first_machine(loaded.recipe.launch) else None
+            command = launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus, run=run)
+            hold_back()
+            launch.replace_this_process(command)
+    with without_collections():
+        from lorafit.processes import leave_processes
+        from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
     result = train_adapter(
@@ -152,6 +158,7 @@ def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet
         say=speaker(quiet=quiet or not is_main),
         show_progress=sys.stderr.isatty() and not quiet and is_main,
         cache_dir=cache_directory(),
+        inputs=inputs,
     )
     leave_processes()
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
+from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.run_dir import RunDir
@@ -34,19 +36,25 @@ class RunInputs:
     data: PreparedData
 
 
-def read_inputs(loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None) -> RunInputs:
-    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError."""
+def read_inputs(
+    loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None, meanwhile: str | None = None
+) -> RunInputs:
+    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError.
+
+    `meanwhile` names a module that is imported while the rows are read: tokenizing leaves Python to others.
+    """
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
     tokenizer = load_tokenizer(recipe.model)
-    data = prepare(
-        recipe.data,
-        tokenizer=tokenizer,
-        max_length=recipe.training.max_length,
-        seed=recipe.training.seed,
-        stop_token_ids=base_files.stop_token_ids,
-        vocab_size=base_files.vocab_size,
-        cache_dir=cache_dir,
-        as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
-    )
+    with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
+        data = prepare(
+            recipe.data,
+            tokenizer=tokenizer,
+            max_length=recipe.training.max_length,
+            seed=recipe.training.seed,
+            stop_token_ids=base_files.stop_token_ids,
+            vocab_size=base_files.vocab_size,
+            cache_dir=cache_dir,
+            as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
+        )
     return RunInputs(base_files, tokenizer, data)

@@ -169,6 +169,9 @@ def self_test_once(
 @contextmanager
 def _quick_collections() -> Iterator[None]:
     """A trainer begins with a garbage collection; over all that the libraries hold each takes longer than a check."""
+    if gc.get_freeze_count():  # what was frozen as it was imported stays so
+        yield
+        return
     gc.freeze()
     try:
         yield

@@ -85,6 +85,7 @@ def train(
     say: Say,
     show_progress: bool,
     cache_dir: Path | None,
+    inputs: RunInputs | None = None,
     begin: Begin = "new",
     stop: StopRequest | None = None,
 ) -> TrainResult:
@@ -95,7 +96,9 @@ def train(
     if begin != "new" and (done := finished_result(loaded)) is not None:
         say(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
         return done
-    trained = run_training(loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, begin=begin, stop=stop)
+    trained = run_training(
+        loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, inputs=inputs, begin=begin, stop=stop
+    )
     return trained.result
 
 
