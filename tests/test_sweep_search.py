@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from typing import Any
 
 import numpy as np
 import pytest
 
+from lorafit.evaluation.intervals import paired_difference
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe.sections import RankSweepSection
+from lorafit.sweep import search
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS, Decision, Job, Known, Wanted, budget_in_thirds, decide
+
+
+@pytest.fixture(autouse=True)
+def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The losses here are made to be told apart."""
+    monkeypatch.setattr(search, "paired_difference", partial(paired_difference, resamples=300))
+
 
 RANKS = (1, 2, 4, 8, 16, 32)
 TOKENS = np.full(200, 10)

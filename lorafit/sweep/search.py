@@ -201,23 +201,31 @@ class _Search:
     def _finish(self, accepted: int, certified: int) -> int:
         """Index of the first rank from `accepted` on that holds to the end of its steps; else `certified`."""
         for index in range(accepted, certified):
-            rank = self.ranks[index]
-            if not self._reach([Job(rank, TWO_THIRDS)]):
+            verdict = self._to_its_end(self.ranks[index])
+            if verdict is None:
                 return certified
-            if self._is_rejected(rank, TWO_THIRDS):
-                continue
-            if not self._reach([Job(rank, END)]):
-                return certified
-            if rank in self.known.failed:
-                self.verdicts[rank] = Verdict("failed", False)
-                continue
-            losses = self.known.direct[rank, END]
-            comparison = self._against_largest(losses, END)
-            self.verdicts[rank] = Verdict("direct", comparison.is_sufficient, END, losses, comparison)
-            self.is_monotone &= not comparison.is_better
-            if comparison.is_sufficient:
+            if verdict.is_sufficient:
                 return index
         return certified
+
+    def _to_its_end(self, rank: int) -> Verdict | None:
+        """What is found of a rank that is trained for as long as it may still do; None where the budget does not pay
+        for it."""
+        for thirds in (THIRD, TWO_THIRDS):
+            if not self._reach([Job(rank, thirds)]):
+                return None
+            if self._is_rejected(rank, thirds):
+                return self.verdicts[rank]
+        if not self._reach([Job(rank, END)]):
+            return None
+        if rank in self.known.failed:
+            self.verdicts[rank] = Verdict("failed", False)
+            return self.verdicts[rank]
+        losses = self.known.direct[rank, END]
+        comparison = self._against_largest(losses, END)
+        self.is_monotone &= not comparison.is_better
+        self.verdicts[rank] = Verdict("direct", comparison.is_sufficient, END, losses, comparison)
+        return self.verdicts[rank]
 
     def _all(self) -> Decision:
         """Every rank that the budget pays for, in full and from the smallest on, held against the best of them."""
