@@ -83,8 +83,15 @@ def _memory() -> dict[str, int]:
 def _evaluate(base: Path, adapter: Path, merged: Path, rows: Path, generate: str, sent: object) -> None:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before = _memory()["VmRSS"]
-    evaluate(str(adapter), base=str(base), merged=merged, data=rows, overrides=[generate], say=print, cache_dir=None)
-    sent.send(_memory()["VmHWM"] - before)  # type: ignore[attr-defined]
+    peaks: list[int] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        if line == "adapter: measuring":
+            peaks.append(_memory()["VmHWM"] - before)
+
+    evaluate(str(adapter), base=str(base), merged=merged, data=rows, overrides=[generate], say=say, cache_dir=None)
+    sent.send((*peaks, _memory()["VmHWM"] - before))  # type: ignore[attr-defined]
 
 
 def memory(directory: Path, *, million: int, rows: int) -> None:
@@ -108,8 +115,11 @@ def memory(directory: Path, *, million: int, rows: int) -> None:
     process = multiprocessing.get_context("spawn").Process(target=_evaluate, args=job)
     process.start()
     process.join()
-    peak = receiver.recv()
-    print(f"model {weights / 2**20:,.0f} MiB; peak beside imports {peak / 2**20:,.0f} MiB, {peak / weights:.3f} models")
+    alone, peak = receiver.recv()
+    print(
+        f"model {weights / 2**20:,.0f} MiB; peak beside imports: base alone {alone / 2**20:,.0f} MiB, base, adapter "
+        f"and merged model {peak / 2**20:,.0f} MiB = {peak / alone:.3f} of that, {peak / weights:.3f} models"
+    )
 
 
 def speed(*, rows: int, new_tokens: int) -> None:
