@@ -10,18 +10,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.state import GradientState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from transformers import PreTrainedModel
 
 
 @contextmanager
 def unchanged(model: torch.nn.Module) -> Iterator[None]:
     """Whatever the block does to `model` is undone: modules, hooks, flags and settings, weights that are trained (give
-    them new tensors rather than change those they have), gradients; the random states; accelerate's list of loaders."""
+    them new tensors rather than change those they have), gradients; the random states; the loaders that
+    accelerate lists, and what its latest user sets for all others: precision, and whether they compile."""
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     settings = [base.config, base.config.get_text_config(), base.generation_config]
     owners = [*model.modules(), *(one for one in settings if one is not None), GradientState()]
-    before = [(vars(owner), _contents(vars(owner))) for owner in owners]
+    shared = [PartialState._shared_state, AcceleratorState._shared_state]
+    before = [(attributes, _contents(attributes)) for attributes in [*map(vars, owners), *shared]]
     trained = [(p, p.data, p.grad) for p in model.parameters() if p.requires_grad]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     on_gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
