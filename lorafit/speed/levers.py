@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from peft import PeftModel
 
-from lorafit.recipe.sections import SpeedSection
+from lorafit.recipe import Recipe
 from lorafit.speed.answer_head import why_not as why_no_answer_head
+from lorafit.speed.fixed_length import why_not as why_no_fixed_length
 from lorafit.speed.fused_lora import fuse
 from lorafit.speed.varlen_attention import use_varlen_attention
 
@@ -23,26 +24,32 @@ class Levers:
     answer_head: bool
     """For the trainer to put on: its base class puts TRL's own head on every model it is given."""
 
+    fixed_length: bool
+    """For the trainer, which calls the model."""
 
-def speed_up(
-    model: PeftModel, section: SpeedSection, *, packing: bool, compiled: bool, is_whole: bool, dtype: torch.dtype
-) -> Levers:
-    """Pull the levers that the section allows and this model takes.
+
+def speed_up(model: PeftModel, recipe: Recipe, *, is_whole: bool, dtype: torch.dtype) -> Levers:
+    """Pull the levers that the recipe allows and this model takes.
 
     `dtype` is what products are computed in; `is_whole` is false where FSDP or ZeRO spread the weights over processes,
     whose own hooks the levers would pass by.
     """
-    base = model.get_base_model()
+    base, section, training = model.get_base_model(), recipe.speed, recipe.training
     wanted = {
-        "packed attention by document": section.varlen_attention and packing,
+        "packed attention by document": section.varlen_attention and training.packing,
         "fused LoRA": section.fused_lora,
         "answer head": section.answer_head,
     }
     names = [name for name, is_wanted in wanted.items() if is_wanted]
-    if not is_whole or compiled:
-        why = "torch_compile fuses by itself" if compiled else "the weights are spread over processes"
-        return Levers((f"plain path for {', '.join(names)}: {why}",) if names else (), answer_head=False)
-    lines, answer_head = [], False
+    lines, answer_head, fixed_length = [], False, False
+    if training.torch_compile and training.packing and section.fixed_length:
+        reason = why_no_fixed_length(base, recipe)
+        fixed_length = reason is None
+        lines.append(_line("packed rows of one length", reason))
+    if not is_whole or training.torch_compile:
+        why = "torch_compile fuses by itself" if training.torch_compile else "the weights are spread over processes"
+        lines += [f"plain path for {', '.join(names)}: {why}"] if names else []
+        return Levers(tuple(lines), answer_head, fixed_length)
     if "packed attention by document" in names:
         reason = use_varlen_attention(base, dtype=dtype)
         lines.append(_line("packed attention by document", reason))
@@ -56,7 +63,7 @@ def speed_up(
         reason = why_no_answer_head(base)
         answer_head = reason is None
         lines.append(_line("answer head", reason))
-    return Levers(tuple(lines), answer_head)
+    return Levers(tuple(lines), answer_head, fixed_length)
 
 
 def _line(lever: str, reason: str | None) -> str:

@@ -23,7 +23,7 @@ NAME = "lorafit_varlen"
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Dropout of attention by the names of transformers' configs."""
 
-_LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def packed_attention(
@@ -110,7 +110,7 @@ def use_varlen_attention(model: PreTrainedModel, *, dtype: torch.dtype) -> str |
     dropout = next((name for name in _DROPOUTS if getattr(config, name, 0)), None)
     if dropout is not None:
         return f"the model drops attention out ({dropout})"
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
     if strange:
         return f"the model has layers of {strange[0]}"
     if model.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):

@@ -167,6 +167,7 @@ class Bench:
             stop=StopRequest(),
             loraplus_lr_ratio=None,
             answer_head=self._answer_head,
+            fixed_length=False,  # nothing is compiled here
             health=health,
             halving=None,
             base_name=None,
@@ -211,7 +212,11 @@ def _square(tensor: torch.Tensor) -> float:
 
 def _one_step(recipe: Recipe, *, per_pass: int, steps: int) -> Recipe:
     """The recipe's training without all that does not decide what a forward and backward pass compute."""
-    extra = {key: value for key, value in recipe.training.extra.items() if not key.startswith("dataloader_")}
+    extra = {
+        key: value
+        for key, value in recipe.training.extra.items()
+        if not key.startswith(("dataloader_", "torch_compile"))
+    }
     changes: dict[str, Any] = {
         "per_device_train_batch_size": per_pass,
         "gradient_accumulation_steps": steps,

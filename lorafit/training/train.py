@@ -181,9 +181,7 @@ def run_training(
     mixed_precision = "bf16" if bf16.value else "fp16" if recipe.training.fp16 else "no"
     levers = speed_up(
         model,
-        recipe.speed,
-        packing=recipe.training.packing,
-        compiled=recipe.training.torch_compile,
+        recipe,
         is_whole=launch.sharding_asked_for() == "data parallel",
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
     )
@@ -191,6 +189,7 @@ def run_training(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         answer_head=levers.answer_head,
+        fixed_length=levers.fixed_length,
         health=health,
         halving=halving,
         base_name=base_name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from lorafit.speed.answer_head import use_answer_head
+from lorafit.speed.fixed_length import longest_held_out, with_fixed_length
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.out_of_memory import Doing
@@ -27,12 +29,14 @@ class LoraTrainer(StoppableTrainer):
         *,
         loraplus_lr_ratio: float | None,
         answer_head: bool,
+        fixed_length: bool,
         health: HealthWatch,
         halving: HalveBatch | None,
         base_name: str | None,
         **sft_arguments: Any,
     ) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._has_fixed_length = fixed_length
         self._health = health
         self._halving = halving
         self._base_name = base_name
@@ -60,6 +64,7 @@ class LoraTrainer(StoppableTrainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
         """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
         called = model if self._halving is None else self._halving.watched(self, model)
+        called = self._of_fixed_length(called)
         result = super().compute_loss(called, inputs, *rest, **named)
         config = getattr(self.accelerator.unwrap_model(model), "peft_config", {}).get("default")
         if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:
@@ -93,6 +98,21 @@ class LoraTrainer(StoppableTrainer):
         self._batches_of_step, self._broken_losses = [], []
         return norm
 
+    def _of_fixed_length(self, model: Any) -> Any:
+        """`model`, or what fills up each batch for it."""
+        if not self._has_fixed_length:
+            return model
+        if self.model.training:
+            length = self.args.per_device_train_batch_size * self.args.max_length
+        else:
+            length = self._longest_held_out
+        pad_token_id = self.processing_class.pad_token_id
+        return with_fixed_length(model, length=length, longest=self.args.max_length, pad_token_id=pad_token_id)
+
+    @cached_property
+    def _longest_held_out(self) -> int:
+        return longest_held_out(self.eval_dataset, batch=self.args.per_device_eval_batch_size)
+
     def doing(self) -> Doing:
         """For the message when memory runs out."""
         return "training" if self.model.training else "evaluating"
@@ -115,13 +135,13 @@ class LoraTrainer(StoppableTrainer):
         """Negative log-likelihood and trained tokens of each document, gathered without the rows that pad a batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+            outputs = self._of_fixed_length(model)(**inputs, use_cache=False, fused_lm_head=True)
         sums = torch.stack([-outputs.log_probs, outputs.label_mask.to(outputs.log_probs.dtype)], dim=-1)
         if "seq_idx" in inputs:
             # One flattened row: the sums of each document, by the document its target token belongs to.
             documents = inputs["seq_idx"][0, 1:].long()
             count = int(inputs["seq_idx"].max()) + 1
-            per_document = sums.new_zeros(count, 2).index_add_(0, documents, sums[0])
+            per_document = sums.new_zeros(count, 2).index_add_(0, documents, sums[0, : len(documents)])
         else:
             per_document = sums.sum(dim=1)
         gathered = self.accelerator.gather_for_metrics(per_document)

@@ -18,3 +18,8 @@ class SpeedSection(Section):
     answer_head: bool = True
     """The loss of the trained positions alone, its gradient taken tile by tile. On CPUs; on CUDA TRL's own head does
     this."""
+
+    fixed_length: bool = True
+    """Packed rows of one length under `training.torch_compile`, so that the model is compiled once: each micro-batch is
+    filled up to `per_device_train_batch_size` x `max_length` with padding that is not trained, a held-out one to the
+    longest there can be. Costs the share of a row that packing leaves empty."""

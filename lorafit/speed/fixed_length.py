@@ -1,0 +1,64 @@
+"""Packed rows of one length, so that what `torch.compile` made for the first of them serves all.
+
+A packed row holds whole documents and is rarely full, so each micro-batch has a length of its own, and a compiled model
+is compiled again for it. Here the flattened row goes on, up to the longest there can be, with documents of padding:
+their positions begin anew, so no other sees them, and none of their tokens is trained.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel
+
+from lorafit.recipe import Recipe
+from lorafit.speed.varlen_attention import LAYER_TYPES
+
+
+def why_not(model: PreTrainedModel, recipe: Recipe) -> str | None:
+    """Why packed rows keep their lengths; None where filling them up changes no loss and no gradient."""
+    config = model.config.get_text_config()
+    if config._attn_implementation not in ("sdpa", "eager"):
+        return f"attention is {config._attn_implementation}, which is told the bounds of documents"
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    if strange:
+        return f"the model has layers of {strange[0]}"
+    if getattr(config, "output_router_logits", False):
+        return "the loss of the model's router counts every position"
+    if recipe.training.neftune_noise_alpha:
+        return "training.neftune_noise_alpha depends on the length"
+    if recipe.health.on_oom == "halve_batch":
+        return "health.on_oom: halve_batch needs shorter rows"
+    return None
+
+
+def longest_held_out(rows: datasets.Dataset, *, batch: int) -> int:
+    """Tokens of the `batch` longest rows: what one flattened batch of them can hold."""
+    return sum(heapq.nlargest(batch, (len(tokens) for tokens in rows["input_ids"])))
+
+
+def filled(batch: dict[str, Any], *, length: int, longest: int, pad_token_id: int) -> dict[str, Any]:
+    """A flattened batch [1, T] as [1, length]; documents of padding hold at most `longest` tokens, as positions of the
+    model may end there. The bounds of documents are left out: sdpa and eager attention take them from the positions."""
+    device, missing = batch["input_ids"].device, length - batch["input_ids"].shape[1]
+    tails = {
+        "input_ids": torch.full((1, missing), pad_token_id, device=device),
+        "labels": torch.full((1, missing), -100, device=device),
+        "position_ids": (torch.arange(missing, device=device) % longest)[None],
+    }
+    bounds = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+    others = {name: value for name, value in batch.items() if name not in bounds}
+    return others | {name: torch.cat([batch[name], tail], dim=1) for name, tail in tails.items()}
+
+
+def with_fixed_length(model: Callable[..., Any], *, length: int, longest: int, pad_token_id: int) -> Callable[..., Any]:
+    """`model`, called with each batch filled up; what it gives back has positions to spare, which count for nothing."""
+
+    def forward(**batch: Any) -> Any:
+        return model(**filled(batch, length=length, longest=longest, pad_token_id=pad_token_id))
+
+    return forward
