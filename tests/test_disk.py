@@ -19,7 +19,7 @@ from tiny import build_base, llama_config
 
 from lorafit.errors import DiskError
 from lorafit.training import checkpoints, disk
-from lorafit.training import train as train_module
+from lorafit.training import model as model_module
 from lorafit.training.disk import BESIDES, NO_ROOM, space_needed
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -64,7 +64,7 @@ def test_what_a_run_writes_is_what_was_reckoned_from_the_settings(
 def test_too_little_space_is_said_before_the_model_is_loaded(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "load_base_model", None)  # calling it would be a TypeError
+    monkeypatch.setattr(model_module, "load_base_model", None)  # calling it would be a TypeError
     loaded = small_recipe(tmp_path, tiny_base)
     space = space_needed(loaded, tiny_base)
     usage = shutil.disk_usage(tmp_path)

@@ -22,6 +22,7 @@ from lorafit.cli import _exit_code
 from lorafit.errors import HealthStop
 from lorafit.recipe.sections import HealthSection
 from lorafit.run_dir import RunDir
+from lorafit.training import model as model_module
 from lorafit.training import train as train_module
 from lorafit.training.health.watch import HealthWatch
 
@@ -219,7 +220,7 @@ def test_an_adapter_that_learns_nothing_never_ends_well(
     fault: str, weight_decay: float, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Weight decay moves all that is not zero: B of a plain start stays, everything of PiSSA's moves."""
-    attach = train_module.attach_adapter
+    attach = model_module.attach_adapter
 
     def attach_and_break(*rest: Any, **named: Any) -> Any:
         model = attach(*rest, **named)
@@ -231,7 +232,7 @@ def test_an_adapter_that_learns_nothing_never_ends_well(
                 parameter.requires_grad = False
         return model
 
-    monkeypatch.setattr(train_module, "attach_adapter", attach_and_break)
+    monkeypatch.setattr(model_module, "attach_adapter", attach_and_break)
     if fault == "no gradient":
         compute = train_module.LoraTrainer.compute_loss
         monkeypatch.setattr(train_module.LoraTrainer, "compute_loss", lambda self, *a, **k: compute(self, *a, **k) * 0)

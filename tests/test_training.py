@@ -26,6 +26,7 @@ from lorafit.errors import (
     StopRequested,
     VerificationError,
 )
+from lorafit.training import model as model_module
 from lorafit.training import train as train_module
 
 
@@ -390,7 +391,7 @@ def test_the_adapters_chat_template_prompts_as_it_was_trained(kind: str, tmp_pat
 def test_rows_that_cannot_be_trained_on_end_before_the_base_is_read(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module, "load_base_model", lambda *_, **__: pytest.fail("the base was read"))
+    monkeypatch.setattr(model_module, "load_base_model", lambda *_, **__: pytest.fail("the base was read"))
     loaded = small_recipe(tmp_path, tiny_base)
     write_jsonl(tmp_path / "train.jsonl", [*sums(3), {"prompt": "x", "completion": None}])
     with pytest.raises(LorafitError, match=r"train\.jsonl:4"):

@@ -24,7 +24,8 @@ from lorafit.planning.known_shapes import architecture
 from lorafit.preflight import Machine, bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.sections import LoraSection, ModelSection, Source
-from lorafit.training.train import Say, Trained, run_training
+from lorafit.training.announce import Say
+from lorafit.training.train import Trained, run_training
 
 STEPS, TRAIN_ROWS, EVAL_ROWS = 3, 24, 8
 SHIPPED_TOKENIZER = Path(__file__).parent.parent / "smoke_tokenizer"

@@ -1,0 +1,45 @@
+"""What a run says of itself before its first step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from peft import PeftModel
+
+from lorafit.builders.adapter import AdaptedModule
+from lorafit.data.prepare import PreparedData
+from lorafit.recipe import LoadedRecipe
+from lorafit.training.trainer import LoraTrainer
+
+Say = Callable[[str], None]
+
+
+def say_data(data: PreparedData, say: Say) -> None:
+    """The audit in one line, and what it warns of."""
+    say(f"data: {data.audit.summary()}")
+    for warning in data.audit.warnings:
+        say(f"warning: {warning}")
+
+
+def say_adapter(table: tuple[AdaptedModule, ...], model: PeftModel, say: Say) -> None:
+    """How much is trained, and where."""
+    trained, total = model.get_nb_trainable_parameters()
+    say(f"adapter: {len(table)} modules, {trained:,} trained parameters, {trained / total:.2%} of {total:,}")
+    groups: dict[tuple[str, int, float, float], list[int]] = {}
+    for module in table:
+        key = (module.name.rpartition(".")[2], module.r, module.alpha, module.scale)
+        groups.setdefault(key, []).append(module.parameters)
+    for (name, rank, alpha, scale), sizes in groups.items():
+        say(f"  {name:<16} x{len(sizes):<4} r={rank} alpha={alpha:g} scale={scale:.3g} {sum(sizes):>12,} parameters")
+
+
+def say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say) -> None:
+    """The steps, with the arithmetic of one."""
+    training = loaded.recipe.training
+    per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    processes = trainer.accelerator.num_processes
+    sequences = per_device * accumulated * processes
+    unit = "packed rows" if training.packing else "sequences"
+    shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
+    say(f"{sequences} {unit} per step = {shares}")
+    say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")

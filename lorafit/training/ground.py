@@ -1,0 +1,70 @@
+"""What a run stands on before its model is loaded: rows, choices, and where it begins."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.planning.answer import Plan
+from lorafit.planning.for_training import PlanOfRun
+from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, this_machine
+from lorafit.processes import join_processes
+from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.advice import advise
+from lorafit.run_dir import RunDir
+from lorafit.training.announce import Say, say_data
+from lorafit.training.disk import Space, refuse_too_little_space, space_needed
+from lorafit.training.facts import kept_facts
+from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
+from lorafit.training.resume import Begin, Departure, refuse_changes
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What is settled before the model is loaded."""
+
+    machine: Machine
+    begun: Departure
+    inputs: RunInputs
+    plan: Plan | None
+    bf16: bool
+    checkpointing: bool
+    kept: dict[str, Any]
+    """What must be the same when the run goes on, as far as it is known."""
+
+    space: Space
+
+
+def find_ground(
+    loaded: LoadedRecipe,
+    run: RunDir,
+    *,
+    say: Say,
+    cache_dir: Path | None,
+    inputs: RunInputs | None,
+    is_loaded: bool,
+    begin: Begin,
+) -> Ground:
+    """Read the rows, choose what the recipe leaves open, and refuse what can be seen by now."""
+    recipe, machine = loaded.recipe, this_machine()
+    state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
+    begun = refuse_before_reading(loaded, machine, begin=begin)
+    planning = None if is_loaded else PlanOfRun(loaded, machine, state=state)
+    with state.main_process_first():  # the others find the rows in the cache
+        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, begun=begun)
+    say_data(inputs.data, say)
+    for advice in advise(recipe, train_rows=len(inputs.data.train)):
+        say(f"advice: {advice}")
+    plan = planning.answer(say) if planning else None
+    bf16 = bf16_choice(recipe.training, machine)
+    checkpointing = checkpointing_choice(recipe.training, machine, plan=plan)
+    say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
+    say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
+    kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)
+    if begun.checkpoint:
+        refuse_changes(loaded, run, begun.checkpoint, now=kept)
+    space = space_needed(loaded, inputs.base_files.directory)
+    if state.is_main_process:
+        refuse_too_little_space(space, run)
+    return Ground(machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)

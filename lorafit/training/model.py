@@ -1,0 +1,55 @@
+"""The model of a run: its base, loaded, and the adapter on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import PartialState
+from peft import PeftModel
+from transformers import PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from lorafit import launch
+from lorafit.builders.adapter import attach_adapter
+from lorafit.builders.base_model import load_base_model
+from lorafit.builders.lora_config import lora_config
+from lorafit.recipe import LoadedRecipe
+from lorafit.training.inputs import RunInputs
+
+
+def model_with_adapter(
+    loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrainedModel | None, checkpointing: bool
+) -> PeftModel:
+    """The base on its device, quantised as the recipe says, with a new adapter; `base` where it is loaded already.
+
+    Raises ModelError and AdapterError.
+    """
+    recipe, data, tokenizer = loaded.recipe, inputs.data, inputs.tokenizer
+    state = PartialState()
+    # A model that is spread over processes is put on the GPUs part by part, after loading.
+    is_whole = launch.sharding_asked_for() == "data parallel"
+    device_map = {"": state.device} if state.device.type == "cuda" and is_whole else None
+    if base is None:
+        base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+    config = lora_config(recipe.lora, adalora=recipe.adalora, model=base, where=loaded.problem)
+    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    size = recipe.training.per_device_train_batch_size
+
+    def batches() -> Iterator[dict[str, torch.Tensor]]:
+        for start in range(0, min(64, len(data.train)), size):
+            rows = data.train.select(range(start, min(start + size, len(data.train))))
+            yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+
+    return attach_adapter(
+        base,
+        config,
+        init_method=recipe.lora.init_lora_weights,
+        seed=recipe.training.seed,
+        gradient_checkpointing=checkpointing,
+        # ZeRO-3 gathers into buffers of one type: https://github.com/deepspeedai/DeepSpeed/issues/8072
+        autocast_adapter_dtype=recipe.quantization is not None or not is_deepspeed_zero3_enabled(),
+        batches=batches,
+        base_directory=str(inputs.base_files.directory),
+    )

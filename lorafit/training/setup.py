@@ -1,0 +1,150 @@
+"""The model of a run and its trainer, ready for the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+
+from lorafit import launch
+from lorafit.builders.adapter import AdaptedModule, adapted_modules, set_total_steps
+from lorafit.builders.sft_config import sft_config
+from lorafit.errors import LorafitError, RecipeError
+from lorafit.processes import refuse_other_distribution
+from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe.rules.run import too_long_for
+from lorafit.run_dir import RunDir
+from lorafit.speed.levers import Levers, speed_up
+from lorafit.stopping import StopRequest
+from lorafit.training.announce import Say, say_adapter, say_steps
+from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
+from lorafit.training.checks import refuse_wrong_trainable_set
+from lorafit.training.ground import Ground
+from lorafit.training.halving import HalveBatch
+from lorafit.training.health.watch import HealthWatch
+from lorafit.training.model import model_with_adapter
+from lorafit.training.out_of_memory import out_of_memory_is_said
+from lorafit.training.rows import RowFinder
+from lorafit.training.trainer import LoraTrainer, planned_steps
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The model and its trainer, ready for the first step."""
+
+    model: PeftModel
+    table: tuple[AdaptedModule, ...]
+    trainer: LoraTrainer
+    metrics: MetricsFile
+    halving: HalveBatch | None
+    levers: Levers
+    steps: int
+
+
+def set_up(
+    loaded: LoadedRecipe,
+    run: RunDir,
+    ground: Ground,
+    *,
+    say: Say,
+    base: PreTrainedModel | None,
+    watchers: Sequence[TrainerCallback],
+    stop: StopRequest,
+    show_progress: bool,
+) -> Setup:
+    """Load the base, attach the adapter, build the trainer."""
+    recipe, data = loaded.recipe, ground.inputs.data
+    # Before the model: a model that will be spread over processes is loaded in parts, which the arguments settle.
+    arguments = sft_config(
+        recipe,
+        output_dir=run.checkpoints,
+        run_name=run.path.name,
+        bf16=ground.bf16,
+        gradient_checkpointing=ground.checkpointing,
+        use_cpu=ground.machine.device == "cpu",
+        has_eval_rows=data.eval is not None,
+        evaluates_first=ground.begun.checkpoint is None,
+    )
+    with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
+        model = model_with_adapter(loaded, ground.inputs, base=base, checkpointing=ground.checkpointing)
+    refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
+    table = adapted_modules(model)
+    say_adapter(table, model, say)
+    mixed_precision = "bf16" if ground.bf16 else "fp16" if recipe.training.fp16 else "no"
+    levers = speed_up(
+        model,
+        recipe,
+        is_whole=launch.sharding_asked_for() == "data parallel",
+        dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
+    )
+    metrics = MetricsFile(run.metrics)
+    health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
+    halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
+    own = [*_callbacks(loaded, metrics, show_progress=show_progress), health, *([halving] if halving else [])]
+    trainer = LoraTrainer(
+        stop=stop,
+        loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
+        answer_head=levers.answer_head,
+        fixed_length=levers.fixed_length,
+        health=health,
+        halving=halving,
+        base_name=base_name(recipe),
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        eval_dataset=data.eval,
+        processing_class=ground.inputs.tokenizer,
+        callbacks=[*own, *watchers, CheckpointInterval(recipe.checkpoints.every)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    with nothing_left_of(run):
+        refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
+        steps = planned_steps(trainer)
+        _refuse_too_long(loaded, steps)
+        set_total_steps(model, steps)
+    say_steps(loaded, trainer, steps, say)
+    for line in levers.lines:
+        say(line)
+    return Setup(model, table, trainer, metrics, halving, levers, steps)
+
+
+@contextmanager
+def nothing_left_of(run: RunDir) -> Iterator[None]:
+    """A run that is refused here leaves no directory; the trainer makes that of its checkpoints when it is built."""
+    try:
+        yield
+    except LorafitError:
+        run.remove_if_empty()
+        raise
+
+
+def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, show_progress: bool) -> list[Any]:
+    recipe = loaded.recipe
+    callbacks: list[Any] = [metrics]
+    if show_progress:
+        callbacks.append(ProgressBar(metrics))
+    if recipe.early_stopping is not None:
+        stopping = recipe.early_stopping
+        callbacks.append(EarlyStopping(stopping.patience, stopping.min_delta))
+    if recipe.adalora is not None:
+        callbacks.append(RankAllocation())
+    return callbacks
+
+
+def _refuse_too_long(loaded: LoadedRecipe, steps: int) -> None:
+    """A warm-up, an evaluation interval or an AdaLoRA schedule that does not fit into the run. Raises RecipeError."""
+    problems = [loaded.problem(broken.key, broken.message) for broken in too_long_for(loaded.recipe, steps)]
+    if problems:
+        raise RecipeError(problems)
+
+
+def base_name(recipe: Recipe) -> str | None:
+    """What an adapter may say of its base: a Hub id, but no path of this machine."""
+    name = recipe.model.model_name_or_path
+    return None if Path(name).is_absolute() else name
