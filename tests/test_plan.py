@@ -41,7 +41,8 @@ def plan(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_recipe_that_does_not_fit_is_mended_and_then_fits(directory: Path) -> None:
-    done = plan(directory, "x.yaml", "--gpu", "900MiB", "--set", "training.optim=sgd", "--json", "--check", "--fix")
+    batch = ("--set", "training.per_device_train_batch_size=64", "--set", "lora.target_modules=[q_proj]")
+    done = plan(directory, "x.yaml", "--gpu", "800MiB", *batch, "--json", "--check", "--fix")
     assert done.returncode == 4, done.stderr
     found = json.loads(done.stdout)
     assert found["verdict"] == "does not fit" and found["fits"] is False
@@ -51,11 +52,11 @@ def test_a_recipe_that_does_not_fit_is_mended_and_then_fits(directory: Path) -> 
     assert savings == sorted(savings, reverse=True) and savings[-1] > 0
     assert "x-fits.yaml" in done.stderr
     mended = load(directory / "x-fits.yaml").recipe.training
-    assert mended.per_device_train_batch_size * mended.gradient_accumulation_steps == 16
-    assert mended.optim == "sgd" and mended.max_length == 512
-    again = plan(directory, "x-fits.yaml", "--gpu", "900MiB", "--check")
+    assert mended.per_device_train_batch_size * mended.gradient_accumulation_steps == 64 * 4
+    assert mended.max_length == 512
+    again = plan(directory, "x-fits.yaml", "--gpu", "800MiB", "--check")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.splitlines()[-1].startswith("fits on 900MiB")
+    assert again.stdout.splitlines()[-1].startswith("fits on 800MiB")
 
 
 def said(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -91,6 +92,11 @@ def test_a_model_that_is_not_here_is_planned_by_its_shape(tmp_path: Path) -> Non
     recipe = loaded(tmp_path, RECIPE.replace("./base", "some/model"))
     with pytest.raises(ModelError, match=r"hf download some/model .* --model-shape, one of llama3-8b"):
         answer(Question(recipe, KNOWN["l4"], 1))
+
+
+def test_a_misspelt_shape_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"--model-shape: 'llama-8b' is not .* did you mean llama3-8b\?"):
+        answer(Question(loaded(tmp_path, RECIPE), KNOWN["l4"], 1, model_shape="llama-8b"))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from lorafit.recipe import Recipe
 
 LOW_RANK = 8
 """The lowest rank that is proposed; `lorafit rank-sweep` tells what a rank costs."""
+LEAST_SAVING = 0.005
+"""Share of what is allocated, below which a change is not worth a line."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def advice(estimator: Estimator, estimate: Estimate, *, config: PreTrainedConfig
                 tokens_per_second=None if speed is None else speed * estimator.count,
             )
         )
-    useful = [one for one in given if one.saving_bytes > 0]
+    useful = [one for one in given if one.saving_bytes > LEAST_SAVING * estimate.allocated]
     return tuple(sorted(useful, key=lambda one: one.saving_bytes, reverse=True))
 
 

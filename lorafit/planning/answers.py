@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
+
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lorafit.builders.model_files import is_on_hub
 from lorafit.data import scan
-from lorafit.errors import DataError, MachineError, ModelError
+from lorafit.errors import DataError, MachineError, ModelError, RecipeError
 from lorafit.planning.advice import advice, fitting
 from lorafit.planning.answer import Disk, Fixed, Plan, Speed, line, surroundings
 from lorafit.planning.estimate import Estimate, Estimator, eval_batch, train_batch
-from lorafit.planning.known_shapes import architecture, known_shapes
+from lorafit.planning.known_shapes import architecture, known_shape, known_shapes
 from lorafit.planning.largest import largest_that_fit
 from lorafit.planning.plan import Question
 from lorafit.planning.real_step import RealRun
@@ -91,6 +93,10 @@ def _config(question: Question) -> PreTrainedConfig:
     """Of a shipped shape, or of config.json in a directory or in the Hub's cache; nothing is downloaded."""
     section = question.loaded.recipe.model
     if question.model_shape is not None:
+        if known_shape(question.model_shape) is None:
+            near = difflib.get_close_matches(question.model_shape, known_shapes(), n=1, cutoff=0.4)
+            mend = f"did you mean {near[0]}?" if near else f"it is one of {', '.join(known_shapes())}"
+            raise RecipeError(f"{question.model_shape!r} is not a shape that is shipped; {mend}", where="--model-shape")
         return architecture(ModelSection(model_name_or_path=question.model_shape))
     if not is_on_hub(section):
         return architecture(section)

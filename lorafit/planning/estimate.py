@@ -70,12 +70,14 @@ class Estimator:
         wanted = recipe.training.gradient_checkpointing
         if wanted != "auto":
             return self._estimate(recipe, wanted, "training.gradient_checkpointing", replay=replay)
-        limit = NO_CHECKPOINTING_BELOW * self.gpu.memory_bytes
-        without = self._step(recipe, checkpointing=False, replay=False)
-        share = without.peak.total / self.gpu.memory_bytes
-        said = f"the planned peak without it is {share:.0%} of the GPU's memory, {{}} 85 %"
-        is_on = without.peak.total >= limit
-        return self._estimate(recipe, is_on, said.format("above" if is_on else "under"), replay=replay)
+        without = self._estimate(recipe, False, "", replay=False)
+        share = without.allocated / self.gpu.memory_bytes
+        is_on = share >= NO_CHECKPOINTING_BELOW or without.verdict != "fits"
+        limit = f"{'above' if share >= NO_CHECKPOINTING_BELOW else 'under'} {NO_CHECKPOINTING_BELOW:.0%}"
+        said = f"the planned peak without it is {share:.0%} of the GPU's memory, {limit}"
+        if is_on and share < NO_CHECKPOINTING_BELOW:
+            said += f", but {without.verdict} beside what CUDA takes"
+        return self._estimate(recipe, is_on, said, replay=replay)
 
     def _estimate(self, recipe: Recipe, checkpointing: bool, reason: str, *, replay: bool) -> Estimate:
         step = self._step(recipe, checkpointing=checkpointing, replay=replay)

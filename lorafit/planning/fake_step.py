@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from datasets import Dataset
-from peft import AdaLoraConfig, PeftModel
-from tokenizers import Tokenizer, models
+from peft import AdaLoraConfig
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedConfig, PreTrainedTokenizerFast
+from transformers import PreTrainedConfig
 from transformers.integrations.neftune import activate_neftune
-from trl import SFTTrainer
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.lora_config import lora_config
-from lorafit.builders.sft_config import sft_config
 from lorafit.planning.empty_base import empty_base, quantization_state
 from lorafit.planning.fake_model import Layers, materialise
+from lorafit.planning.planned_trainer import planned_trainer, pull_levers
 from lorafit.planning.roofline import Work, WorkObserver
 from lorafit.planning.spread import local, spread_over, watch_spreading
 from lorafit.planning.stand_ins import (
@@ -37,17 +32,10 @@ from lorafit.planning.stand_ins import (
     stand_in_for_values,
 )
 from lorafit.planning.storage_tracker import Moment, StorageTracker
-from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.speed import varlen_attention
-from lorafit.speed.fused_lora import fuse
-from lorafit.training.trainer import LoraTrainer
+from lorafit.recipe import LoadedRecipe
 
 Rows = Literal["full", "padded", "packed"]
 """`full`: all rows are as long as the longest, no mask; `padded`: one is shorter; `packed`: documents in one row."""
-
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Of the models whose packed rows go through varlen attention."""
 UPDATE = ("clipping", "optimizer")
 """Labels of what is done once a step; all else is done for each forward pass."""
 
@@ -62,10 +50,8 @@ class Batch:
     length: int
 
     def __str__(self) -> str:
-        kind = {"full": "", "padded": ", one of them shorter", "packed": " packed with documents, in one row"}[
-            self.rows
-        ]
-        return f"{self.size} row{'s' * (self.size > 1)} of {self.length:,} tokens{kind}"
+        kinds = {"full": "", "padded": ", one of them shorter", "packed": " packed with documents, in one row"}
+        return f"{self.size} row{'s' * (self.size > 1)} of {self.length:,} tokens{kinds[self.rows]}"
 
 
 @dataclass(frozen=True)
@@ -82,19 +68,6 @@ class Measured:
     def most_allocated(self) -> int:
         """The peak, wherever it is."""
         return max(moment.total for moment in self.moments.values())
-
-
-class _Trainer(LoraTrainer):
-    """The run's optimizer, loss and evaluation, without what watches a run, around a model that is nowhere yet."""
-
-    def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
-        self._loraplus_lr_ratio = loraplus_lr_ratio
-        self._held_out = []
-        self._halving = None
-        SFTTrainer.__init__(self, **sft_arguments)
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Left on meta."""
 
 
 class FakeRun:
@@ -140,8 +113,8 @@ class FakeRun:
         self.layers = Layers(base)
         self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         """Of the adapter in the whole depth, before it is spread."""
-        self._trainer = _trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
-        _pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
+        self._trainer = planned_trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
+        pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model
         self._model = model if spread > 1 else prepare(model, device_placement=False)
@@ -171,8 +144,7 @@ class FakeRun:
         tracker = StorageTracker(kernel_temporaries()) if self._on_cuda else StorageTracker(round_to=1)
         if self._spread > 1:
             watch_spreading(tracker)
-        self._trainer.optimizer = None
-        self._trainer.create_optimizer()
+        self._optimizer = self._trainer.create_optimizer()
         with ExitStack() as stack:
             stack.enter_context(CudaAutocast() if self._on_cuda else nullcontext())
             stack.enter_context(self._mode)
@@ -201,6 +173,7 @@ class FakeRun:
     def _release(self) -> None:
         for parameter in self._model.parameters():
             parameter.grad = None
+        del self._optimizer
         self._trainer.optimizer = None
         gc.collect()
 
@@ -225,10 +198,10 @@ class FakeRun:
 
     def _update(self) -> None:
         """The optimizer's step, and AdaLoRA's averages of the importance of each rank."""
-        self._trainer.optimizer.step()
+        self._optimizer.step()
         if isinstance(self._model.peft_config["default"], AdaLoraConfig):
             self._model.base_model.rankallocator.update_ipt(self._model)
-        self._trainer.optimizer.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
 
     def _one_step(self, tracker: StorageTracker, hooks: _Places, batch: Batch, *, passes: int) -> None:
         self._trainer.current_gradient_accumulation_steps = passes
@@ -274,8 +247,8 @@ class FakeRun:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         tracker.place("evaluation", "activations")
         self._model.eval()
-        self._trainer.prediction_step(self._model, self._inputs(batch), True)
-        self._trainer._held_out.clear()
+        with torch.no_grad(), self._trainer.compute_loss_context_manager():
+            self._model(**self._inputs(batch), use_cache=False, fused_lm_head=True)
 
 
 class SpreadRun:
@@ -331,61 +304,6 @@ class _Places:
                 self._tracker.place("head", "loss head")
 
         return hook
-
-
-def _pull_levers(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: bool) -> None:
-    """Those of `speed_up` that change what a step takes, without the trial that they stand back after."""
-    section, config = recipe.speed, model.config.get_text_config()
-    if recipe.training.torch_compile or recipe.launch.strategy != "ddp":
-        return
-    if section.fused_lora:
-        fuse(model)
-    is_usual = config._attn_implementation == "sdpa" and set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES
-    if section.varlen_attention and recipe.training.packing and on_cuda and in_16_bits and is_usual:
-        model.get_base_model().set_attn_implementation(varlen_attention.NAME)
-
-
-def _trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool, device: str) -> _Trainer:
-    alone = recipe.model_copy(
-        update={
-            "early_stopping": None,
-            "training": recipe.training.model_copy(
-                update={
-                    "report_to": (),
-                    "fp16": False,  # planned as bfloat16, which is as large
-                    "torch_compile": False,
-                    "load_best_model_at_end": False,
-                    "max_steps": 1,
-                    "dataloader_num_workers": 0,
-                }
-            ),
-        }
-    )
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = sft_config(
-            alone,
-            output_dir=Path(directory),
-            run_name="plan",
-            bf16=bf16,
-            gradient_checkpointing=checkpointing,
-            use_cpu=device == "cpu",
-            has_eval_rows=False,
-            evaluates_first=False,
-        )
-        rows = {"input_ids": [[1, 1]], "labels": [[1, 1]]}
-        return _Trainer(
-            loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
-            model=model,
-            args=arguments,
-            train_dataset=Dataset.from_dict(rows),
-            processing_class=_tokenizer(),
-        )
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """Two tokens: the trainer wants one, no row of a plan comes from text."""
-    inner = Tokenizer(models.WordLevel({"a": 0, "b": 1}, unk_token="a"))
-    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="a", eos_token="b")
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:

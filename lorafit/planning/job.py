@@ -23,6 +23,7 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
 
 from lorafit.errors import LorafitError  # noqa: E402
 from lorafit.planning.answers import answer, measured  # noqa: E402
+from lorafit.planning.plan import Refused  # noqa: E402
 
 
 def main() -> None:
@@ -34,7 +35,7 @@ def main() -> None:
         asked = pickle.loads(question.read_bytes())
         result: object = answer(asked) if kind == "plan" else measured(asked)
     except LorafitError as error:
-        result = error
+        result = Refused(type(error), error.problems)
     out.write_bytes(pickle.dumps(result))
 
 

@@ -35,7 +35,8 @@ def largest_that_fit(estimator: Estimator, recipe: Recipe, *, longest: int) -> t
 
 def search(fits: Callable[[int], bool], *, step: int, most: int) -> int | None:
     """The largest multiple of `step` up to `most` that fits, by doubling and halving; None where not even one does."""
-    if not fits(step):
+    most = most // step * step
+    if most < step or not fits(step):
         return None
     low, high = step, 2 * step
     while high <= most and fits(high):

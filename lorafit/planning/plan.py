@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.errors import LorafitError, MachineError, RecipeError
+from lorafit.errors import LorafitError, MachineError, Problem, RecipeError
 from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.variants import changed, written_as
@@ -34,6 +34,14 @@ class Question:
     """The largest batch, length and rank that fit."""
     with_fix: bool = False
     """The changes that make it fit."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An error of the user's on its way from one process to another: an exception would lose its problems."""
+
+    kind: type[LorafitError]
+    problems: tuple[Problem, ...]
 
 
 class PlanningFailed(Exception):
@@ -62,8 +70,8 @@ class Asked:
             if self._process.returncode or not self._answered.is_file():
                 raise PlanningFailed(said.strip() or f"it ended with {self._process.returncode}")
             answer = pickle.loads(self._answered.read_bytes())
-        if isinstance(answer, LorafitError):
-            raise answer
+        if isinstance(answer, Refused):
+            raise answer.kind(answer.problems)
         return answer
 
 

@@ -40,7 +40,7 @@ class RealRun(FakeRun):
         """The most that is allocated in a step (and an evaluation) after the first."""
         materialise(self._model, nullcontext(), device=self._device)
         self._fill()
-        self._trainer.create_optimizer()
+        self._optimizer = self._trainer.create_optimizer()
         silent: Any = SimpleNamespace(place=lambda *_: None, name=lambda *_: None)
         hooks: Any = SimpleNamespace(is_forward=False)
         self._first_optimizer_step(silent)
@@ -111,7 +111,7 @@ class RealRun(FakeRun):
     def _static_bytes(self) -> int:
         tensors = [*self._model.parameters(), *self._model.buffers()]
         tensors += [scale for module in self._model.modules() for scale in quantization_state(module)]
-        states = (state for states in self._trainer.optimizer.state.values() for state in states.items())
+        states = (state for states in self._optimizer.state.values() for state in states.items())
         tensors += [value for name, value in states if isinstance(value, torch.Tensor) and not name.startswith("qmap")]
         if ranks := getattr(self._model.base_model, "rankallocator", None):
             for averages in (ranks.ipt, ranks.exp_avg_ipt, ranks.exp_avg_unc):

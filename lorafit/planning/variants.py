@@ -26,6 +26,10 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe | None:
 
 def written_as(changes: Changes) -> str:
     """`training.gradient_checkpointing: true, ...`"""
-    words = {True: "true", False: "false", None: "null"}
-    shown = {key: words[value] if isinstance(value, bool) or value is None else value for key, value in changes.items()}
-    return ", ".join(f"{key}: {value}" for key, value in shown.items())
+    return ", ".join(f"{key}: {_shown(value)}" for key, value in changes.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_shown, value))}]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
