@@ -6,7 +6,7 @@ Kills are kill -9 at random moments, each run killed twice. Deaths are one in ev
 below the run directory, enumerated through a library that is preloaded (needs `cc`); those in a flush or rename also
 with all that was not flushed lost. Damages are each file of a checkpoint removed, cut in half or with one bit turned.
 Each setting is a run killed at a random moment. All on a tiny model in float32 on the CPU, compared by the hash of the
-adapter's bytes; all of it takes about a quarter of an hour on one core. A table, a JSON; exit code 1 when one hash differs.
+adapter's bytes, in about a quarter of an hour on one core. A table, a JSON; exit code 1 when one hash differs.
 """
 
 import argparse
