@@ -91,7 +91,8 @@ def use_answer_head(model: PreTrainedModel) -> None:
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(*inputs: Any, fused_lm_head: bool = False, labels: torch.Tensor | None = None, **named: Any) -> Any:
-        if not fused_lm_head or labels is None or named.get("shift_labels") is not None:
+        is_other = named.get("shift_labels") is not None or named.get("output_router_logits")
+        if not fused_lm_head or labels is None or is_other:
             return by_trl(*inputs, fused_lm_head=fused_lm_head, labels=labels, **named)
         named = {key: value for key, value in named.items() if key not in ("shift_labels", "num_items_in_batch")}
         states = model.base_model(*inputs, **named | {"use_cache": False}).last_hidden_state[:, :-1]
