@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from accelerate import PartialState
 from tiny import build_base, llama_config
 
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
 from lorafit.planning.answer import CONTEXT, WORKSPACES, verdict
 from lorafit.planning.answers import answer
+from lorafit.planning.for_training import PlanOfRun, measured_beside
 from lorafit.planning.gpus import KNOWN, Gpu, gpu_named, gpu_of_this_machine
 from lorafit.planning.largest import search
 from lorafit.planning.plan import Question
@@ -164,3 +166,23 @@ def test_changed_keys_count_as_written_and_rules_still_hold(tmp_path: Path) -> N
 def test_without_a_plan_checkpointing_is_on_for_gpus(tmp_path: Path) -> None:
     machine = Machine("cuda", "x", 1, True, GIB)
     assert checkpointing_choice(loaded(tmp_path).recipe.training, machine).value is True
+
+
+@pytest.mark.slow
+def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan(directory: Path) -> None:
+    machine = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, True, 79 * GIB)
+    lines: list[str] = []
+    planning = PlanOfRun(load(directory / "x.yaml"), machine, state=PartialState(cpu=True))
+    plan = planning.answer(lines.append)
+    assert plan is not None and lines == [f"plan: {plan.line()}"]
+    assert measured_beside(plan, plan.allocated_bytes).endswith("(+0.0%)")
+    training = load(directory / "x.yaml").recipe.training
+    choice = checkpointing_choice(training, machine, plan=plan)
+    assert (choice.value, choice.reason) == (False, plan.checkpointing_reason)
+    refused = load(directory / "x.yaml", overrides=["quantization.load_in_8bit=true"])
+    lines.clear()
+    assert PlanOfRun(refused, machine, state=PartialState(cpu=True)).answer(lines.append) is None
+    assert len(lines) == 1 and lines[0].startswith("no plan: ") and "8-bit" in lines[0]
+    on_cpu = Machine("cpu", "CPU", 0, False, GIB)
+    assert PlanOfRun(refused, on_cpu, state=PartialState(cpu=True)).answer(lines.append) is None
+    assert len(lines) == 1
