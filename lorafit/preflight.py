@@ -15,7 +15,6 @@ from huggingface_hub.constants import HF_HOME
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
-from lorafit.planning.answer import Plan
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.sections import TrainingSection
@@ -93,14 +92,16 @@ def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
     return Choice(False, f"{machine.name} does not compute it natively")
 
 
-def checkpointing_choice(training: TrainingSection, machine: Machine, *, plan: Plan | None = None) -> Choice[bool]:
-    """Whether activations are recomputed in the backward pass; by the plan of the run where there is one."""
+def checkpointing_choice(
+    training: TrainingSection, machine: Machine, *, planned: Choice[bool] | None = None
+) -> Choice[bool]:
+    """Whether activations are recomputed in the backward pass; what was `planned` for a GPU, where something was."""
     if training.gradient_checkpointing != "auto":
         return Choice(training.gradient_checkpointing, "training.gradient_checkpointing")
     if machine.device == "cpu":
         return Choice(False, "on CPU memory is rarely what runs out, and it costs about 1.45 times the FLOPs")
-    if plan is not None:
-        return Choice(plan.gradient_checkpointing, plan.checkpointing_reason)
+    if planned is not None:
+        return planned
     return Choice(True, "saves most activation memory; set it to false if the run fits without")
 
 

@@ -15,7 +15,7 @@ from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
 from lorafit.planning.answer import CONTEXT, WORKSPACES, verdict
 from lorafit.planning.answers import answer
-from lorafit.planning.for_training import PlanOfRun, measured_beside
+from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
 from lorafit.planning.gpus import KNOWN, Gpu, gpu_named, gpu_of_this_machine
 from lorafit.planning.largest import search
 from lorafit.planning.plan import Question
@@ -177,7 +177,7 @@ def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan
     assert plan is not None and lines == [f"plan: {plan.line()}"]
     assert measured_beside(plan, plan.allocated_bytes).endswith("(+0.0%)")
     training = load(directory / "x.yaml").recipe.training
-    choice = checkpointing_choice(training, machine, plan=plan)
+    choice = checkpointing_choice(training, machine, planned=planned_checkpointing(plan))
     assert (choice.value, choice.reason) == (False, plan.checkpointing_reason)
     refused = load(directory / "x.yaml", overrides=["quantization.load_in_8bit=true"])
     lines.clear()

@@ -11,7 +11,7 @@ from lorafit.errors import LorafitError
 from lorafit.planning.answer import Plan, gib
 from lorafit.planning.gpus import gpu_of_this_machine
 from lorafit.planning.plan import Asked, PlanningFailed, Question
-from lorafit.preflight import Machine
+from lorafit.preflight import Choice, Machine
 from lorafit.recipe import LoadedRecipe
 
 
@@ -42,6 +42,11 @@ class PlanOfRun:
         if plan is not None and not plan.fits:
             say(f"warning: by its plan the run does not fit on {plan.gpu}; `lorafit plan` says what to change")
         return plan
+
+
+def planned_checkpointing(plan: Plan | None) -> Choice[bool] | None:
+    """What the plan says of checkpointing."""
+    return None if plan is None else Choice(plan.gradient_checkpointing, plan.checkpointing_reason)
 
 
 def measured_beside(plan: Plan, peak_bytes: int) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from lorafit.planning.answer import Largest
 from lorafit.planning.estimate import Estimator
-from lorafit.planning.variants import changed
+from lorafit.planning.variants import Changes, changed
 from lorafit.recipe import Recipe
 
 LENGTH_STEP = 256
@@ -17,9 +17,13 @@ MOST = {"training.per_device_train_batch_size": 512, "training.max_length": 2**2
 def largest_that_fit(estimator: Estimator, recipe: Recipe, *, longest: int) -> tuple[Largest, ...]:
     """Each alone, all other keys as they are; memory grows with each of them. `longest`: the model's positions."""
 
+    # Left to decide, checkpointing is on at the limit, where it matters here.
+    is_open = recipe.training.gradient_checkpointing == "auto"
+    settled: Changes = {"training.gradient_checkpointing": True} if is_open else {}
+
     def fits(key: str) -> Callable[[int], bool]:
         def check(value: int) -> bool:
-            made = changed(recipe, {key: value})
+            made = changed(recipe, settled | {key: value})
             return made is not None and estimator.estimate(made).verdict == "fits"
 
         return check
