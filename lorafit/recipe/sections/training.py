@@ -99,7 +99,8 @@ class TrainingSection(Section):
 
     gradient_checkpointing: bool | Literal["auto"] = "auto"
     """Recompute activations in the backward pass: much less memory, about 1.45 times the FLOPs of a LoRA step. `auto`:
-    on for GPUs, off on CPU; the choice is printed with its reason."""
+    on a GPU off where `lorafit plan` finds that the peak stays under 85 % of its memory without it, else on; off on
+    CPU. The choice is printed with its reason."""
 
     neftune_noise_alpha: float | None = Field(default=None, gt=0)
     """Noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual). null means none."""
