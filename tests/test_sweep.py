@@ -19,7 +19,7 @@ from peft import PeftModel
 from tiny import sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
-from lorafit.errors import DataError, LorafitError, MachineError, RecipeError, RunDirError
+from lorafit.errors import DataError, LorafitError, MachineError, RecipeError, RunDirError, StopRequested
 from lorafit.evaluation.sequences import sequence_losses
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.identity import refuse_wrong_base
@@ -27,6 +27,7 @@ from lorafit.merging.merge import read_base
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import RankSweepSection
 from lorafit.run_dir import RunDir
+from lorafit.stopping import StopRequest
 from lorafit.sweep import sweep as sweeps
 from lorafit.sweep import trial as trials
 from lorafit.sweep.pieces import seeds_of
@@ -57,8 +58,17 @@ def recipe(directory: Path, base: Path, *, out: str = "out", **sections: Any) ->
     return load(loaded.path)
 
 
-def sweep(loaded: LoadedRecipe, *, storage: str | None = None) -> SweepResult:
-    return rank_sweep(loaded, storage=storage, say=lambda line: None, cache_dir=loaded.path.parent / "cache")
+def sweep(
+    loaded: LoadedRecipe, *, storage: str | None = None, new_stop: Callable[[], StopRequest] = StopRequest
+) -> SweepResult:
+    cache = loaded.path.parent / "cache"
+    return rank_sweep(loaded, storage=storage, say=lambda line: None, cache_dir=cache, new_stop=new_stop)
+
+
+def listening() -> StopRequest:
+    stop = StopRequest()
+    stop.listen()
+    return stop
 
 
 def told(loaded: LoadedRecipe) -> dict[str, Any]:
@@ -78,8 +88,6 @@ def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedR
 
 
 def bench(loaded: LoadedRecipe) -> Bench:
-    from lorafit.stopping import StopRequest
-
     inputs = read_inputs(loaded, cache_dir=loaded.path.parent / "cache")
     return Bench(loaded, inputs, cache_dir=None, say=lambda line: None, new_stop=StopRequest)
 
@@ -185,6 +193,15 @@ def _killed_at(point: str) -> Callable[[], None]:
                     die()
 
             trials._Marks.on_step_end = on_step_end  # type: ignore[method-assign]
+        elif point == "asked to stop in a step":
+            begun = trials._Marks.on_step_begin
+
+            def on_step_begin(self: Any, args: Any, state: Any, control: Any, **named: Any) -> None:
+                begun(self, args, state, control, **named)
+                if state.global_step == 3:
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+            trials._Marks.on_step_begin = on_step_begin  # type: ignore[method-assign]
         elif point == "before the pause is noted":
             trials._Marks._pause = die  # type: ignore[method-assign]
         elif point == "before a commit":
@@ -210,6 +227,7 @@ def test_a_sweep_that_is_killed_again_and_again_comes_to_the_same(
     undisturbed, _ = swept
     loaded = recipe(tmp_path, base, rank_sweep={"eps": 0.0001})
     points = [
+        "asked to stop in a step",
         "in a step",
         "before a commit",
         "after a commit",
@@ -221,10 +239,11 @@ def test_a_sweep_that_is_killed_again_and_again_comes_to_the_same(
 
         def work(point: str = point) -> None:
             _killed_at(point)()
-            sweep(loaded)
+            sweep(loaded, new_stop=listening)
 
         child = Child(work, log=tmp_path / "log")
-        assert child.wait() == -signal.SIGKILL, (point, child.said())
+        expected = StopRequested.exit_code if "asked" in point else -signal.SIGKILL
+        assert child.wait() == expected, (point, child.said())
     sweep(loaded)
     assert told(loaded) == told(undisturbed)
     spectra = [(one.output_dir() / "spectrum.json").read_bytes() for one in (loaded, undisturbed)]
@@ -383,10 +402,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"init_lora_weights": "pissa"}},
     "eva": {"lora": {"init_lora_weights": "eva"}},
     "trained head": {"lora": {"modules_to_save": ["lm_head"]}},
-    "early stopping": {
-        "training": {"max_steps": 12} | forked.EVALUATED | forked.OVERSHOOTING,
-        "early_stopping": {"patience": 1},
-    },
+    "early stopping": forked.SETTINGS["early stopping"]
+    | {"training": {"max_steps": forked.STEPS} | forked.SETTINGS["early stopping"]["training"]},
 }
 
 

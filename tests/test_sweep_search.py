@@ -10,11 +10,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lorafit.evaluation.intervals import paired_difference
+from lorafit.evaluation.intervals import Interval, paired_difference
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe.sections import RankSweepSection
 from lorafit.sweep import search
-from lorafit.sweep.search import END, THIRD, TWO_THIRDS, Decision, Job, Known, Wanted, budget_in_thirds, decide
+from lorafit.sweep.search import (
+    END,
+    THIRD,
+    TWO_THIRDS,
+    Comparison,
+    Decision,
+    Job,
+    Known,
+    Wanted,
+    budget_in_thirds,
+    decide,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -255,3 +266,19 @@ def test_more_losses_than_asked_for_change_no_answer() -> None:
         assert again.rank == answer.rank
         decided = {rank: verdict.decided_by for rank, verdict in again.verdicts.items()}
         assert decided == {rank: verdict.decided_by for rank, verdict in answer.verdicts.items()}
+
+
+@pytest.mark.parametrize(
+    ("low", "mean", "high", "found"),
+    [
+        (0.001, 0.003, 0.004, (True, False)),
+        (0.001, 0.003, 0.006, (False, False)),  # may be as bad as eps
+        (0.004, 0.008, 0.012, (False, False)),  # may do yet
+        (0.006, 0.008, 0.012, (False, True)),
+    ],
+)
+def test_a_rank_is_judged_by_its_interval_and_not_by_its_mean(
+    low: float, mean: float, high: float, found: tuple[bool, bool]
+) -> None:
+    comparison = Comparison(Interval(mean, low, high), standard_error=0.001, eps=0.005)
+    assert (comparison.is_sufficient, comparison.is_insufficient) == found

@@ -65,7 +65,7 @@ def rank_sweep(
         refuse_what_cannot_be_swept(loaded)
         gpus = this_machine().gpus
         count = launch.processes_asked_for(loaded.recipe.launch, gpus=gpus)
-        if count > 1 and not is_worker:
+        if (count > 1 or gpus > 1) and not is_worker:  # with several GPUs in sight a trainer takes them all
             codes = run_side_by_side(sys.argv[1:], count=count, gpus=gpus)
             if StopRequested.exit_code in codes or all(codes):  # they have said why
                 raise typer.Exit(max(codes) if max(codes) > 0 else 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -174,6 +175,8 @@ def _work_on(
             claim.give_up()
             raise
         claim.commit(facts, losses)
+    if job.until == END:
+        shutil.rmtree(RunDir(trial.output_dir()).checkpoints, ignore_errors=True)  # nothing goes on from them
     bench.say(f"rank {job.rank}: " + _said(outcome.losses, outcome.facts))
     return True
 

@@ -140,7 +140,7 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
         except _Paused:
             pass
         except HealthStop as stop:
-            return TrialOutcome(marks.losses(), {"failed": str(stop), "tokens": 0, "seconds": 0.0})
+            return TrialOutcome(marks.losses(), {"failed": str(stop), **marks.spent()})
         finally:
             bench.give_back(marks.base() if marks.model is not None else base)
     manifest = finished_manifest(trial, run)
@@ -184,6 +184,12 @@ class _Marks(TrainerCallback):
         facts: dict[str, Any] = json.loads(self._facts_file().read_text(encoding="utf-8"))
         return facts
 
+    def spent(self) -> dict[str, Any]:
+        """What a run that broke had cost until the last line of its metrics."""
+        lines = self._run.metrics.read_text(encoding="utf-8").splitlines() if self._run.metrics.is_file() else []
+        tokens = max((json.loads(line).get("tokens", 0) for line in lines), default=0)
+        return {"tokens": tokens, "seconds": round(time.monotonic() - self._started, 2)}
+
     def base(self) -> PreTrainedModel:
         """The base model, its adapter taken off."""
         assert self.model is not None
@@ -222,12 +228,17 @@ class _Marks(TrainerCallback):
         if self._until < END and state.global_step >= step_of(self._until, state.max_steps):
             self._pause(state)
 
+    def _seconds_before(self) -> float:
+        """Until the pause before this one."""
+        before = self._run.path / f"paused-{self._until - 1}.json"
+        return float(json.loads(before.read_text(encoding="utf-8"))["seconds"]) if before.is_file() else 0.0
+
     def _pause(self, state: TrainerState) -> None:
         facts = {
             "steps": state.global_step,
             "planned_steps": state.max_steps,
             "tokens": int(state.stateful_callbacks["loss window"]["tokens"]),
-            "seconds": round(time.monotonic() - self._started, 2),
+            "seconds": round(self._seconds_before() + time.monotonic() - self._started, 2),
             "peak_memory_bytes": peak_memory_bytes(),
             "outcome": "paused",
         }

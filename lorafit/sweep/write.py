@@ -182,6 +182,15 @@ def _best_yaml(loaded: LoadedRecipe, result: SweepResult, *, out: Path) -> str:
     head = [
         f"# Rank {result.chosen_rank}: the smallest of {', '.join(str(row.rank) for row in result.trials)} that is as",
         f"# good as rank {result.reference_rank} within {result.eps:.4f} nats a token ({row.decided_by}).",
+        *(
+            [
+                f"# The adapter in {Path(result.adapter or '').name} was cut from rank {result.trials[-1].rank}. "
+                "A run of this recipe learns its own,",
+                "# which may be worse: the sweep did not train this rank to its end.",
+            ]
+            if row.decided_by == "truncated"
+            else []
+        ),
         f"# Run  lorafit train {result.recipe} --output-dir {out}-rank-{result.chosen_rank}",
     ]
     return "\n".join(head) + "\n" + best.yaml(relative_to=out)
