@@ -64,8 +64,9 @@ def storage_is_there(storage: str) -> Iterator[None]:
     except (OptunaError, SQLAlchemyError, ImportError, OSError) as error:
         cause: BaseException = error.__cause__ or error
         said = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+        mend = "install its driver" if isinstance(cause, ImportError) else "start the database"
         raise MachineError(
-            f"this storage cannot be reached ({said}); start the database, or leave --storage out for a journal file",
+            f"this storage cannot be reached ({said}); {mend}, or leave --storage out for a journal file",
             where=_without_password(storage),
         ) from error
 
