@@ -26,7 +26,7 @@ inputs.prepare = prepare
 """
 ELSEWHERE = """
 import sys
-sys.modules["trl.trainer.sft_trainer"] = None
+sys.modules["peft.optimizers"] = None
 """
 
 
@@ -60,7 +60,7 @@ def test_a_library_that_cannot_be_imported_is_said_once(tmp_path: Path, tiny_bas
     done = lorafit("train", str(loaded.path), first=ELSEWHERE)
     assert done.returncode == 1
     assert done.stderr.count("Traceback") == 1
-    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of trl.trainer.sft_trainer halted")
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: import of peft.optimizers halted")
 
 
 def test_a_module_is_whole_when_the_block_ends_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

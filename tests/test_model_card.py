@@ -191,7 +191,8 @@ def test_the_final_table_says_what_came_of_the_run(tmp_path: Path, tiny_base: Pa
     )
     assert f"{result.tokens:,}   {result.tokens_per_second:,.0f} per second" in lines[4]
     assert f"{result.adapter} (0.0 MB)" in lines[7]
-    assert Path(re.search(r"cat (\S+)", lines[8]).group(1)).is_file()  # type: ignore[union-attr]
+    assert f"lorafit report {result.run} " in lines[8]
+    assert Path(lines[8].rpartition(" ")[2]).is_file()
 
 
 def test_a_run_without_held_out_rows_says_so(tmp_path: Path, tiny_base: Path) -> None:
