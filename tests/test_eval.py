@@ -212,7 +212,7 @@ def test_every_key_is_read(alone: Path, tmp_path: Path, monkeypatch: pytest.Monk
         "generate.max_new_tokens": "1",
         "generate.metrics": "[chrf]",
         "generate.answer": "'^.'",
-        "generate.batch_size": "3",
+        "generate.answers_at_once": "3",
         "generate.limit": "4",
     }
     assert set(flips) == {*EvalSection.model_fields, *(f"generate.{key}" for key in GenerateSection.model_fields)}

@@ -177,7 +177,7 @@ def _measure(name: str, model: PreTrainedModel | PeftModel, material: _Material,
                 stop_token_ids=material.stop_token_ids,
                 pad_token_id=material.pad_token_id,
                 max_new_tokens=material.generate.max_new_tokens,
-                batch_size=material.generate.batch_size,
+                batch_size=material.generate.answers_at_once,
             )
         decode = material.tokenizer.decode
         measured.texts = [

@@ -25,7 +25,7 @@ class GenerateSection(Section):
     """Regular expression that finds the answer in a text: its last match counts, of that the first group if it has one
     (`'#### (\\S+)'` for GSM8K). For exact_match, json_valid and classification. null means the whole text."""
 
-    batch_size: int | None = Field(default=None, ge=1)
+    answers_at_once: int | None = Field(default=None, ge=1)
     """Answers written at a time. null: as many as need no more memory than 3 % of the model (32 MiB at least).
     Where memory is free, more are quicker."""
 
