@@ -22,7 +22,8 @@ GOLDEN = {
     'launch: {strategy: "a\\nb"}': 'launch.strategy: "a\\nb" is not a strategy or an accelerate file; there is no such '
     "file; write one of ddp, fsdp2, zero2, zero3",
     '"a\\nb": 1': "a\\nb: not a key of a recipe; its keys are output_dir, task, model, quantization, lora, adalora, "
-    "data, training, optimizer, early_stopping, checkpoints, speed, health, launch, eval, merge, rank_sweep, silence, extends",
+    "data, training, optimizer, early_stopping, checkpoints, speed, health, launch, eval, merge, rank_sweep, silence, "
+    "extends",
     "lora: {lora_alpha: 0}": "lora.lora_alpha: 0 is not a whole number of at least 1 or null",
     "training: {max_steps: 0}": "training.max_steps: 0 is not a whole number of at least 1 or null",
     "training: {learning_rate: 0}": "training.learning_rate: 0 is not a number above 0",
