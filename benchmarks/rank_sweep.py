@@ -19,10 +19,14 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.write import dump
 from lorafit.sweep.pieces import known, seeds_of
@@ -231,9 +235,17 @@ def main() -> None:
         f"Tokens: at most {max(shares):.2f}, median {statistics.median(shares):.2f} of training every rank in full."
     )
     names = ", ".join(f"{name} {of}" for name, of in packages.items())
-    (RESULTS / "rank_sweep.md").write_text(f"{table(cases)}\n\n{summary}\n\n{names}\n", encoding="utf-8")
-    facts = {"versions": packages, "cases": [asdict(one) for one in cases]}
-    (RESULTS / "rank_sweep.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    name = "rank_sweep" if chosen.data else "rank_sweep_quickstart"
+    (RESULTS / f"{name}.md").write_text(f"{table(cases)}\n\n{summary}\n\n{names}\n", encoding="utf-8")
+    facts = {
+        "command": "OMP_NUM_THREADS=1 python benchmarks/rank_sweep.py" + (" --data DIR" if chosen.data else ""),
+        "date": date.today().isoformat(),
+        "device": this_machine().name,
+        "threads": torch.get_num_threads(),
+        "versions": packages,
+        "cases": [asdict(one) for one in cases],
+    }
+    (RESULTS / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     if max(shares) > MOST or statistics.median(shares) > USUAL or not all(one.equal_or_within_eps for one in cases):
         sys.exit("a promise does not hold")
 
