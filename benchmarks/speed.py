@@ -94,7 +94,7 @@ def write_rows(file: Path, *, count: int) -> None:
     with file.open("w") as lines:
         for _ in range(count):
             tokens = min(400, max(30, round(chance.lognormvariate(4.796, 0.38))))
-            count_of_words = max(4, round(tokens / 1.9))  # tokens a word of this text
+            count_of_words = max(4, round(tokens / 2.6))  # tokens a word of this text
             start = chance.randrange(len(words) - count_of_words)
             taken = words[start : start + count_of_words]
             cut = round(0.45 * count_of_words)
