@@ -18,13 +18,13 @@ from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients
-from lorafit.stopping import ENDED_WITH_ANOTHER
+from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def run_processes(arguments: Sequence[str]) -> int:
+def run_processes(arguments: Sequence[str], *, requests: PassOn) -> int:
     """`accelerate launch ARGUMENTS`: start the processes and wait for them; the exit code of the one that failed, or 0.
 
     A process reports its own error. Raises MachineError for one that was killed, which could not, and StopRequested
@@ -39,20 +39,23 @@ def run_processes(arguments: Sequence[str]) -> int:
         try:
             launch_command(settings)
         except ChildFailedError as error:
-            return _exit_code_of(error.failures)
+            return _exit_code_of(error.failures, was_asked=requests.heard is not None)
         except (SignalException, KeyboardInterrupt) as error:
             raise StopRequested("stopped on request; all processes were ended", where="launch") from error
     return 0
 
 
-def _exit_code_of(failures: dict[int, ProcessFailure]) -> int:
-    """What the process that failed first ended with. Raises MachineError when it was killed."""
+def _exit_code_of(failures: dict[int, ProcessFailure], *, was_asked: bool) -> int:
+    """What the process that failed first ended with. Raises MachineError when it was killed.
+
+    After a request one that is still starting may be cut off by another that has left already.
+    """
     # The others are told to end, and killed after 30 seconds if they do not.
     first = min(failure.timestamp for failure in failures.values())
     codes = {rank: failure.exitcode for rank, failure in failures.items() if failure.timestamp < first + 15}
     with_another = (-signal.SIGTERM, ENDED_WITH_ANOTHER)
     rank = min(codes, key=lambda rank: (codes[rank] in with_another, codes[rank] > 0, codes[rank] == 1))
-    if codes[rank] in with_another:
+    if codes[rank] in with_another or (was_asked and codes[rank] < 0):
         raise StopRequested("stopped on request before the first step; nothing was saved", where="launch")
     if codes[rank] >= 0:
         return codes[rank]

@@ -179,11 +179,12 @@ def processes(context: typer.Context, run_dir: Annotated[Path | None, typer.Opti
     """`accelerate launch`, ending with the exit code of the process that failed; what `train` turns itself into."""
     from lorafit.stopping import PassOn
 
-    PassOn().listen()
+    requests = PassOn()
+    requests.listen()
     from lorafit.run_dir import RunDir
     from lorafit.run_lock import held
 
     with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)):
         from lorafit.processes import run_processes
 
-        raise typer.Exit(run_processes(context.args))
+        raise typer.Exit(run_processes(context.args, requests=requests))
