@@ -20,9 +20,6 @@ from lorafit.recipe import Recipe
 from lorafit.speed import varlen_attention
 from lorafit.speed.fused_lora import fuse
 
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-"""Of the models whose packed rows go through varlen attention."""
-
 
 class PlannedTrainer(SFTTrainer):
     """What a step of the run's own trainer computes, around a model that is nowhere yet."""
@@ -74,7 +71,10 @@ def pull_levers(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: 
         return
     if section.fused_lora:
         fuse(model)
-    is_usual = config._attn_implementation == "sdpa" and set(getattr(config, "layer_types", None) or ()) <= LAYER_TYPES
+    is_usual = (
+        config._attn_implementation == "sdpa"
+        and set(getattr(config, "layer_types", None) or ()) <= varlen_attention.LAYER_TYPES
+    )
     if section.varlen_attention and recipe.training.packing and on_cuda and in_16_bits and is_usual:
         model.get_base_model().set_attn_implementation(varlen_attention.NAME)
 
