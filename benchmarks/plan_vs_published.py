@@ -24,7 +24,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
@@ -86,8 +85,7 @@ class TheirRun(FakeRun):
 
     def __init__(self, row: Row, loaded: LoadedRecipe) -> None:
         self._on_a100 = row.on_a100
-        with mock.patch("lorafit.builders.adapter.prepare_model_for_kbit_training", _only_frozen):
-            super().__init__(loaded, config=copy.deepcopy(row.config), bf16=row.on_a100, checkpointing=row.on_a100)
+        super().__init__(loaded, config=copy.deepcopy(row.config), bf16=row.on_a100, checkpointing=row.on_a100)
         for parameter in self.trainable:  # TRL has made those of a 4-bit base bfloat16 since
             parameter.data = parameter.data.float()
 
@@ -107,11 +105,6 @@ class TheirRun(FakeRun):
         return out.loss
 
 
-def _only_frozen(model: nn.Module, **_: Any) -> nn.Module:
-    """Their 4-bit bases keep norms and embeddings in bfloat16."""
-    return model.requires_grad_(False)
-
-
 def _loss_of_4_48(logits: torch.Tensor, labels: torch.Tensor, vocab_size: int, **_: Any) -> torch.Tensor:
     """ForCausalLMLoss of transformers 4.48: a float32 copy of the logits, and one of those shifted."""
     logits = logits.float()  # by this name it stays until the end
@@ -129,7 +122,7 @@ def predicted(row: Row) -> float:
         )
         run = TheirRun(row, load(path, overrides=row.keys))
     batch = Batch("full", row.size, 4096) if row.on_a100 else Batch("padded", row.size, 704)
-    step = whole_step(run, batch, eval_batch=None, passes=1, replay=not row.on_a100)
+    step = whole_step(run, batch, eval_batch=None, passes=1, replay=not row.on_a100, expandable=False)
     return (step.peak.total if row.on_a100 else step.reserved) / 1e9
 
 

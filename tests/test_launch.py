@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 from runs import small_recipe
 
-from lorafit import launch
+from lorafit import cli, launch
 from lorafit.errors import MachineError
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import LaunchSection
@@ -138,3 +139,19 @@ def test_processes_on_other_machines_are_not_counted_against_this_one(
     refuse_what_this_machine_lacks(
         small_recipe(tmp_path, tmp_path / "base", launch={"num_processes": 16}), machine(gpus=8)
     )
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": ""}])
+def test_every_command_runs_with_expandable_segments_unless_the_user_chose(
+    own: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")  # so that what `main` sets is gone after this test
+        monkeypatch.delenv(name)
+    for name, text in own.items():
+        monkeypatch.setenv(name, text)
+    monkeypatch.setattr("sys.argv", ["lorafit", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    seen = {name: os.environ[name] for name in os.environ if name.endswith("ALLOC_CONF")}
+    assert seen == (own or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})

@@ -56,7 +56,6 @@ def lora_model(base: Path) -> PeftModel:
         LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"),
         init_method=True,
         seed=0,
-        gradient_checkpointing=False,
         autocast_adapter_dtype=True,
         batches=list,
         base_directory=str(base),

@@ -13,7 +13,6 @@ from peft import (
     PeftModel,
     get_peft_model,
     initialize_lora_eva_weights,
-    prepare_model_for_kbit_training,
     replace_lora_weights_loftq,
 )
 from peft.tuners.lora.corda import preprocess_corda
@@ -50,7 +49,6 @@ def attach_adapter(
     *,
     init_method: bool | str,
     seed: int,
-    gradient_checkpointing: bool,
     autocast_adapter_dtype: bool,
     batches: Batches,
     base_directory: str,
@@ -60,16 +58,10 @@ def attach_adapter(
     `batches` gives a few training batches for the initialisations that look at data (eva, corda). Raises AdapterError
     in peft's own words where it refuses this model.
     """
-    # TRL converts the adapter of a quantised model to bfloat16, but does not prepare the base: the norms stay in 16
-    # bits and, with checkpointing, the inputs need gradients.
-    is_quantized = getattr(model, "is_quantized", False)
-    if is_quantized:
+    # Norms, embeddings and head of a quantised base stay in the type they were loaded in, as TRL leaves them: made
+    # float32, as peft's `prepare_model_for_kbit_training` does, they would make all activations float32.
+    if getattr(model, "is_quantized", False):
         keep_backward_on_cpu(model)
-        model = prepare_model_for_kbit_training(
-            model,
-            use_gradient_checkpointing=gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False} if gradient_checkpointing else None,
-        )
     set_seed(seed)
     try:
         if init_method == "corda":

@@ -68,6 +68,7 @@ def main() -> None:
     """Entry point of the `lorafit` command."""
     if launch.is_worker():
         launch.end_with_launcher()
+    launch.use_expandable_segments()
     try:
         sys.exit(_exit_code(sys.argv[1:]))
     except Exception:

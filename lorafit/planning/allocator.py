@@ -143,7 +143,7 @@ class CachingAllocator:
             free.pop(place)
 
 
-def most_reserved(trace: Iterable[tuple[int, int]], *, expandable: bool = False) -> int:
+def most_reserved(trace: Iterable[tuple[int, int]], *, expandable: bool) -> int:
     """Peak of the reserved bytes for a trace of (block, bytes) allocations and (block, -bytes) releases."""
     allocator = CachingAllocator(expandable=expandable)
     for number, size in trace:

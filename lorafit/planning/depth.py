@@ -36,13 +36,19 @@ class _Deeper:
 
 
 def whole_step(
-    run: FakeRun | SpreadRun, batch: Batch, *, eval_batch: Batch | None, passes: int, replay: bool
+    run: FakeRun | SpreadRun,
+    batch: Batch,
+    *,
+    eval_batch: Batch | None,
+    passes: int,
+    replay: bool,
+    expandable: bool = True,
 ) -> WholeStep:
     """A step from as few layers as show every kind.
 
     Each further layer of a kind adds the same at each place: the first and the last layer of each kind are places of
     their own, and what is added comes between them. `replay` runs some layers more to see what is reserved; without
-    it, `reserved` is what is allocated.
+    it, `reserved` is what is allocated. `expandable`: with the allocator's expandable segments, as `train` runs.
     """
     sample = run.layers.sample(ends=run.ends)
     base = run.step(sample.base, batch, eval_batch=eval_batch, passes=passes)
@@ -58,7 +64,7 @@ def whole_step(
         longer = (
             run.step(indices, batch, eval_batch=eval_batch, passes=passes) if len(indices) > len(base.layers) else base
         )
-        overhead = _overhead(base, longer, depth=len(run.layers.all))
+        overhead = _overhead(base, longer, depth=len(run.layers.all), expandable=expandable)
     return WholeStep(moments[label], label, moments[label].total + overhead, _work(base, deeper))
 
 
@@ -88,9 +94,9 @@ def _spread(base: Sequence[int], *, depth: int) -> list[int]:
     return sorted([*base, *others[: max(0, DEPTH_OF_REPLAY - len(base))]])
 
 
-def _overhead(base: Measured, longer: Measured, *, depth: int) -> int:
+def _overhead(base: Measured, longer: Measured, *, depth: int, expandable: bool) -> int:
     """Reserved beyond what is allocated, at the whole depth: by what it grew from the shorter to the longer run."""
-    first, last = (most_reserved(one.trace) - one.most_allocated for one in (base, longer))
+    first, last = (most_reserved(one.trace, expandable=expandable) - one.most_allocated for one in (base, longer))
     run_deeper = len(longer.layers) - len(base.layers)
     growth = max(0, last - first) / run_deeper if run_deeper else 0.0
     return int(max(first, last) + growth * (depth - len(longer.layers)))

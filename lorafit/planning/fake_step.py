@@ -105,7 +105,6 @@ class FakeRun:
                 settings,
                 init_method=True,
                 seed=0,
-                gradient_checkpointing=checkpointing,
                 autocast_adapter_dtype=True,
                 batches=lambda: [],
                 base_directory="",

@@ -24,7 +24,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     yield f"memory of {gpus} {plan.gpu}, {plan.batch}; the peak is at {plan.peak_at}"
     yield from (f"  {part:<22} {gib(plan.parts[part]):>12}" for part in PARTS if plan.parts.get(part))
     yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   what torch.cuda.max_memory_allocated shows"
-    yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   what the allocator takes for it"
+    yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   what the allocator takes for it, in expandable segments"
     yield f"  {'device':<22} {gib(plan.device_bytes):>12}   with CUDA, cuBLAS and NCCL; it has {gib(plan.memory_bytes)}"
     if plan.measured_bytes is not None:
         off = plan.allocated_bytes / plan.measured_bytes - 1

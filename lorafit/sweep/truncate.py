@@ -87,7 +87,6 @@ def attached(base: PreTrainedModel, config: LoraConfig, *, seed: int) -> PeftMod
         config,
         init_method=True,
         seed=seed,
-        gradient_checkpointing=False,
         autocast_adapter_dtype=True,
         batches=list,
         base_directory="",

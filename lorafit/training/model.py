@@ -19,9 +19,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.training.inputs import RunInputs
 
 
-def model_with_adapter(
-    loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrainedModel | None, checkpointing: bool
-) -> PeftModel:
+def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrainedModel | None) -> PeftModel:
     """The base on its device, quantised as the recipe says, with a new adapter; `base` where it is loaded already.
 
     Raises ModelError and AdapterError.
@@ -47,7 +45,6 @@ def model_with_adapter(
         config,
         init_method=recipe.lora.init_lora_weights,
         seed=recipe.training.seed,
-        gradient_checkpointing=checkpointing,
         # ZeRO-3 gathers into buffers of one type: https://github.com/deepspeedai/DeepSpeed/issues/8072
         autocast_adapter_dtype=recipe.quantization is not None or not is_deepspeed_zero3_enabled(),
         batches=batches,

@@ -72,7 +72,7 @@ def set_up(
         evaluates_first=ground.begun.checkpoint is None,
     )
     with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
-        model = model_with_adapter(loaded, ground.inputs, base=base, checkpointing=ground.checkpointing)
+        model = model_with_adapter(loaded, ground.inputs, base=base)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
     table = adapted_modules(model)
     say_adapter(table, model, say)
