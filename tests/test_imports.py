@@ -18,6 +18,7 @@ from lorafit.imports import imported_meanwhile, without_collections
 
 INTERRUPTED = """
 import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from lorafit.training import inputs
 def prepare(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)
