@@ -310,7 +310,8 @@ def test_loraplus_gives_b_its_own_learning_rate(
 
     def look(self: Any, model: Any = None) -> Any:
         optimizer = create(self, model)
-        rates.update(group["lr"] for group in optimizer.param_groups if group["params"])
+        if self.args.learning_rate:  # the self-test learns nothing
+            rates.update(group["lr"] for group in optimizer.param_groups if group["params"])
         return optimizer
 
     monkeypatch.setattr(train_module.LoraTrainer, "create_optimizer", look)

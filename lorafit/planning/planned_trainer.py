@@ -4,64 +4,31 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import AdaLoraConfig, PeftModel
-from peft.optimizers import create_loraplus_optimizer
+from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from trl import SFTTrainer
 
+from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
 from lorafit.speed import varlen_attention
 from lorafit.speed.fused_lora import fuse
 
 
-class PlannedTrainer(SFTTrainer):
+class PlannedTrainer(AdapterTrainer):
     """What a step of the run's own trainer computes, around a model that is nowhere yet."""
-
-    def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
-        self._loraplus_lr_ratio = loraplus_lr_ratio
-        super().__init__(**sft_arguments)
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
         """Left on meta."""
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer, anew; with LoRA+ in peft's own groups."""
+        """Anew, whatever was there."""
         self.optimizer = None
-        if self._loraplus_lr_ratio is None:
-            return super().create_optimizer(model)
-        kind, settings = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-        settings.setdefault("weight_decay", self.args.weight_decay)
-        self.optimizer = create_loraplus_optimizer(
-            self.model, kind, loraplus_lr_ratio=self._loraplus_lr_ratio, **settings
-        )
-        return self.optimizer
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """TRL's, and AdaLoRA's orthogonality term."""
-        loss = super().compute_loss(model, inputs, *rest, **named)
-        config = self.model.peft_config["default"]
-        if isinstance(config, AdaLoraConfig) and config.orth_reg_weight:
-            loss = loss + config.orth_reg_weight * _orthogonality(self.model) / self.current_gradient_accumulation_steps
-        return loss
-
-
-def _orthogonality(model: nn.Module) -> torch.Tensor:
-    """Mean of ||A·A^T - I|| and ||B^T·B - I|| (Frobenius) over all factors."""
-    factors = dict(model.named_parameters())
-    grams = [factor @ factor.T for name, factor in factors.items() if "lora_A" in name]
-    grams += [factor.T @ factor for name, factor in factors.items() if "lora_B" in name]
-    norms = [
-        torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
-        for gram in grams
-    ]
-    return torch.stack(norms).mean()
+        return super().create_optimizer(model)
 
 
 def pull_levers(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: bool) -> None:

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
-from trl import SFTTrainer
 
+from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.errors import MachineError, RunDirError
 from lorafit.processes import DATA_PARALLEL
 from lorafit.training import checkpoints, rank_allocation
@@ -40,7 +40,7 @@ class CheckpointRoom:
     """What one takes, at most."""
 
 
-class CommittingTrainer(SFTTrainer):
+class CommittingTrainer(AdapterTrainer):
     """Saves through the library into a stage, commits it, and takes up a run exactly where it was saved."""
 
     room: CheckpointRoom

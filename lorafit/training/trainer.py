@@ -1,4 +1,4 @@
-"""`SFTTrainer` with what it leaves out: a held-out loss per token, a stop at the first NaN, LoRA+ and AdaLoRA."""
+"""The trainer of a run: a held-out loss per token, a stop at the first NaN, the fast paths that were chosen."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig
-from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -27,7 +25,6 @@ class LoraTrainer(StoppableTrainer):
     def __init__(
         self,
         *,
-        loraplus_lr_ratio: float | None,
         answer_head: bool,
         fixed_length: bool,
         health: HealthWatch,
@@ -35,7 +32,6 @@ class LoraTrainer(StoppableTrainer):
         base_name: str | None,
         **sft_arguments: Any,
     ) -> None:
-        self._loraplus_lr_ratio = loraplus_lr_ratio
         self._has_fixed_length = fixed_length
         self._health = health
         self._halving = halving
@@ -47,30 +43,10 @@ class LoraTrainer(StoppableTrainer):
         if answer_head:
             use_answer_head(self.model.get_base_model())
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
-        if self._loraplus_lr_ratio is None:
-            return super().create_optimizer(model)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
-        settings.setdefault("weight_decay", self.args.weight_decay)
-        self.optimizer = create_loraplus_optimizer(
-            self.accelerator.unwrap_model(model or self.model),
-            optimizer_class,
-            loraplus_lr_ratio=self._loraplus_lr_ratio,
-            **settings,
-        )
-        return self.optimizer
-
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
+        """The loss of a batch, watched for a lack of memory and brought to one length where that was asked for."""
         called = model if self._halving is None else self._halving.watched(self, model)
-        called = self._of_fixed_length(called)
-        result = super().compute_loss(called, inputs, *rest, **named)
-        config = getattr(self.accelerator.unwrap_model(model), "peft_config", {}).get("default")
-        if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:
-            return result
-        penalty = config.orth_reg_weight * _orthogonality(model) / self.current_gradient_accumulation_steps
-        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+        return super().compute_loss(self._of_fixed_length(called), inputs, *rest, **named)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """One forward and backward pass, or as many as fit into memory with `health.on_oom: halve_batch`."""
@@ -167,18 +143,6 @@ class LoraTrainer(StoppableTrainer):
 
     def _send_telemetry(self) -> None:
         """None: what a user trains is theirs."""
-
-
-def _orthogonality(model: nn.Module) -> torch.Tensor:
-    """Mean of ||A·A^T - I|| and ||B^T·B - I|| (Frobenius) over all factors, as peft's AdaLoraModel computes it."""
-    terms = []
-    for name, parameter in model.named_parameters():
-        if "lora_A" in name or "lora_B" in name:
-            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
-            terms.append(
-                torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
-            )
-    return torch.stack(terms).mean()
 
 
 def planned_steps(trainer: LoraTrainer) -> int:

@@ -1,0 +1,54 @@
+"""`SFTTrainer` with the two parts of peft that it leaves out: LoRA+'s optimizer and AdaLoRA's penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import AdaLoraConfig
+from peft.optimizers import create_loraplus_optimizer
+from torch import nn
+from trl import SFTTrainer
+
+
+class AdapterTrainer(SFTTrainer):
+    """The optimizer and the loss of a step, for training and for planning alike."""
+
+    def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        super().__init__(**sft_arguments)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
+        if self._loraplus_lr_ratio is None:
+            return super().create_optimizer(model)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        settings.setdefault("weight_decay", self.args.weight_decay)
+        self.optimizer = create_loraplus_optimizer(
+            self.accelerator.unwrap_model(model or self.model),
+            optimizer_class,
+            loraplus_lr_ratio=self._loraplus_lr_ratio,
+            **settings,
+        )
+        return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
+        """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
+        result = super().compute_loss(model, inputs, *rest, **named)
+        config = getattr(self.model, "peft_config", {}).get("default")
+        if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:
+            return result
+        penalty = config.orth_reg_weight * _orthogonality(self.model) / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+
+
+def _orthogonality(model: nn.Module) -> torch.Tensor:
+    """Mean of ||A·A^T - I|| and ||B^T·B - I|| (Frobenius) over all factors, as peft's AdaLoraModel computes it."""
+    terms = []
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            gram = parameter @ parameter.T if "lora_A" in name else parameter.T @ parameter
+            terms.append(
+                torch.linalg.matrix_norm(gram - torch.eye(gram.shape[0], device=gram.device, dtype=gram.dtype))
+            )
+    return torch.stack(terms).mean()
