@@ -209,6 +209,16 @@ BROKEN = {
         (f"{SMALLEST}{Q4[:-2]}, extra: {{x: 1}}}}", "quantization.extra.x"),
         (SMALLEST.replace("gpt2}", "gpt2, extra: {token: true}}"), "model.extra.token"),
     ],
+    "compiling_is_asked_for_by_its_key": [
+        (
+            f"{SMALLEST}training: {{extra: {{torch_compile_backend: eager}}}}",
+            "training.extra.torch_compile_backend",
+        ),
+        (
+            f"{SMALLEST}training: {{torch_compile: false, extra: {{torch_compile_mode: default}}}}",
+            "training.extra.torch_compile_mode",
+        ),
+    ],
     "generation_has_held_out_rows": [(f"{SMALLEST}eval: {{generate: {{}}}}", "eval.generate")],
     "answer_is_a_regular_expression": [
         (f"{EVAL}eval: {{generate: {{answer: '(a'}}}}", "eval.generate.answer"),

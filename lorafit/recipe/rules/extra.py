@@ -18,4 +18,12 @@ def extra_keys_reach_the_library(recipe: Recipe) -> Iterator[Broken]:
                 yield Broken(f"{section}.extra.{key}", message)
 
 
-RULES: tuple[Rule, ...] = (extra_keys_reach_the_library,)
+def compiling_is_asked_for_by_its_key(recipe: Recipe) -> Iterator[Broken]:
+    """The library compiles as soon as one of them is given, whatever `torch_compile` says."""
+    for key in ("torch_compile_backend", "torch_compile_mode"):
+        if key in recipe.training.extra and not recipe.training.torch_compile:
+            message = "goes with training.torch_compile: true; write that, or leave it out"
+            yield Broken(f"training.extra.{key}", message, ("training.torch_compile",))
+
+
+RULES: tuple[Rule, ...] = (extra_keys_reach_the_library, compiling_is_asked_for_by_its_key)
