@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from runs import run, small_recipe
 from safetensors.torch import load_file
 from tiny import build_base, llama_config
+from torch import nn
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +29,7 @@ from trl.trainer.utils import add_fused_lm_head
 from lorafit.speed.answer_head import AnswerLoss, use_answer_head
 from lorafit.speed.answer_head import why_not as why_no_answer_head
 from lorafit.speed.fused_lora import FusedLinear, FusedLinear4bit, FusedLinear8bit, fuse
-from lorafit.speed.varlen_attention import NAME, use_varlen_attention
+from lorafit.speed.varlen_attention import NAME, SHORT, packed_attention, use_varlen_attention
 
 SMALL = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -268,6 +269,22 @@ def test_packed_documents_come_out_as_they_do_alone(config: Any) -> None:
     for start, end in pairwise(bounds):
         alone = model(batch["input_ids"][:, start:end], use_cache=False).logits[0]
         torch.testing.assert_close(together[start:end], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lengths", [(5, 30, 9), (2 * SHORT, 30)], ids=["short", "long"])
+def test_under_autocast_documents_of_any_length_are_as_near_as_bfloat16_is(lengths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, sum(lengths), 16, requires_grad=True) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+    named = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
+    exact, _ = packed_attention(nn.Identity(), *states, None, **named)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = packed_attention(nn.Identity(), *states, None, **named)
+    assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
+    direction = torch.randn_like(exact)
+    gradients = [torch.autograd.grad((out * direction).sum(), states) for out in (exact, rounded)]
+    for one, other in zip((exact, *gradients[0]), (rounded, *gradients[1]), strict=True):
+        assert 0 < (one - other).norm() / one.norm() < 0.01
 
 
 def test_padded_batches_and_single_rows_are_unchanged() -> None:

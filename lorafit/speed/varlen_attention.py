@@ -7,6 +7,7 @@ CUDA; on a CPU each document goes through sdpa by itself. Whatever is not packed
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
 
@@ -22,6 +23,9 @@ NAME = "lorafit_varlen"
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 """Dropout of attention by the names of transformers' configs."""
+
+SHORT = 256
+"""Tokens of a document on a CPU, on average, below which torch's kernel is slower in bfloat16 than in float32."""
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -42,7 +46,6 @@ def packed_attention(
     """query [1, heads, T, d], key and value [1, kv heads, T, d] -> [1, T, heads, d]; transformers' attention call."""
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
-    is_grouped = query.shape[1] != key.shape[1]
     if query.is_cuda:
         by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
         out = varlen_attn(
@@ -55,26 +58,41 @@ def packed_attention(
             max_length_q,
             scale=scaling,
             window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=is_grouped,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
         assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
         return out[None], None
+    return _document_by_document(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+
+
+def _document_by_document(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: list[int],
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    is_short = query.shape[2] < SHORT * (len(bounds) - 1)
+    if is_short:
+        query, key, value = query.float(), key.float(), value.float()
     documents = []
-    for start, end in pairwise(cu_seq_lens_q.tolist()):
-        own = slice(start, end)
-        mask = _window(end - start, sliding_window)
-        documents.append(
-            scaled_dot_product_attention(
-                query[:, :, own],
-                key[:, :, own],
-                value[:, :, own],
-                attn_mask=mask,
-                is_causal=mask is None,
-                scale=scaling,
-                enable_gqa=is_grouped,
+    with torch.autocast("cpu", enabled=False) if is_short else nullcontext():
+        for start, end in pairwise(bounds):
+            own, mask = slice(start, end), _window(end - start, sliding_window)
+            documents.append(
+                scaled_dot_product_attention(
+                    query[:, :, own],
+                    key[:, :, own],
+                    value[:, :, own],
+                    attn_mask=mask,
+                    is_causal=mask is None,
+                    scale=scaling,
+                    enable_gqa=query.shape[1] != key.shape[1],
+                )
             )
-        )
-    return torch.cat(documents, dim=2).transpose(1, 2), None
+    return torch.cat(documents, dim=2).transpose(1, 2).to(dtype)
 
 
 def _window(length: int, sliding_window: int | None) -> torch.Tensor | None:
