@@ -15,6 +15,9 @@ are compared with TRL's on the same batches; a side that computes something else
     lorafit-no-*     one lever off
     *-float32        the same in float32 instead of bfloat16 autocast
 
+Then what a trainer does around the model: milliseconds a step of a model so small that there is little else, one row a
+step, in float32.
+
 With `--others DIR` (see other_trainers.py) also LLaMA-Factory and Axolotl, padded as their examples are, in float32,
 which is all they take on a CPU.
 """
@@ -50,6 +53,8 @@ SIDES = (
 )
 OTHERS = ("llamafactory", "axolotl")
 OTHERS_SCRIPT = Path(__file__).parent / "other_trainers.py"
+TINY_SIDES = ("trl-padded", "lorafit-padded", "trl-packed", "lorafit")
+TINY_STEPS = 200
 MAX_LENGTH = 512
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINING = {
@@ -62,24 +67,26 @@ TRAINING = {
 }
 
 
-def rows_per_step(*, packed: bool) -> int:
+def rows_per_step(work: Path, *, packed: bool) -> int:
     """3 packed rows of 512 tokens hold about as much as 12 rows of 130."""
+    if work.name == "tiny":
+        return 1
     return 3 if packed else 12
 
 
-def write_base(directory: Path) -> None:
-    """26 M parameters: 8 layers of width 384, a vocabulary of 32,000 and the quickstart's tokenizer."""
+def write_base(directory: Path, *, tiny: bool = False) -> None:
+    """26 M parameters: 8 layers of width 384, a vocabulary of 32,000, the quickstart's tokenizer; or next to none."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000,
-        hidden_size=384,
-        intermediate_size=1024,
-        num_hidden_layers=8,
-        num_attention_heads=6,
-        num_key_value_heads=2,
+        vocab_size=4096 if tiny else 32_000,
+        hidden_size=16 if tiny else 384,
+        intermediate_size=16 if tiny else 1024,
+        num_hidden_layers=1 if tiny else 8,
+        num_attention_heads=1 if tiny else 6,
+        num_key_value_heads=1 if tiny else 2,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
     )
@@ -143,7 +150,7 @@ def plain_trl(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any
                 use_cpu=not torch.cuda.is_available(),
                 disable_tqdm=True,
                 report_to="none",
-                per_device_train_batch_size=rows_per_step(packed=packed),
+                per_device_train_batch_size=rows_per_step(work, packed=packed),
                 **({} if side == "trl-defaults" else {"activation_checkpointing": False}),
                 **TRAINING,
             ),
@@ -181,7 +188,7 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
     model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
     losses, tokens, seconds, total = [], [], [], 0
-    size = rows_per_step(packed=True)
+    size = rows_per_step(work, packed=True)
     for step in range(steps):
         batch = collate([packed[(step * size + i) % len(packed)] for i in range(size)])
         labels = batch.pop("labels")
@@ -220,7 +227,7 @@ def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, 
                 "max_length": MAX_LENGTH,
                 "packing": packed,
                 "gradient_checkpointing": False,
-                "per_device_train_batch_size": rows_per_step(packed=packed),
+                "per_device_train_batch_size": rows_per_step(work, packed=packed),
             },
             "checkpoints": {"every": steps},
             "speed": {lever: not side.endswith(lever) for lever in LEVERS},
@@ -329,21 +336,37 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
         write_base(work / "base")
-        write_rows(work / "rows.jsonl", count=rows_per_step(packed=False) * (chosen.steps + 2))
+        write_rows(work / "rows.jsonl", count=rows_per_step(work, packed=False) * (chosen.steps + 2))
         apart = refuse_other_work(work, sides=sides, threads=chosen.threads)
         rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
         settings = {"steps": chosen.steps, "threads": chosen.threads, "others": chosen.others}
         for _ in range(chosen.rounds):
             for side in sides:
                 rounds[side].append(in_its_own_process(work, side=side, **settings))
-    report = summary(rounds, apart=apart, threads=chosen.threads)
+        tiny = milliseconds_around(work / "tiny", rounds=chosen.rounds, threads=chosen.threads)
+    report = summary(rounds, apart=apart, tiny=tiny, threads=chosen.threads)
     print(table(report))
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
         chosen.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def summary(rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], threads: int) -> dict[str, Any]:
+def milliseconds_around(work: Path, *, rounds: int, threads: int) -> dict[str, float]:
+    """What a step takes besides the model, by side: the median over the rounds."""
+    work.mkdir()
+    write_base(work / "base", tiny=True)
+    write_rows(work / "rows.jsonl", count=5 * TINY_STEPS)
+    found: dict[str, list[float]] = {side: [] for side in TINY_SIDES}
+    for _ in range(rounds):
+        for side in TINY_SIDES:
+            one = in_its_own_process(work, side=side, steps=TINY_STEPS, bf16=False, threads=threads)
+            found[side].append(1e3 * one["tokens_per_step"] / one["tokens_per_second"])
+    return {side: statistics.median(milliseconds) for side, milliseconds in found.items()}
+
+
+def summary(
+    rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], tiny: dict[str, float], threads: int
+) -> dict[str, Any]:
     """Medians and ranges, and how many times as fast lorafit was in the same round."""
     sides = {}
     for side, measured in rounds.items():
@@ -369,6 +392,7 @@ def summary(rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float],
         "versions": {package: version(package) for package in packages},
         "largest_difference_of_a_loss": apart,
         "sides": sides,
+        "milliseconds_a_step_of_a_tiny_model": tiny,
     }
 
 
@@ -386,6 +410,8 @@ def table(report: dict[str, Any]) -> str:
         ratios = [f"{row['times_as_fast'].get(name, float('nan')):>12.2f}" for name in ("lorafit", "lorafit-float32")]
         speed = f"{row['tokens_per_second']:>8,.0f} ({low:,.0f}-{high:,.0f})"
         lines.append(f"{side:<28} {speed:<26} {' '.join(ratios)}  {row['peak_memory_bytes'] / 2**20:>8,.0f} MiB")
+    for side, milliseconds in report["milliseconds_a_step_of_a_tiny_model"].items():
+        lines.append(f"{side:<28} {milliseconds:>8.1f} ms a step of a model of next to nothing")
     return "\n".join(lines)
 
 

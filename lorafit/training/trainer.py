@@ -89,6 +89,10 @@ class LoraTrainer(StoppableTrainer):
     def _longest_held_out(self) -> int:
         return longest_held_out(self.eval_dataset, batch=self.args.per_device_eval_batch_size)
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: it would walk the whole model at each step, for the figure of a full fine-tuning."""
+        return 0
+
     def doing(self) -> Doing:
         """For the message when memory runs out."""
         return "training" if self.model.training else "evaluating"
