@@ -283,7 +283,10 @@ def test_other_errors_are_not_taken_for_it(error: Exception | None, tmp_path: Pa
     assert not is_out_of_memory(error)
     if error is not None:
         loaded = small_recipe(tmp_path, tiny_base)
-        with pytest.raises(type(error)) as caught, out_of_memory_is_said(loaded, doing=lambda: "training"):
+        with (
+            pytest.raises(type(error)) as caught,
+            out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=False),
+        ):
             raise error
         assert caught.value is error
 
@@ -359,3 +362,14 @@ def test_memory_that_really_runs_out(on_oom: str, tmp_path: Path, tiny_base: Pat
         assert done.returncode == 0, done.stdout + done.stderr
         assert "per_device_train_batch_size 96 -> 48" in done.stdout
         assert adapter(tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_checkpointing_is_named_where_it_was_off_whoever_chose_that(checkpointing: bool, tmp_path: Path) -> None:
+    loaded = small_recipe(tmp_path, tmp_path / "base")
+    with (
+        pytest.raises(MachineError) as caught,
+        out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=checkpointing),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB.")
+    assert ("training.gradient_checkpointing: true" in str(caught.value)) is not checkpointing

@@ -13,7 +13,7 @@ import torch
 
 from lorafit.builders.base_model import OUT_OF_MEMORY
 from lorafit.errors import MachineError, ModelError
-from lorafit.preflight import checkpointing_choice, this_machine
+from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 
 Doing = Literal["loading the base model", "training", "evaluating"]
@@ -54,15 +54,15 @@ def peak_memory_bytes() -> int:
 
 
 @contextmanager
-def out_of_memory_is_said(loaded: LoadedRecipe, *, doing: Callable[[], Doing]) -> Iterator[None]:
-    """Raises MachineError, with what would fit, where the block runs out of memory."""
+def out_of_memory_is_said(loaded: LoadedRecipe, *, doing: Callable[[], Doing], checkpointing: bool) -> Iterator[None]:
+    """Raises MachineError, with what would fit beyond `checkpointing`, where the block runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError, ModelError) as error:
         if not is_out_of_memory(error):
             raise
         was_doing = doing()
-        key, mends = _what_would_fit(loaded.recipe, was_doing)
+        key, mends = _what_would_fit(loaded.recipe, was_doing, checkpointing=checkpointing)
         first, *others = mends
         wanted = "".join([f"; make room with {first}", *(f"; or {other}" for other in others)])
         message = f"out of memory while {was_doing}: {memory_figures(error)}{wanted}"
@@ -81,7 +81,7 @@ def _readable(count: int) -> str:
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
-def _what_would_fit(recipe: Recipe, doing: Doing) -> tuple[str, list[str]]:
+def _what_would_fit(recipe: Recipe, doing: Doing, *, checkpointing: bool) -> tuple[str, list[str]]:
     """The key that decides the memory, and recipe lines that lower it, what costs the least first."""
     training = recipe.training
     if doing == "loading the base model":
@@ -95,7 +95,7 @@ def _what_would_fit(recipe: Recipe, doing: Doing) -> tuple[str, list[str]]:
     else:
         size, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
         key, mends = "training.per_device_train_batch_size", []
-        if not checkpointing_choice(training, this_machine()).value:
+        if not checkpointing:
             mends.append("training.gradient_checkpointing: true (about 1.45 times the computation)")
         if size > 1:
             half = size // 2

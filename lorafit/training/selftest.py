@@ -155,7 +155,7 @@ def self_test_once(
     if PartialState().num_processes > 1:
         say("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
         return None
-    with out_of_memory_is_said(loaded, doing=lambda: "training"):
+    with out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=checkpointing):
         tested = self_test(
             model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing, answer_head=answer_head
         )

@@ -71,7 +71,7 @@ def set_up(
         has_eval_rows=data.eval is not None,
         evaluates_first=ground.begun.checkpoint is None,
     )
-    with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
+    with out_of_memory_is_said(loaded, doing=lambda: "loading the base model", checkpointing=ground.checkpointing):
         model = model_with_adapter(loaded, ground.inputs, base=base)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
     table = adapted_modules(model)

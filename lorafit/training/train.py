@@ -195,7 +195,7 @@ def _fit(loaded: LoadedRecipe, run: RunDir, ground: Ground, setup: Setup, *, roo
     trainer = setup.trainer
     with (
         full_disk_is_said(run.path, writing="a checkpoint", needed=ground.space.checkpoint),
-        out_of_memory_is_said(loaded, doing=trainer.doing),
+        out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=ground.checkpointing),
     ):
         trainer.train_in(room, after=ground.begun.checkpoint)
     trainer.leave_if_stopping(steps=setup.steps, where=str(run.path))
@@ -224,7 +224,7 @@ def _verify_and_save(
         steps_planned=setup.steps,
         stopped_early=stopped_early,
     )
-    with out_of_memory_is_said(loaded, doing=trainer.doing):
+    with out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=ground.checkpointing):
         losses = _held_out_losses(trainer, setup.metrics)
     if trainer.is_world_process_zero():
         tokenizer.chat_template = saved_chat_template(loaded.recipe.data, tokenizer)
