@@ -9,6 +9,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, print_result, quiet_libraries, speaker
 from lorafit.errors import VerificationError
+from lorafit.imports import without_collections
 
 
 @app.command(name="eval")
@@ -42,10 +43,11 @@ def evaluate(
 ) -> None:
     """Compare base, adapter and merged model on held-out rows, with confidence intervals."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
-        quiet_libraries(debug=debug)
-        from lorafit.evaluation.evaluate import evaluate as evaluated
-        from lorafit.preflight import cache_directory
-        from lorafit.report.evaluation import eval_table
+        with without_collections():
+            quiet_libraries(debug=debug)
+            from lorafit.evaluation.evaluate import evaluate as evaluated
+            from lorafit.preflight import cache_directory
+            from lorafit.report.evaluation import eval_table
 
         named = [task.strip() for given in tasks or () for task in given.split(",") if task.strip()]
         result = evaluated(

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorafit.cli.app import AsJson, Debug, Quiet, app, print_result, quiet_libraries, speaker
+from lorafit.imports import without_collections
 
 
 @app.command()
@@ -37,10 +38,11 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: a standalone model that plain transformers loads."""
-    quiet_libraries(debug=debug)
-    from lorafit.merging.merge import merge as merge_adapter
-    from lorafit.preflight import cache_directory
-    from lorafit.report.merge import merge_table, progress_in_bytes
+    with without_collections():
+        quiet_libraries(debug=debug)
+        from lorafit.merging.merge import merge as merge_adapter
+        from lorafit.preflight import cache_directory
+        from lorafit.report.merge import merge_table, progress_in_bytes
 
     result = merge_adapter(
         run,
@@ -83,11 +85,12 @@ def combine(
     debug: Debug = False,
 ) -> None:
     """Make one adapter of several of the same base."""
-    quiet_libraries(debug=debug)
-    from lorafit.merging.combine import combine as combine_adapters
-    from lorafit.merging.combine import weighted
-    from lorafit.preflight import cache_directory
-    from lorafit.report.merge import combine_table
+    with without_collections():
+        quiet_libraries(debug=debug)
+        from lorafit.merging.combine import combine as combine_adapters
+        from lorafit.merging.combine import weighted
+        from lorafit.preflight import cache_directory
+        from lorafit.report.merge import combine_table
 
     result = combine_adapters(
         [weighted(text) for text in adapters],

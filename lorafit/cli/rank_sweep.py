@@ -13,6 +13,7 @@ import typer
 from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import StopRequested
+from lorafit.imports import without_collections
 
 
 @app.command()
@@ -55,12 +56,13 @@ def rank_sweep(
     overrides = [f"{key}={str(value).lower() if value is True else value}" for key, value in chosen.items() if value]
     loaded = load(recipe, overrides=[*(set_ or ()), *overrides])
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
-        quiet_libraries(debug=debug)
-        from lorafit.preflight import cache_directory, this_machine
-        from lorafit.report.rank_sweep import sweep_table
-        from lorafit.sweep.sweep import rank_sweep as sweep
-        from lorafit.sweep.sweep import refuse_what_cannot_be_swept
-        from lorafit.sweep.workers import run_side_by_side
+        with without_collections():
+            quiet_libraries(debug=debug)
+            from lorafit.preflight import cache_directory, this_machine
+            from lorafit.report.rank_sweep import sweep_table
+            from lorafit.sweep.sweep import rank_sweep as sweep
+            from lorafit.sweep.sweep import refuse_what_cannot_be_swept
+            from lorafit.sweep.workers import run_side_by_side
 
         refuse_what_cannot_be_swept(loaded)
         gpus = this_machine().gpus

@@ -22,8 +22,11 @@ for _name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_AD
     os.environ.pop(_name, None)
 
 from lorafit.errors import LorafitError  # noqa: E402
-from lorafit.planning.answers import answer, measured  # noqa: E402
+from lorafit.imports import without_collections  # noqa: E402
 from lorafit.planning.plan import Refused  # noqa: E402
+
+with without_collections():
+    from lorafit.planning.answers import answer, measured
 
 
 def main() -> None:
