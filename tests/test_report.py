@@ -24,6 +24,7 @@ from lorafit.data.preview import prepared_preview
 from lorafit.errors import RunDirError
 from lorafit.recipe import load
 from lorafit.report.page import images
+from lorafit.report.page import write as write_module
 from lorafit.report.page.contents import Examples, read_contents
 from lorafit.report.page.html import element, page
 from lorafit.report.page.write import MOST_BYTES, report_page, write_report
@@ -266,6 +267,48 @@ def test_lines_that_are_broken_are_named_all_at_once(tmp_path: Path) -> None:
         "RUN/events.jsonl:",
     ]
     assert "is not JSON (" in found[1] and "remove the line" in found[1] and "not UTF-8" in found[-1]
+
+
+@pytest.mark.parametrize("write", [write_run, write_sweep])
+def test_a_file_of_another_structure_is_named_or_left_out(
+    tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every value of every JSON file in turn, down to the third level, is something else."""
+    monkeypatch.setattr(images, "can_write_png", lambda: False)
+    monkeypatch.setattr(write_module, "can_write_png", lambda: False)
+    run = tmp_path / "run"
+    write(run, **({"steps": 3} if write is write_run else {}))
+    refused = 0
+    for file in sorted(run.rglob("*.json")):
+        text = file.read_text()
+        for path in places(json.loads(text)):
+            for other in (3, [1], {}):
+                file.write_text(json.dumps(changed(json.loads(text), path, other)))
+                try:
+                    write_report(run, out=None, rows=0)
+                except RunDirError as error:
+                    refused += "Error: " in str(error)
+        file.write_text(text)
+    assert refused
+
+
+def places(value: Any, depth: int = 3) -> Iterator[tuple[Any, ...]]:
+    """The path to each value, of a list only to the first."""
+    entries = (
+        value.items() if isinstance(value, dict) else list(enumerate(value))[:1] if isinstance(value, list) else ()
+    )
+    for key, inner in entries:
+        yield (key,)
+        if depth > 1:
+            yield from ((key, *rest) for rest in places(inner, depth - 1))
+
+
+def changed(value: Any, path: tuple[Any, ...], other: Any) -> Any:
+    inner = value
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = other
+    return value
 
 
 def test_many_broken_lines_are_counted(tmp_path: Path) -> None:

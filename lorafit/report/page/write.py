@@ -37,11 +37,15 @@ def write_report(path: Path, *, out: Path | None, rows: int) -> Report:
     contents = read_contents(path)
     target = path / "report.html" if out is None else out
     examples = read_examples(contents, rows=rows)
-    plots = [*run.curve_plots(contents), *sweep.sweep_plots(contents)]
-    text = report_page(contents, examples, plots).encode("utf-8", "backslashreplace")
-    if len(text) > MOST_BYTES:
-        text = report_page(contents, Examples((), (), "they would make this page too large"), plots).encode()
-    files = plot_files(plots, with_png=can_write_png())
+    try:
+        plots = [*run.curve_plots(contents), *sweep.sweep_plots(contents)]
+        text = report_page(contents, examples, plots).encode("utf-8", "backslashreplace")
+        if len(text) > MOST_BYTES:
+            text = report_page(contents, Examples((), (), "they would make this page too large"), plots).encode()
+        files = plot_files(plots, with_png=can_write_png())
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        message = f"a file in it is not as it was written ({type(error).__name__}: {error}); --debug shows where"
+        raise RunDirError(message, where=str(path)) from error
     try:
         if files:
             (target.parent / "plots").mkdir(exist_ok=True)
