@@ -39,6 +39,7 @@ TWO_KINDS = Gemma2Config(
     num_key_value_heads=2, head_dim=16, sliding_window=64, max_position_embeddings=512, dtype="bfloat16",
 )  # fmt: skip
 CPU_CASES = ("lora", "lora padded", "lora packed", "dora", "adalora", "qlora checkpointing")
+FOUR_BITS = "quantization.load_in_4bit=true"
 GIB = 2**30
 
 
@@ -67,11 +68,19 @@ def against_the_cpu(name: str) -> list[int]:
     return [apart(plan_vs_cpu.predicted, case), apart(plan_vs_cpu.measured, case)]
 
 
-def known_llama(*, checkpointing: bool) -> float:
-    return (
-        step(llama3_8b(), Batch("full", 1, 2048), "speed.fused_lora=false", checkpointing=checkpointing).peak.total
-        / GIB
+def known_llama(*keys: str, checkpointing: bool, size: int = 1) -> float:
+    batch = Batch("full", size, 2048)
+    whole = step(llama3_8b(), batch, "speed.fused_lora=false", *keys, checkpointing=checkpointing)
+    return whole.peak.total / GIB
+
+
+def adapter_bytes() -> list[int]:
+    """On a 16-bit base, on one of 4 bits, and on that one with fp16, whose loss scale takes no bfloat16."""
+    keys: tuple[tuple[str, ...], ...] = ((), (FOUR_BITS,), (FOUR_BITS, "training.fp16=true"))
+    runs = (
+        FakeRun(recipe(*some), config=copy.deepcopy(plan_vs_cpu.TINY), bf16=True, checkpointing=False) for some in keys
     )
+    return [run.trained_bytes for run in runs]
 
 
 def affine(checkpointing: bool) -> list[int]:
@@ -157,11 +166,14 @@ def main() -> None:
         "llama3-8b": {
             "checkpointing": apart(lambda: known_llama(checkpointing=True)),
             "kept": apart(lambda: known_llama(checkpointing=False)),
+            "4 bits": apart(lambda: known_llama(FOUR_BITS, checkpointing=True)),
+            "4 bits, 4 rows, kept": apart(lambda: known_llama(FOUR_BITS, checkpointing=False, size=4)),
         },
         "published": [apart(plan_vs_published.predicted, row) for row in plan_vs_published.ROWS[2:3]],
         "affine": [apart(affine, checkpointing) for checkpointing in (False, True)],
         "monotone": apart(monotone),
         "spread": apart(spread, 4),
+        "adapter": apart(adapter_bytes),
         "checkpointing": apart(checkpointing_by_plan),
     }
     print(json.dumps(answers))

@@ -33,7 +33,7 @@ def test_the_tracker_gives_what_the_cpu_allocator_gives_out(answers: Any) -> Non
 
 
 def test_an_8b_step_takes_what_is_known_of_it(answers: Any) -> None:
-    known = {"checkpointing": 16.59, "kept": 29.02}
+    known = {"checkpointing": 16.59, "kept": 29.02, "4 bits": 6.58, "4 bits, 4 rows, kept": 51.26}
     assert answers["llama3-8b"] == pytest.approx(known, abs=0.006)
 
 
@@ -55,6 +55,11 @@ def test_the_peak_grows_with_each_knob(answers: Any) -> None:
 
 def test_fsdp2_leaves_each_gpu_its_share_of_the_weights(answers: Any) -> None:
     assert answers["spread"] / 2**30 == pytest.approx(14.96 / 4, rel=0.01)
+
+
+def test_an_adapter_has_the_type_it_is_trained_in(answers: Any) -> None:
+    on_16_bits, on_4_bits, with_fp16 = answers["adapter"]
+    assert on_16_bits == 2 * on_4_bits == with_fp16 > 0
 
 
 def test_auto_checkpointing_follows_the_plan_and_says_why(answers: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
 from runs import logits, reloaded, run, small_recipe
 from tiny import build_base
 
@@ -165,3 +166,27 @@ def test_an_adapter_of_a_quantised_base_reloads_on_the_same_quantised_base(
     )
     assert torch.equal(trained, after)
     assert not torch.allclose(after.float(), base.float(), atol=1e-3)
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_with_fp16_the_adapter_of_a_quantised_base_is_trained_in_float32(
+    fp16: bool, tmp_path: Path, tiny_base: Path
+) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+    from trl import SFTConfig
+
+    from lorafit.builders.adapter_trainer import AdapterTrainer
+
+    arguments = SFTConfig(output_dir=str(tmp_path), use_cpu=True, activation_checkpointing=False, report_to="none")
+    arguments.fp16 = fp16  # the library takes it on a GPU only
+    base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+    trainer = AdapterTrainer(
+        loraplus_lr_ratio=None,
+        model=get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")),
+        args=arguments,
+        train_dataset=Dataset.from_dict({"input_ids": [[1, 2]], "labels": [[1, 2]]}),
+        processing_class=AutoTokenizer.from_pretrained(tiny_base),
+    )
+    types = {parameter.dtype for parameter in trainer.model.parameters() if parameter.requires_grad}
+    assert types == {torch.float32 if fp16 else torch.bfloat16}

@@ -17,6 +17,8 @@ class AdapterTrainer(SFTTrainer):
     def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(**sft_arguments)
+        if self.args.fp16:
+            train_in_float32(self.model)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
@@ -40,6 +42,16 @@ class AdapterTrainer(SFTTrainer):
             return result
         penalty = config.orth_reg_weight * _orthogonality(self.model) / self.current_gradient_accumulation_steps
         return (result[0] + penalty, *result[1:]) if isinstance(result, tuple) else result + penalty
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """TRL makes the adapter of a quantised base bfloat16; of such gradients no loss scale can be taken off again.
+
+    https://github.com/pytorch/pytorch/issues/127176
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def _orthogonality(model: nn.Module) -> torch.Tensor:

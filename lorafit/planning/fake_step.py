@@ -110,9 +110,9 @@ class FakeRun:
                 base_directory="",
             )
         self.layers = Layers(base)
-        self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-        """Of the adapter in the whole depth, before it is spread."""
         self._trainer = planned_trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
+        self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+        """Of the adapter in the whole depth, in the type it is trained in, before it is spread."""
         pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model

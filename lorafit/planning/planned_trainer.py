@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from lorafit.builders.adapter_trainer import AdapterTrainer
+from lorafit.builders.adapter_trainer import AdapterTrainer, train_in_float32
 from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
 from lorafit.speed import varlen_attention
@@ -77,13 +77,16 @@ def planned_trainer(
             evaluates_first=False,
         )
         rows = {"input_ids": [[1, 1]], "labels": [[1, 1]]}
-        return PlannedTrainer(
+        trainer = PlannedTrainer(
             loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
             model=model,
             args=arguments,
             train_dataset=Dataset.from_dict(rows),
             processing_class=_tokenizer(),
         )
+    if recipe.training.fp16:
+        train_in_float32(model)
+    return trainer
 
 
 def _tokenizer() -> PreTrainedTokenizerFast:

@@ -60,8 +60,8 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
     with torch.device("meta"):
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # TRL turns the adapter of a quantised model into bfloat16.
-    value_bytes = 2 if recipe.quantization is not None else 4
+    # TRL turns the adapter of a quantised model into bfloat16, and with fp16 it is turned back.
+    value_bytes = 2 if recipe.quantization is not None and not recipe.training.fp16 else 4
     weights = value_bytes * sum(parameter.numel() for parameter in trained)
     copied = {path for pattern in ("*token*", "vocab*", "merges*") for path in base_directory.glob(pattern)}
     files = BESIDES + sum(path.stat().st_size for path in copied)
