@@ -24,6 +24,7 @@ import datasets
 import torch
 from transformers import LlamaConfig, PreTrainedConfig
 
+from lorafit import launch
 from lorafit.planning.depth import whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.gpus import Gpu, gpu_of_this_machine
@@ -155,6 +156,7 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
     chosen = parser.parse_args()
     torch.set_num_threads(1)
+    launch.use_expandable_segments()  # as every command of lorafit
     datasets.disable_progress_bars()
     # Asked in a process of its own: this one must not touch the GPU before it forks.
     gpu = None if chosen.tiny else apart(lambda: gpu_of_this_machine(this_machine()))
