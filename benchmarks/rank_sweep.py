@@ -231,12 +231,7 @@ def main() -> None:
     if chosen.quick or chosen.only:
         return
     RESULTS.mkdir(exist_ok=True)
-    summary = (
-        f"Tokens: at most {max(shares):.2f}, median {statistics.median(shares):.2f} of training every rank in full."
-    )
-    names = ", ".join(f"{name} {of}" for name, of in packages.items())
     name = "rank_sweep" if chosen.data else "rank_sweep_quickstart"
-    (RESULTS / f"{name}.md").write_text(f"{table(cases)}\n\n{summary}\n\n{names}\n", encoding="utf-8")
     facts = {
         "command": "OMP_NUM_THREADS=1 python benchmarks/rank_sweep.py" + (" --data DIR" if chosen.data else ""),
         "date": date.today().isoformat(),
