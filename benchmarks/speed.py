@@ -42,6 +42,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from other_trainers import REQUIREMENTS
+
 BASE_TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "base"
 TEXT = Path(__file__).parent.parent / "recipes" / "quickstart" / "train.jsonl"
 WARM_UP_STEPS, EQUALITY_STEPS = 6, 4
@@ -344,7 +346,7 @@ def main() -> None:
             for side in sides:
                 rounds[side].append(in_its_own_process(work, side=side, **settings))
         tiny = milliseconds_around(work / "tiny", rounds=chosen.rounds, threads=chosen.threads)
-    report = summary(rounds, apart=apart, tiny=tiny, threads=chosen.threads)
+    report = summary(rounds, apart=apart, tiny=tiny, chosen=chosen)
     print(table(report))
     if chosen.out:
         chosen.out.parent.mkdir(parents=True, exist_ok=True)
@@ -365,7 +367,11 @@ def milliseconds_around(work: Path, *, rounds: int, threads: int) -> dict[str, f
 
 
 def summary(
-    rounds: dict[str, list[dict[str, Any]]], *, apart: dict[str, float], tiny: dict[str, float], threads: int
+    rounds: dict[str, list[dict[str, Any]]],
+    *,
+    apart: dict[str, float],
+    tiny: dict[str, float],
+    chosen: argparse.Namespace,
 ) -> dict[str, Any]:
     """Medians and ranges, and how many times as fast lorafit was in the same round."""
     sides = {}
@@ -384,12 +390,14 @@ def summary(
             "times_as_fast": ratios,
         }
     packages = ("lorafit", "torch", "transformers", "trl", "peft", "accelerate")
+    settings = " ".join(f"--{name} {getattr(chosen, name)}" for name in ("threads", "rounds", "steps"))
     return {
-        "command": "python benchmarks/speed.py",
+        "command": f"python benchmarks/speed.py {settings}{' --others DIR' if chosen.others else ''}",
         "device": _processor(),
-        "threads": threads,
+        "threads": chosen.threads,
         "date": date.today().isoformat(),
-        "versions": {package: version(package) for package in packages},
+        "versions": {package: version(package) for package in packages}
+        | ({name: itself.partition("==")[2] for name, (itself, *_) in REQUIREMENTS.items()} if chosen.others else {}),
         "largest_difference_of_a_loss": apart,
         "sides": sides,
         "milliseconds_a_step_of_a_tiny_model": tiny,
