@@ -3,7 +3,7 @@
 Memory: base, adapter and merged model of `--million` parameters in float32, held-out losses, generated answers and the
 base's own text, in one process; what it took beyond the imports, in models. Speed: the same rows and prompts through
 loops as one writes them (batches of eight in the order of the rows; right padding and whole logits for losses, left
-padding for answers), and one at a time.
+padding for answers), and one at a time; alternating, the median of three rounds.
 
 Run on a quiet machine: `OMP_NUM_THREADS=2 python benchmarks/eval.py [--quick]`.
 """
@@ -14,6 +14,8 @@ import argparse
 import json
 import multiprocessing
 import random
+import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -34,6 +36,7 @@ from lorafit.evaluation.sequences import sequence_losses
 from lorafit.merging.merge import merge
 
 PAD, STOP = 0, 2
+ROUNDS = 3
 CHAT = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}<s>{% endif %}{% endfor %}"
 
 
@@ -86,7 +89,7 @@ def _evaluate(base: Path, adapter: Path, merged: Path, rows: Path, generate: str
     peaks: list[int] = []
 
     def say(line: str) -> None:
-        print(line, flush=True)
+        print(line, file=sys.stderr, flush=True)
         if line == "adapter: measuring":
             peaks.append(_memory()["VmHWM"] - before)
 
@@ -152,12 +155,14 @@ def speed(*, rows: int, new_tokens: int) -> None:
 
 
 def _report(what: str, rows: int, ways: dict[str, Callable[[], object]]) -> None:
-    ways["lorafit"]()  # the first pass of all pays for the caches of torch
-    rates = {}
-    for name, way in ways.items():
-        started = time.monotonic()
-        way()
-        rates[name] = rows / (time.monotonic() - started)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for round_ in range(ROUNDS + 1):
+        for name, way in ways.items():
+            started = time.monotonic()
+            way()
+            if round_ > 0:  # the first pass of each pays for the caches of torch
+                seconds[name].append(time.monotonic() - started)
+    rates = {name: rows / statistics.median(taken) for name, taken in seconds.items()}
     print(f"{what:24} " + "   ".join(f"{name} {rate:8.2f}" for name, rate in rates.items()))
 
 
