@@ -17,7 +17,7 @@ from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
-from lorafit.recipe.rules.run import halving_needs_whole_gradients
+from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
 from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
@@ -110,7 +110,12 @@ def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *,
     # Started by hand the recipe need not name the strategy, and its rules have not yet spoken.
     started = section.model_copy(update={"strategy": _STRATEGIES.get(got, "ddp")})
     as_started = loaded.recipe.model_copy(update={"launch": started})
-    rules = (quantized_weights_can_be_sharded, adapter_can_be_sharded, halving_needs_whole_gradients)
+    rules = (
+        quantized_weights_can_be_sharded,
+        adapter_can_be_sharded,
+        halving_needs_whole_gradients,
+        optimizer_takes_sharded_weights,
+    )
     broken = [problem for rule in rules for problem in rule(as_started)]
     if broken:
         raise MachineError(loaded.problem(rule.key, rule.message) for rule in broken)

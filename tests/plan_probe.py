@@ -27,7 +27,7 @@ from transformers import Gemma2Config, PreTrainedConfig
 from lorafit.planning.answer import Largest
 from lorafit.planning.depth import WholeStep, whole_step
 from lorafit.planning.estimate import Estimator
-from lorafit.planning.fake_step import Batch, FakeRun, SpreadRun
+from lorafit.planning.fake_step import Batch, FakeRun
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture
 from lorafit.planning.largest import largest_that_fit
@@ -38,7 +38,16 @@ TWO_KINDS = Gemma2Config(
     vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=7, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, sliding_window=64, max_position_embeddings=512, dtype="bfloat16",
 )  # fmt: skip
-CPU_CASES = ("lora", "lora padded", "lora packed", "dora", "adalora", "qlora checkpointing")
+CPU_CASES = (
+    "lora",
+    "lora padded",
+    "lora packed",
+    "dora",
+    "adalora",
+    "qlora checkpointing",
+    "fsdp2 lora",
+    "fsdp2 qlora checkpointing",
+)
 FOUR_BITS = "quantization.load_in_4bit=true"
 GIB = 2**30
 
@@ -111,14 +120,8 @@ def monotone() -> dict[str, list[int]]:
 def spread(gpus: int) -> int:
     """Weights on each of `gpus`, 8B."""
     loaded = recipe("launch.strategy=fsdp2")
-    config = llama3_8b()
-
-    def build() -> FakeRun:
-        return FakeRun(loaded, config=copy.deepcopy(config), bf16=True, checkpointing=True, spread=gpus)
-
-    return whole_step(SpreadRun(build), Batch("full", 1, 512), eval_batch=None, passes=1, replay=False).peak.parts[
-        "weights"
-    ]
+    run = FakeRun(loaded, config=llama3_8b(), bf16=True, checkpointing=True, spread=gpus)
+    return whole_step(run, Batch("full", 1, 512), eval_batch=None, passes=1, replay=False).peak.parts["weights"]
 
 
 def checkpointing_by_plan() -> list[tuple[bool, str]]:

@@ -106,10 +106,6 @@ def test_a_misspelt_shape_is_named(tmp_path: Path) -> None:
     [
         (["launch.strategy=zero3"], "not DeepSpeed"),
         (["quantization.load_in_8bit=true"], "8-bit"),
-        (
-            ["quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_storage=bfloat16", "launch.strategy=fsdp2"],
-            "4 bits that fsdp2",
-        ),
     ],
 )
 def test_what_is_not_modelled_is_refused(tmp_path: Path, keys: list[str], why: str) -> None:

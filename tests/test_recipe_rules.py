@@ -171,6 +171,10 @@ BROKEN = {
         (f"{SMALLEST}health: {{on_oom: halve_batch}}\nlaunch: {{strategy: {strategy}}}", "health.on_oom")
         for strategy in ("fsdp2", "zero2", "zero3")
     ],
+    "optimizer_takes_sharded_weights": [
+        (f"{SMALLEST}training: {{optim: adamw_8bit}}\nlaunch: {{strategy: fsdp2}}", "training.optim"),
+        (f"{SMALLEST}training: {{optim: adafactor}}\nlaunch: {{strategy: fsdp2}}", "training.optim"),
+    ],
     "output_stays_out_of_the_model": [
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/base", "output_dir"),
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/other/../base/runs/x", "output_dir"),

@@ -11,7 +11,7 @@ from commands import command, finished
 from peft import get_peft_model_state_dict
 from runs import run, small_recipe
 from safetensors.torch import load_file
-from together import SPREAD, VARIANTS, lora_model, step_by_hand
+from together import SPREAD, SPREAD_QLORA, VARIANTS, lora_model, step_by_hand
 
 from lorafit import launch
 
@@ -24,13 +24,17 @@ def metrics(path: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (path / "metrics.jsonl").read_text("utf-8").splitlines()]
 
 
-def assert_same_curves(one: Path, two: Path) -> None:
+IN_BFLOAT16 = {"rtol": 0.01, "atol": 2e-4}
+"""The same in bfloat16: 2 units of its 8 bits in a gradient norm."""
+
+
+def assert_same_curves(one: Path, two: Path, *, close: dict[str, float] = CLOSE) -> None:
     ours, theirs = metrics(one), metrics(two)
     assert len(ours) == len(theirs) > 3
     for name in ("loss", "eval_loss", "grad_norm", "lr", "tokens", "eval_tokens"):
         pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in a]
         assert pairs
-        torch.testing.assert_close(*(torch.tensor(side) for side in zip(*pairs, strict=True)), **CLOSE, msg=name)
+        torch.testing.assert_close(*(torch.tensor(side) for side in zip(*pairs, strict=True)), **close, msg=name)
 
 
 def saved_adapter(directory: Path) -> dict[str, torch.Tensor]:
@@ -80,6 +84,15 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
             load_file(run / "run/adapter/adapter_model.safetensors") for run in (place, tmp_path / "two" / name)
         ]
         torch.testing.assert_close(*adapters, rtol=0, atol=1e-4)
+
+    alone = {**SPREAD_QLORA, "training": SPREAD_QLORA["training"] | {"per_device_train_batch_size": 4}}
+    (tmp_path / "fsdp2 qlora").mkdir()
+    run(small_recipe(tmp_path / "fsdp2 qlora", tiny_base, **alone))
+    of_qlora = [place / "fsdp2 qlora" / "run" for place in (tmp_path, tmp_path / "two")]
+    assert_same_curves(*of_qlora, close=IN_BFLOAT16)
+    # A loss that was rounded to bfloat16 on its way out of the model is 2e-3 away.
+    before = [metrics(path)[0]["eval_loss"] for path in of_qlora]
+    assert before[0] == pytest.approx(before[1], abs=1e-5)
 
     whole_and_resumed = [tmp_path / "two" / name / "run" for name in ("fsdp2", "fsdp2 resumed")]
     files = [run / "adapter/adapter_model.safetensors" for run in whole_and_resumed]

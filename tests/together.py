@@ -46,6 +46,12 @@ SPREAD = {
     "training": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
 }
 """A rank that does not divide among two processes, and a checkpoint that is loaded again."""
+SPREAD_QLORA = {
+    "lora": {"r": 3},
+    "quantization": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+    "model": {"dtype": "bfloat16"},
+    "training": {"bf16": True, "eval_strategy": "steps", "eval_steps": 1},
+}
 STEPS = 3
 
 
@@ -88,7 +94,9 @@ class CrashAfter(TrainerCallback):
             raise Crash
 
 
-def train_spread_over(directory: Path, base: Path, *, name: str, process: int, **how: Any) -> None:
+def train_spread_over(
+    directory: Path, base: Path, *, name: str, process: int, sections: dict[str, Any] = SPREAD, **how: Any
+) -> None:
     """One run through accelerate's FSDP2, as on GPUs.
 
     accelerate calls two CPU processes data parallel whatever it is asked for, but nothing in its FSDP2 needs a GPU: so
@@ -100,11 +108,15 @@ def train_spread_over(directory: Path, base: Path, *, name: str, process: int, *
         cpu_ram_efficient_loading=True,
         state_dict_type="FULL_STATE_DICT",
     )
-    AcceleratorState._shared_state |= {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin}
+    precision = "bf16" if sections["training"].get("bf16") else "no"
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    state = {"distributed_type": DistributedType.FSDP, "fsdp_plugin": plugin, "_mixed_precision": precision}
+    AcceleratorState._shared_state |= state
     PartialState._shared_state["distributed_type"] = DistributedType.FSDP
     place = directory / name / str(process)
     place.mkdir(parents=True, exist_ok=True)
-    loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **SPREAD)
+    loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **sections)
     keeps_state = {"accelerator_config": {"use_configured_state": True}}
     training = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
@@ -165,6 +177,8 @@ def main(directory: Path, base: Path) -> None:
         train_spread_over(directory, base, name="fsdp2 resumed", process=process, watchers=[CrashAfter(STEPS - 1)])
     state.wait_for_everyone()
     train_spread_over(directory, base, name="fsdp2 resumed", process=process, begin="resume")
+    train_spread_over(directory, base, name="fsdp2 qlora", process=process, sections=SPREAD_QLORA)
+    AcceleratorState._shared_state["_mixed_precision"] = "no"
     Accelerator(cpu=True).state.fsdp_plugin.state_dict_type = StateDictType.SHARDED_STATE_DICT
     seen["checkpoints in parts"] = refusal(
         lambda: refuse_other_distribution(small_recipe(place, base), Accelerator(cpu=True), mixed_precision="no")

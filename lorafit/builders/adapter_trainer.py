@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
+from accelerate import FullyShardedDataParallelPlugin
 from peft import AdaLoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
@@ -19,6 +21,8 @@ class AdapterTrainer(SFTTrainer):
         super().__init__(**sft_arguments)
         if self.args.fp16:
             train_in_float32(self.model)
+        if self.accelerator.is_fsdp2:
+            sum_in_float32(self.accelerator.state.fsdp_plugin)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
@@ -52,6 +56,13 @@ def train_in_float32(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def sum_in_float32(plugin: FullyShardedDataParallelPlugin) -> None:
+    """accelerate lets FSDP2 round what the model returns, the loss among it, and the gradients that the GPUs add up to
+    the 16 bits that its weights are computed in. Here only the weights are."""
+    if (policy := plugin.mixed_precision_policy) is not None:
+        plugin.mixed_precision_policy = replace(policy, output_dtype=None, reduce_dtype=torch.float32)
 
 
 def _orthogonality(model: nn.Module) -> torch.Tensor:

@@ -19,6 +19,10 @@ LEAST_SAVING = 0.005
 """Share of what is allocated, below which a change is not worth a line."""
 
 
+STORAGE = "quantization.bnb_4bit_quant_storage"
+"""FSDP2 shards floating types only; that of the other weights."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A proposal: what it does, in words, and the keys."""
@@ -38,11 +42,16 @@ def proposals(estimate: Estimate, *, config: PreTrainedConfig, count: int) -> It
     yield from _smaller_batches(recipe)
     if training.optim.startswith("adamw_torch"):
         yield Change("optimizer states in 8 bits", {"training.optim": "paged_adamw_8bit"})
-    if count > 1 and recipe.launch.strategy == "ddp" and recipe.quantization is None:
+    if count > 1 and recipe.launch.strategy == "ddp":
         keys: Changes = {"launch.strategy": "fsdp2", "launch.num_processes": count}
+        if recipe.quantization is not None:
+            keys[STORAGE] = "bfloat16"
         yield Change(f"weights spread over {count} GPUs (FSDP2)", keys)
-    if recipe.quantization is None and recipe.launch.strategy == "ddp":
-        yield Change("base weights in 4 bits (QLoRA)", {"quantization.load_in_4bit": True})
+    if recipe.quantization is None:
+        keys = {"quantization.load_in_4bit": True}
+        if recipe.launch.strategy == "fsdp2":
+            keys[STORAGE] = "bfloat16"
+        yield Change("base weights in 4 bits (QLoRA)", keys)
     if lora.use_dora:
         yield Change("plain LoRA instead of DoRA", {"lora.use_dora": False})
     if recipe.adalora is None and lora.r > LOW_RANK:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lorafit.planning.allocator import most_reserved
-from lorafit.planning.fake_step import Batch, FakeRun, Measured, SpreadRun
+from lorafit.planning.fake_step import Batch, FakeRun, Measured
 from lorafit.planning.roofline import Work
 from lorafit.planning.storage_tracker import Moment
 
@@ -36,7 +36,7 @@ class _Deeper:
 
 
 def whole_step(
-    run: FakeRun | SpreadRun,
+    run: FakeRun,
     batch: Batch,
     *,
     eval_batch: Batch | None,

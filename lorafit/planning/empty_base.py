@@ -71,6 +71,8 @@ def _make_code_book() -> None:
 def quantization_state(module: nn.Module) -> list[torch.Tensor]:
     """The scales of a layer in 4 bits; the code book is one for all layers and counts nothing."""
     state = getattr(getattr(module, "weight", None), "quant_state", None)
+    if state is None:  # weights that FSDP2 shards leave it with their module
+        state = getattr(module, "quant_state", None)
     if state is None:
         return []
     tensors = [state.absmax, state.offset, state.state2.absmax if state.nested else None]

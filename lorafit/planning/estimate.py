@@ -9,7 +9,7 @@ from transformers import PreTrainedConfig
 
 from lorafit.planning.answer import Verdict, surroundings, verdict
 from lorafit.planning.depth import WholeStep, whole_step
-from lorafit.planning.fake_step import Batch, FakeRun, Rows, SpreadRun
+from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.roofline import Duration, duration
 from lorafit.preflight import Machine, bf16_choice
@@ -59,7 +59,7 @@ class Estimator:
         self._config = config
         self.gpu = gpu
         self.count = count
-        self._runs: dict[tuple[str, bool], FakeRun | SpreadRun] = {}
+        self._runs: dict[tuple[str, bool], FakeRun] = {}
         self._steps: dict[tuple[str, bool, bool], WholeStep] = {}
 
     def estimate(self, recipe: Recipe, *, replay: bool = False) -> Estimate:
@@ -117,22 +117,18 @@ class Estimator:
             )
         return self._steps[key]
 
-    def _run(self, recipe: Recipe, *, checkpointing: bool) -> FakeRun | SpreadRun:
+    def _run(self, recipe: Recipe, *, checkpointing: bool) -> FakeRun:
         key = recipe.model_dump_json(exclude={"training": ONLY_READ, "data": True}), checkpointing
         if key not in self._runs:
             machine = Machine("cuda", self.gpu.name, self.count, self.gpu.has_bf16, self.gpu.memory_bytes)
             is_spread = self.count > 1 and recipe.launch.strategy == "fsdp2"
-
-            def build() -> FakeRun:
-                return FakeRun(
-                    replace(self._loaded, recipe=recipe),
-                    config=copy.deepcopy(self._config),
-                    bf16=bf16_choice(recipe.training, machine).value or recipe.training.fp16,
-                    checkpointing=checkpointing,
-                    spread=self.count if is_spread else 1,
-                )
-
-            self._runs[key] = SpreadRun(build) if is_spread else build()
+            self._runs[key] = FakeRun(
+                replace(self._loaded, recipe=recipe),
+                config=copy.deepcopy(self._config),
+                bf16=bf16_choice(recipe.training, machine).value or recipe.training.fp16,
+                checkpointing=checkpointing,
+                spread=self.count if is_spread else 1,
+            )
         return self._runs[key]
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -77,8 +78,10 @@ class Layers:
     def __init__(self, base: PreTrainedModel) -> None:
         self._config = base.config.get_text_config()
         depth = self._config.num_hidden_layers
-        self._list = next(
-            module for module in base.modules() if isinstance(module, nn.ModuleList) and len(module) == depth
+        self._name, self._list = next(
+            (name, module)
+            for name, module in base.named_modules()
+            if isinstance(module, nn.ModuleList) and len(module) == depth
         )
         self.all = tuple(self._list)
         self._per_layer = {
@@ -93,6 +96,10 @@ class Layers:
         self._config.num_hidden_layers = len(indices)
         for key, values in self._per_layer.items():
             setattr(self._config, key, [values[index] for index in indices])
+
+    def of(self, model: PeftModel) -> list[nn.Module]:
+        """Those that were kept, in the model around them or in a copy of it."""
+        return list(model.get_base_model().get_submodule(self._name).children())
 
     def sample(self, *, ends: int = 1) -> Sample:
         """The layers to run: `ends` of each kind at either end, and one more of it.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -85,7 +86,7 @@ class FakeRun:
         spread: int = 1,
     ) -> None:
         """`on_cuda`: as CUDA's kernels do it. `device`: where it runs, which fake tensors do on the CPU. `spread`: GPUs
-        that FSDP2 shares the weights out to; such a run does one step."""
+        that FSDP2 shares the weights out to."""
         self._spread, self._bf16 = spread, bf16
         self.ends = 1 if spread == 1 else 2  # FSDP2 gathers the next layer ahead: two layers share a place
         self._recipe = loaded.recipe
@@ -116,7 +117,7 @@ class FakeRun:
         pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model
-        self._model = model if spread > 1 else prepare(model, device_placement=False)
+        self._whole = self._model = model if spread > 1 else prepare(model, device_placement=False)
         if checkpointing:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._recipe.training.neftune_noise_alpha is not None:
@@ -137,20 +138,23 @@ class FakeRun:
         """
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         self.layers.keep(indices)
+        if self._spread > 1:  # a model is sharded for good
+            empty = {id(tensor): tensor for tensor in (*self._whole.parameters(), *self._whole.buffers())}
+            self._model = self._trainer.model = copy.deepcopy(self._whole, empty)
         materialise(self._model, self._mode)
         if self._spread > 1:
             spread_over(self._spread, self._model, bf16=self._bf16, mode=self._mode)
         tracker = StorageTracker(kernel_temporaries()) if self._on_cuda else StorageTracker(round_to=1)
-        if self._spread > 1:
-            watch_spreading(tracker)
         self._optimizer = self._trainer.create_optimizer()
         with ExitStack() as stack:
+            if self._spread > 1:
+                stack.enter_context(watch_spreading(tracker))
             stack.enter_context(CudaAutocast() if self._on_cuda else nullcontext())
             stack.enter_context(self._mode)
             stack.enter_context(tracker)
             stack.enter_context(Answers())
             stack.callback(self._release)
-            hooks = _Places(tracker, self.layers.all, indices)
+            hooks = _Places(tracker, dict(zip(indices, self.layers.of(self._model), strict=True)))
             stack.callback(hooks.remove)
             self._take_down(tracker)
             self._first_optimizer_step(tracker)
@@ -250,32 +254,17 @@ class FakeRun:
             self._model(**self._inputs(batch), use_cache=False, fused_lm_head=True)
 
 
-class SpreadRun:
-    """A run that FSDP2 spreads: a model is sharded for good, so each step builds one anew."""
-
-    def __init__(self, build: Callable[[], FakeRun]) -> None:
-        self._build = build
-        first = build()
-        self.layers, self.ends, self.trained_bytes = first.layers, first.ends, first.trained_bytes
-
-    def step(
-        self, indices: Sequence[int], batch: Batch, *, eval_batch: Batch | None = None, passes: int = 1
-    ) -> Measured:
-        """As `FakeRun.step`."""
-        return self._build().step(indices, batch, eval_batch=eval_batch, passes=passes)
-
-
 class _Places:
     """Tells the tracker where the step is, by the decoder layers that it passes."""
 
-    def __init__(self, tracker: StorageTracker, layers: Sequence[nn.Module], indices: Sequence[int]) -> None:
+    def __init__(self, tracker: StorageTracker, layers: dict[int, nn.Module]) -> None:
         self.is_forward = False
         self._tracker = tracker
         self._handles: list[Any] = []
-        for index in indices:
+        for index, layer in layers.items():
             self._handles += [
-                layers[index].register_forward_pre_hook(self._enters(index)),
-                layers[index].register_forward_hook(self._leaves(index, is_last=index == indices[-1])),
+                layer.register_forward_pre_hook(self._enters(index)),
+                layer.register_forward_hook(self._leaves(index, is_last=index == [*layers][-1])),
             ]
 
     def remove(self) -> None:

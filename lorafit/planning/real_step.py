@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from lorafit.planning.empty_base import quantization_state
 from lorafit.planning.fake_model import materialise
 from lorafit.planning.fake_step import Batch, FakeRun
+from lorafit.planning.spread import local, spread_over
 
 STEPS = 3
 """Of which the last is as every later one: optimizer states and the kernels' workspaces are there."""
@@ -40,6 +41,8 @@ class RealRun(FakeRun):
         """The most that is allocated in a step (and an evaluation) after the first."""
         materialise(self._model, nullcontext(), device=self._device)
         self._fill()
+        if self._spread > 1:
+            spread_over(self._spread, self._model, bf16=self._bf16, mode=nullcontext())
         self._optimizer = self._trainer.create_optimizer()
         silent: Any = SimpleNamespace(place=lambda *_: None, name=lambda *_: None)
         hooks: Any = SimpleNamespace(is_forward=False)
@@ -116,7 +119,8 @@ class RealRun(FakeRun):
         if ranks := getattr(self._model.base_model, "rankallocator", None):
             for averages in (ranks.ipt, ranks.exp_avg_ipt, ranks.exp_avg_unc):
                 tensors += averages.values()
-        return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+        storages = [local(tensor).untyped_storage() for tensor in tensors]
+        return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 def _on_gpu(step: Any, evaluation: Any) -> Measurement:

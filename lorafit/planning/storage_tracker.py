@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,6 +60,15 @@ class StorageTracker(TorchDispatchMode):
     def place(self, label: str, part: str) -> None:
         """What follows happens at `label` and allocates `part`."""
         self.label, self._part = label, part
+
+    @contextmanager
+    def allocating(self, part: str) -> Iterator[None]:
+        """What is allocated meanwhile is `part`, wherever in the step that is."""
+        before, self._part = self._part, part
+        try:
+            yield
+        finally:
+            self._part = before
 
     def forget_peaks(self) -> None:
         """Start to look for peaks here."""

@@ -19,9 +19,6 @@ def refuse_unmodelled(loaded: LoadedRecipe) -> None:
     if recipe.launch.strategy not in MODELLED:
         message = "a plan models ddp and fsdp2, not DeepSpeed, FSDP 1 or a file; plan with --set launch.strategy=fsdp2"
         problems.append(loaded.problem("launch.strategy", message))
-    if recipe.launch.strategy == "fsdp2" and recipe.quantization is not None:
-        message = "a plan does not model weights in 4 bits that fsdp2 spreads; plan one of the two"
-        problems.append(loaded.problem("launch.strategy", message))
     if recipe.quantization is not None and recipe.quantization.load_in_8bit:
         message = "8-bit layers split columns by their values, which a plan does not have; plan with load_in_4bit"
         problems.append(loaded.problem("quantization.load_in_8bit", message))

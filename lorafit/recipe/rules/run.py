@@ -157,6 +157,16 @@ def halving_needs_whole_gradients(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("health.on_oom", message, ("launch.strategy",))
 
 
+_WITH_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+
+
+def optimizer_takes_sharded_weights(recipe: Recipe) -> Iterator[Broken]:
+    """bitsandbytes' optimizers, Adafactor and Adagrad fail at the first step (tried with two processes)."""
+    if recipe.launch.strategy == "fsdp2" and recipe.training.optim not in _WITH_SHARDED_WEIGHTS:
+        message = f"{recipe.training.optim} cannot update weights that fsdp2 shards; write adamw_torch_fused"
+        yield Broken("training.optim", message, ("launch.strategy",))
+
+
 def output_stays_out_of_the_model(recipe: Recipe) -> Iterator[Broken]:
     """A run inside the base model's directory would become part of that model."""
     base = recipe.model.model_name_or_path
@@ -188,6 +198,7 @@ RULES: tuple[Rule, ...] = (
     eval_steps_go_with_their_strategy,
     strategy_is_known_or_a_file,
     halving_needs_whole_gradients,
+    optimizer_takes_sharded_weights,
     output_stays_out_of_the_model,
     silenced_advice_exists,
 )
