@@ -12,7 +12,7 @@ from lorafit.planning.roofline import Work
 from lorafit.planning.storage_tracker import Moment
 
 DEPTH_OF_REPLAY = 8
-"""Layers of the deepest run, whose allocations are replayed: what is reserved beyond them grows only about evenly."""
+"""Layers of the deepest run, whose allocations are replayed: what is reserved beyond them grows evenly, if at all."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,11 @@ def _spread(base: Sequence[int], *, depth: int) -> list[int]:
 
 
 def _overhead(base: Measured, longer: Measured, *, depth: int, expandable: bool) -> int:
-    """Reserved beyond what is allocated, at the whole depth: by what it grew from the shorter to the longer run."""
+    """Reserved beyond what is allocated, at the whole depth: by what it grew from the shorter to the longer run.
+
+    In expandable segments it does not grow: over 4 to 80 layers of Llama 3 70B it went up and down around one figure.
+    """
     first, last = (most_reserved(one.trace, expandable=expandable) - one.most_allocated for one in (base, longer))
     run_deeper = len(longer.layers) - len(base.layers)
-    growth = max(0, last - first) / run_deeper if run_deeper else 0.0
+    growth = max(0, last - first) / run_deeper if run_deeper and not expandable else 0.0
     return int(max(first, last) + growth * (depth - len(longer.layers)))
