@@ -6,6 +6,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from accelerate import PartialState
@@ -13,6 +15,7 @@ from tiny import build_base, llama_config
 
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
+from lorafit.planning.advice import proposals
 from lorafit.planning.answer import CONTEXT, WORKSPACES, verdict
 from lorafit.planning.answers import answer
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
@@ -157,6 +160,22 @@ def test_changed_keys_count_as_written_and_rules_still_hold(tmp_path: Path) -> N
     assert written_as({"training.gradient_checkpointing": True, "lora.r": 8}) == (
         "training.gradient_checkpointing: true, lora.r: 8"
     )
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ["quantization.load_in_4bit=true"],
+        ["quantization.load_in_4bit=true", "training.optim=paged_adamw_8bit"],
+        ["launch.strategy=fsdp2"],
+    ],
+)
+def test_four_bits_and_fsdp2_are_proposed_together(tmp_path: Path, keys: list[str]) -> None:
+    recipe = loaded(tmp_path, overrides=keys).recipe
+    estimate: Any = SimpleNamespace(recipe=recipe, checkpointing=True, peak_at="head")
+    made = [changed(recipe, one.keys) for one in proposals(estimate, config=llama_config(), count=2)]
+    both = [one for one in made if one and one.quantization is not None and one.launch.strategy == "fsdp2"]
+    assert [one.quantization.bnb_4bit_quant_storage for one in both if one.quantization] == ["bfloat16"]
 
 
 def test_without_a_plan_checkpointing_is_on_for_gpus(tmp_path: Path) -> None:

@@ -12,13 +12,12 @@ from lorafit.planning.estimate import Estimate, Estimator
 from lorafit.planning.targets import target_table
 from lorafit.planning.variants import Changes, changed
 from lorafit.recipe import Recipe
+from lorafit.recipe.rules.run import WITH_SHARDED_WEIGHTS
 
 LOW_RANK = 8
 """The lowest rank that is proposed; `lorafit rank-sweep` tells what a rank costs."""
 LEAST_SAVING = 0.005
 """Share of what is allocated, below which a change is not worth a line."""
-
-
 STORAGE = "quantization.bnb_4bit_quant_storage"
 """FSDP2 shards floating types only; that of the other weights."""
 
@@ -46,6 +45,8 @@ def proposals(estimate: Estimate, *, config: PreTrainedConfig, count: int) -> It
         keys: Changes = {"launch.strategy": "fsdp2", "launch.num_processes": count}
         if recipe.quantization is not None:
             keys[STORAGE] = "bfloat16"
+        if training.optim not in WITH_SHARDED_WEIGHTS:
+            keys["training.optim"] = "adamw_torch_fused"
         yield Change(f"weights spread over {count} GPUs (FSDP2)", keys)
     if recipe.quantization is None:
         keys = {"quantization.load_in_4bit": True}

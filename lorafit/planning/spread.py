@@ -21,6 +21,7 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lorafit.builders.adapter_trainer import sum_in_float32
+from lorafit.planning.empty_base import quantization_state
 from lorafit.planning.storage_tracker import StorageTracker
 
 _STATE_OF_WEIGHTS = "fix_4bit_weight_quant_state_from_module"
@@ -46,7 +47,8 @@ def spread_over(gpus: int, model: nn.Module, *, bf16: bool, mode: AbstractContex
         state=SimpleNamespace(fsdp_plugin=plugin),
         torch_device_mesh={("gpus",): init_device_mesh("cpu", (gpus,))},
         parallelism_config=SimpleNamespace(fsdp_dim_names=("gpus",)),
-        mixed_precision="no",  # the adapter is in the type it is trained in; the policy above casts the rest
+        # What is trained it makes float32, but on a base in 4 bits, which it knows by a class that fakes do not have.
+        mixed_precision="bf16" if bf16 and not any(map(quantization_state, model.modules())) else "no",
         is_main_process=False,
         device=torch.device("cpu"),
     )

@@ -157,12 +157,13 @@ def halving_needs_whole_gradients(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("health.on_oom", message, ("launch.strategy",))
 
 
-_WITH_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+WITH_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
+"""Optimizers that update a part of each weight, as FSDP2 leaves it to a process."""
 
 
 def optimizer_takes_sharded_weights(recipe: Recipe) -> Iterator[Broken]:
     """bitsandbytes' optimizers, Adafactor and Adagrad fail at the first step (tried with two processes)."""
-    if recipe.launch.strategy == "fsdp2" and recipe.training.optim not in _WITH_SHARDED_WEIGHTS:
+    if recipe.launch.strategy == "fsdp2" and recipe.training.optim not in WITH_SHARDED_WEIGHTS:
         message = f"{recipe.training.optim} cannot update weights that fsdp2 shards; write adamw_torch_fused"
         yield Broken("training.optim", message, ("launch.strategy",))
 
