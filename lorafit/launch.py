@@ -81,6 +81,11 @@ def sharding_asked_for() -> str:
     return next((kind for name, kind in kinds.items() if os.environ.get(name, "").lower() == "true"), "data parallel")
 
 
+def shards_by_fsdp(section: LaunchSection) -> bool:
+    """Whether the recipe says so, or the accelerate file that started this process."""
+    return section.strategy == "fsdp2" or sharding_asked_for() == "FSDP"
+
+
 def launch_command(
     section: LaunchSection, arguments: Sequence[str], *, gpus: int, run: Path | None = None
 ) -> list[str]:

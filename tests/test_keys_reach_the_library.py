@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny import llama_config
 from transformers import AutoModelForCausalLM
 
 from lorafit.builders.lora_config import lora_config
@@ -197,3 +198,16 @@ def test_all_names_that_match_nothing_are_reported_together(model: Any) -> None:
     with pytest.raises(AdapterError) as caught:
         _lora(model, target_modules=("nope", "q_proj"), modules_to_save=("neither",))
     assert len(caught.value.problems) == 2
+
+
+@pytest.mark.parametrize("keys", [{"modules_to_save": ("embed_tokens",)}, {"trainable_token_indices": (5,)}])
+def test_an_embedding_that_is_the_head_too_is_not_trained_under_fsdp(keys: dict[str, Any], model: Any) -> None:
+    from lorafit.errors import AdapterError
+
+    section = LoraSection(**keys)
+    tied = AutoModelForCausalLM.from_config(llama_config(tie_word_embeddings=True))
+    lora_config(section, adalora=None, model=tied, where=_where)
+    lora_config(section, adalora=None, model=model, where=_where, by_fsdp=True)
+    with pytest.raises(AdapterError, match="fsdp2 would train another model") as caught:
+        lora_config(section, adalora=None, model=tied, where=_where, by_fsdp=True)
+    assert caught.value.problems[0].where == f"lora.{next(iter(keys))}"

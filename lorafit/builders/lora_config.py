@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable
 
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorafit.errors import AdapterError, Problem
+from lorafit.recipe.rules.adapter import EMBEDDINGS
 from lorafit.recipe.sections import AdaLoraSection, LoraSection
 
 # Set before the number of steps is known; `set_total_steps` in the adapter builder puts the real one in.
@@ -18,13 +19,18 @@ _UNKNOWN_TOTAL_STEPS = 2**31
 
 
 def lora_config(
-    lora: LoraSection, *, adalora: AdaLoraSection | None, model: PreTrainedModel, where: Where
+    lora: LoraSection, *, adalora: AdaLoraSection | None, model: PreTrainedModel, where: Where, by_fsdp: bool = False
 ) -> LoraConfig:
-    """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a causal language model.
+    """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a causal language model; `by_fsdp` where FSDP shards it.
 
-    `where(key, message)` places a problem in the recipe. Raises AdapterError when a listed name matches nothing.
+    `where(key, message)` places a problem in the recipe. Raises AdapterError when a listed name matches nothing, or
+    FSDP would train something else.
     """
     problems = list(_names_without_match(lora, model, where))
+    if by_fsdp and (key := trains_a_tied_embedding(lora, model.config)):
+        # accelerate ties again what peft keeps apart: the trained embedding becomes the output head, too.
+        message = "the output head shares its weight with the embedding; fsdp2 would train another model than ddp does"
+        problems.append(where(key, f"{message}; leave it out, or write launch.strategy: ddp"))
     if problems:
         raise AdapterError(problems)
     shared = {
@@ -66,6 +72,16 @@ def lora_config(
         return AdaLoraConfig(**shared, **schedule)
     except (TypeError, ValueError, ImportError) as error:
         raise AdapterError(where("lora", f"peft refuses this section: {error}")) from error
+
+
+def trains_a_tied_embedding(lora: LoraSection, config: PreTrainedConfig) -> str | None:
+    """The key that trains an embedding, or rows of it, that is the output head, too; None where none does."""
+    if not getattr(config, "tie_word_embeddings", False):
+        return None
+    if lora.trainable_token_indices is not None:
+        return "lora.trainable_token_indices"
+    saved = {name.rpartition(".")[2] for name in lora.modules_to_save or ()}
+    return "lora.modules_to_save" if saved & {*EMBEDDINGS} else None
 
 
 Where = Callable[[str, str], Problem]

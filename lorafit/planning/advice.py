@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
+from lorafit.builders.lora_config import trains_a_tied_embedding
 from lorafit.planning.answer import Advice
 from lorafit.planning.estimate import Estimate, Estimator
 from lorafit.planning.targets import target_table
@@ -41,7 +42,7 @@ def proposals(estimate: Estimate, *, config: PreTrainedConfig, count: int) -> It
     yield from _smaller_batches(recipe)
     if training.optim.startswith("adamw_torch"):
         yield Change("optimizer states in 8 bits", {"training.optim": "paged_adamw_8bit"})
-    if count > 1 and recipe.launch.strategy == "ddp":
+    if count > 1 and recipe.launch.strategy == "ddp" and not trains_a_tied_embedding(lora, config):
         keys: Changes = {"launch.strategy": "fsdp2", "launch.num_processes": count}
         if recipe.quantization is not None:
             keys[STORAGE] = "bfloat16"

@@ -99,7 +99,7 @@ class FakeRun:
         lora = self._recipe.lora.model_copy(
             update={"init_lora_weights": True, "eva_config": None, "corda_config": None}
         )
-        settings = lora_config(lora, adalora=self._recipe.adalora, model=base, where=loaded.problem)
+        settings = lora_config(lora, adalora=self._recipe.adalora, model=base, where=loaded.problem, by_fsdp=spread > 1)
         with torch.device("meta"):
             model = attach_adapter(
                 base,

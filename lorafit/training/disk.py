@@ -17,6 +17,7 @@ from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
+from lorafit import launch
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.lora_config import lora_config
 from lorafit.errors import DiskError
@@ -56,7 +57,13 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
     base = empty_base(recipe.model, recipe.quantization, config=architecture(recipe.model))
     # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
     plain = {"init_lora_weights": True, "eva_config": None, "corda_config": None}
-    config = lora_config(recipe.lora.model_copy(update=plain), adalora=recipe.adalora, model=base, where=loaded.problem)
+    config = lora_config(
+        recipe.lora.model_copy(update=plain),
+        adalora=recipe.adalora,
+        model=base,
+        where=loaded.problem,
+        by_fsdp=launch.shards_by_fsdp(recipe.launch),
+    )
     with torch.device("meta"):
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

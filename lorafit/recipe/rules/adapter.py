@@ -8,7 +8,7 @@ from lorafit.recipe.rules.broken import Broken, Rule
 from lorafit.recipe.suggest import nearest
 
 _HEADS = ("lm_head", "embed_out")
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
+EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
 _SHARDED = ("fsdp2", "zero3")
 
 
@@ -147,7 +147,7 @@ def token_rows_or_the_whole_embedding(recipe: Recipe) -> Iterator[Broken]:
         return
     listed = () if isinstance(lora.target_modules, str) else lora.target_modules
     ways = {"modules_to_save": lora.modules_to_save or (), "target_modules": listed}
-    for name in lora.trainable_token_indices if isinstance(lora.trainable_token_indices, dict) else _EMBEDDINGS:
+    for name in lora.trainable_token_indices if isinstance(lora.trainable_token_indices, dict) else EMBEDDINGS:
         for key, names in ways.items():
             if name in names:
                 message = f"{name} is also in {key}; keep it in one of the two"
