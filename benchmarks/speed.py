@@ -96,14 +96,15 @@ def write_base(directory: Path, *, tiny: bool = False) -> None:
     AutoTokenizer.from_pretrained(BASE_TOKENIZER).save_pretrained(directory)
 
 
-def write_rows(file: Path, *, count: int) -> None:
-    """Real words in rows as long as GSM8K's: log-normal around 121 tokens, a little under half of it the question."""
+def write_rows(file: Path, *, count: int, tokens: int | None = None) -> None:
+    """Real words in rows as long as GSM8K's: log-normal around 121 tokens, a little under half of it the question; or
+    of about `tokens` each."""
     chance = random.Random(0)
     words = " ".join(json.loads(line)["completion"] for line in TEXT.read_text().splitlines()).split()
     with file.open("w") as lines:
         for _ in range(count):
-            tokens = min(400, max(30, round(chance.lognormvariate(4.796, 0.38))))
-            count_of_words = max(4, round(tokens / 2.6))  # tokens a word of this text
+            length = tokens or min(400, max(30, round(chance.lognormvariate(4.796, 0.38))))
+            count_of_words = max(4, round(length / 2.6))  # tokens a word of this text
             start = chance.randrange(len(words) - count_of_words)
             taken = words[start : start + count_of_words]
             cut = round(0.45 * count_of_words)
@@ -162,7 +163,7 @@ def plain_trl(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any
         )
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return _measured([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
+    return measured_steps([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
 
 
 def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
@@ -205,7 +206,7 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
         losses.append(loss.item())
         tokens.append(total)
         seconds.append(time.monotonic())
-    return _measured(losses, tokens, seconds)
+    return measured_steps(losses, tokens, seconds)
 
 
 def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
@@ -239,12 +240,13 @@ def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, 
         run_training(load(path), say=lambda line: None, show_progress=False, cache_dir=work / "cache", watchers=[times])
         lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()]
     logs = [entry for entry in lines if "loss" in entry]
-    return _measured([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
+    return measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
 
 
-def _measured(
+def measured_steps(
     losses: list[float], tokens: list[int], seconds: list[float], *, peak: int | None = None
 ) -> dict[str, Any]:
+    """Useful tokens per second after the first steps, from what was logged at each."""
     first = min(WARM_UP_STEPS, len(losses) - 2)
     useful = tokens[-1] - tokens[first - 1]
     return {
@@ -296,7 +298,7 @@ def in_its_own_process(
     measured = json.loads(out.read_text())
     if side in OTHERS:
         peak = measured["peak_memory_bytes"]
-        return _measured(measured["losses"], measured["tokens"], measured["seconds"], peak=peak)
+        return measured_steps(measured["losses"], measured["tokens"], measured["seconds"], peak=peak)
     return measured
 
 

@@ -1,0 +1,323 @@
+"""Training speed on a GPU, at the size that people train: lorafit beside plain TRL, in turn, in one run.
+
+    python benchmarks/speed_gpu.py [--shape llama3-8b] [--rounds 2] [--steps 14] [--out FILE.json]   # needs a GPU
+    python benchmarks/speed_gpu.py --tiny                                        # the same path on the CPU, tiny
+
+Random weights of a shipped shape in bfloat16, written once; LoRA r=16 on all linear layers; rows as long as GSM8K's,
+packed. Every side is a process of its own, on the same rows; tokens/s leave out the first six steps. MFU counts, for
+each token, 4 N + 4 H + 3.5 a + 6 P operations: N weights of the base's linear layers and H of its output head (frozen:
+forward, and backward to the input), a of a forward pass of attention within a document, P weights of the adapter. What
+is computed a second time by checkpointing is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import warnings
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from speed import BASE_TOKENIZER, LORA, TRAINING, clock, measured_steps, write_rows
+
+FOUR_BITS = {
+    "load_in_4bit": True,
+    "bnb_4bit_quant_type": "nf4",
+    "bnb_4bit_use_double_quant": True,
+    "bnb_4bit_compute_dtype": "bfloat16",
+}
+
+
+@dataclass(frozen=True)
+class Side:
+    """What trains, on how much at once."""
+
+    with_trl: bool = False
+    size: int = 4
+    """Packed rows of `length` tokens in a micro-step."""
+    length: int = 2048
+    in_4_bits: bool = False
+    off: str | None = None
+    """A lever of lorafit."""
+    rows: str = "rows"
+
+
+SIDES = {
+    "trl-packed": Side(with_trl=True),
+    "lorafit": Side(),
+    "lorafit-no-varlen": Side(off="varlen_attention"),
+    "lorafit-no-fused": Side(off="fused_lora"),
+    "trl-qlora": Side(with_trl=True, in_4_bits=True),
+    "lorafit-qlora": Side(in_4_bits=True),
+    "lorafit-16k": Side(size=1, length=16384, rows="long"),
+    "lorafit-16k-no-varlen": Side(size=1, length=16384, rows="long", off="varlen_attention"),
+}
+BESIDE = {
+    "trl-qlora": "lorafit-qlora",
+    "lorafit-qlora": "lorafit",
+    "lorafit-16k-no-varlen": "lorafit-16k",
+    "lorafit-16k": "lorafit-16k",
+}
+"""What a side is compared with; the others with `lorafit`."""
+
+
+SHORTER = 4
+"""How many times as short rows are with `--tiny`."""
+
+
+def sized(side: Side, *, tiny: bool) -> Side:
+    """As it is, or for the CPU."""
+    return replace(side, length=side.length // SHORTER, size=1) if tiny else side
+
+
+def write_base(directory: Path, *, shape: str, tiny: bool) -> None:
+    """Random weights, and the quickstart's tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lorafit.planning.known_shapes import architecture
+    from lorafit.recipe.sections import ModelSection
+
+    config = architecture(ModelSection(model_name_or_path=shape))
+    if tiny:
+        config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "head_dim": 16})
+        config.update({"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 4096})
+    tokenizer = AutoTokenizer.from_pretrained(BASE_TOKENIZER)
+    config.update({name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")})
+    torch.manual_seed(0)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def with_trl(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
+    """As TRL's documentation writes it, with packing."""
+    import torch
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from trl import SFTConfig, SFTTrainer
+
+    times = clock()
+    rows = load_dataset("json", data_files=str(work / f"{side.rows}.jsonl"), split="train", cache_dir=str(work / "hf"))
+    rows = rows.map(
+        lambda row: {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "completion": [{"role": "assistant", "content": row["completion"]}],
+        }
+    )
+    quantised = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if side.in_4_bits else {}
+    on_gpu = torch.cuda.is_available()
+    with tempfile.TemporaryDirectory() as out:
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(
+                work / "base", dtype=torch.bfloat16, device_map={"": 0} if on_gpu else None, **quantised
+            ),
+            args=SFTConfig(
+                output_dir=out,
+                max_steps=steps,
+                bf16=True,
+                max_length=side.length,
+                packing=True,
+                save_strategy="no",
+                use_cpu=not on_gpu,
+                disable_tqdm=True,
+                report_to="none",
+                per_device_train_batch_size=side.size,
+                **TRAINING,
+            ),
+            train_dataset=rows,
+            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
+            callbacks=[times],
+        )
+        trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return measured_steps([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
+
+
+def with_lorafit(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
+    """The same as a recipe; what is not written here is lorafit's default."""
+    import yaml
+
+    from lorafit import launch
+    from lorafit.recipe import load
+    from lorafit.training.train import run_training
+
+    launch.use_expandable_segments()  # as every command of lorafit
+    times = clock()
+    said: list[str] = []
+    with tempfile.TemporaryDirectory() as directory:
+        recipe = {
+            "output_dir": str(Path(directory) / "run"),
+            "model": {"model_name_or_path": str(work / "base"), "dtype": "bfloat16"},
+            **({"quantization": FOUR_BITS} if side.in_4_bits else {}),
+            "lora": LORA,
+            "data": {"train": [{"path": str(work / f"{side.rows}.jsonl")}]},
+            "training": {
+                **TRAINING,
+                "max_steps": steps,
+                "max_length": side.length,
+                "packing": True,
+                "per_device_train_batch_size": side.size,
+            },
+            "checkpoints": {"every": steps},
+            **({"speed": {side.off: False}} if side.off else {}),
+        }
+        path = Path(directory) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        run_training(load(path), say=said.append, show_progress=False, cache_dir=work / "cache", watchers=[times])
+        lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()]
+    logs = [entry for entry in lines if "loss" in entry]
+    found = measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
+    return found | {"said": [line for line in said if line.startswith(("plan", "gradient", "fused", "varlen"))]}
+
+
+def operations_of_a_token(work: Path, side: Side) -> float:
+    """4 N + 4 H + 3.5 a + 6 P, with the lengths of this side's documents."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    config, tokenizer = AutoConfig.from_pretrained(work / "base"), AutoTokenizer.from_pretrained(work / "base")
+    texts = [" ".join(json.loads(line).values()) for line in (work / f"{side.rows}.jsonl").read_text().splitlines()]
+    lengths = [min(len(ids), side.length) for ids in tokenizer(texts)["input_ids"]]
+    width, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    layer = [
+        *((config.hidden_size, width), (config.hidden_size, kv), (config.hidden_size, kv), (width, config.hidden_size)),
+        *([(config.hidden_size, config.intermediate_size)] * 2),
+        (config.intermediate_size, config.hidden_size),
+    ]
+    linear = config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in layer)
+    adapter = config.num_hidden_layers * LORA["r"] * sum(inputs + outputs for inputs, outputs in layer)
+    # A token at place i of its document meets i others, twice: 4 x width operations for each.
+    attention = config.num_hidden_layers * 2 * width * sum(n * n for n in lengths) / sum(lengths)
+    return 4 * linear + 4 * config.vocab_size * config.hidden_size + 3.5 * attention + 6 * adapter
+
+
+def in_its_own_process(work: Path, *, side: str, steps: int, tiny: bool) -> dict[str, Any]:
+    """One side, measured in a fresh process; its error as text, for the others to go on."""
+    out = work / "measured.json"
+    out.unlink(missing_ok=True)
+    command = [
+        sys.executable,
+        __file__,
+        "--side",
+        side,
+        "--work",
+        str(work),
+        "--steps",
+        str(steps),
+        *(["--tiny"] * tiny),
+    ]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return {"error": (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}
+    measured: dict[str, Any] = json.loads(out.read_text())
+    return measured
+
+
+def main() -> int:
+    """The table; 4 without a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama3-8b", help="a shipped shape of the Llama kind")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--tiny", action="store_true", help="on the CPU")
+    parser.add_argument("--out", type=Path, help="write the results here")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.side:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        side = sized(SIDES[chosen.side], tiny=chosen.tiny)
+        measured = (with_trl if side.with_trl else with_lorafit)(chosen.work, side, steps=chosen.steps)
+        (chosen.work / "measured.json").write_text(json.dumps(measured))
+        return 0
+
+    from lorafit.planning.gpus import gpu_of_this_machine
+    from lorafit.preflight import this_machine
+
+    machine = this_machine()
+    if machine.device != "cuda" and not chosen.tiny:
+        print("there is no GPU here; --tiny runs the same on the CPU", file=sys.stderr)
+        return 4
+    peak = None if chosen.tiny else gpu_of_this_machine(machine).bf16_tflops
+    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
+    with tempfile.TemporaryDirectory() as directory:
+        work = Path(directory)
+        write_base(work / "base", shape=chosen.shape, tiny=chosen.tiny)
+        write_rows(work / "rows.jsonl", count=80 * (chosen.steps + 2))
+        write_rows(work / "long.jsonl", count=chosen.steps + 2, tokens=17_500 // (SHORTER if chosen.tiny else 1))
+        for _ in range(chosen.rounds):
+            for side in chosen.sides:
+                rounds[side].append(in_its_own_process(work, side=side, steps=chosen.steps, tiny=chosen.tiny))
+        needed = {side: operations_of_a_token(work, sized(SIDES[side], tiny=chosen.tiny)) for side in chosen.sides}
+    sides = {side: row(side, rounds, operations=needed[side], peak=peak) for side in chosen.sides}
+    print(f"{'side':<24} {'tokens/s':>9} {'range':>17} {'MFU':>6} {'peak memory':>13}  beside")
+    for side, found in sides.items():
+        print(line(side, found))
+    if chosen.out:
+        packages = ("lorafit", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
+        settings = f"--shape {chosen.shape} --rounds {chosen.rounds} --steps {chosen.steps}"
+        report = {
+            "command": f"python benchmarks/speed_gpu.py {settings}",
+            "device": machine.name,
+            "date": date.today().isoformat(),
+            "versions": {package: version(package) for package in packages},
+            "sides": sides,
+        }
+        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+def row(side: str, rounds: dict[str, list[dict[str, Any]]], *, operations: float, peak: float | None) -> dict[str, Any]:
+    """Medians of the rounds, or the error."""
+    found = rounds[side]
+    if errors := [one["error"] for one in found if "error" in one]:
+        return {"error": errors[0]}
+    speeds = [one["tokens_per_second"] for one in found]
+    speed = statistics.median(speeds)
+    beside = BESIDE.get(side, "lorafit")
+    pairs = [
+        (one["tokens_per_second"], other["tokens_per_second"])
+        for one, other in zip(found, rounds.get(beside, ()), strict=False)
+        if "error" not in other
+    ]
+    return {
+        "tokens_per_second": speed,
+        "range": [min(speeds), max(speeds)],
+        "mfu": speed * operations / (peak * 1e12) if peak else None,
+        "peak_memory_bytes": max(one["peak_memory_bytes"] for one in found),
+        "last_loss": found[0]["losses"][-1],
+        "beside": beside,
+        "share_of_it": statistics.median(one / other for one, other in pairs) if pairs else None,
+        "said": "; ".join(found[0].get("said", ())),
+    }
+
+
+def line(side: str, found: dict[str, Any]) -> str:
+    """One side."""
+    if "error" in found:
+        return f"{side:<24} {found['error']}"
+    low, high = found["range"]
+    mfu = f"{found['mfu']:.1%}" if found["mfu"] is not None else ""
+    share = f"{found['share_of_it']:.2f} of {found['beside']}" if found["share_of_it"] is not None else ""
+    memory = f"{found['peak_memory_bytes'] / 2**30:.2f} GiB"
+    return (
+        f"{side:<24} {found['tokens_per_second']:>9,.0f} {f'{low:,.0f}-{high:,.0f}':>17} {mfu:>6} {memory:>13}  {share}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
