@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -128,3 +130,15 @@ def test_what_is_set_aside_replaces_nothing(tmp_path: Path) -> None:
     targets = [quarantine(committed(tmp_path, 3), room) for _ in range(3)]
     assert [target.name for target in targets] == ["checkpoint-3", "checkpoint-3.2", "checkpoint-3.3"]
     assert all(verified(target) for target in targets)
+
+
+def test_it_is_sealed_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(RuntimeError), ThreadPoolExecutor() as threads:
+        threads.submit(print)
+    sealed = committed(tmp_path, 3)
+    monkeypatch.undo()
+    assert verified(sealed).step == 3

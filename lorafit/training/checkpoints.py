@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,8 +53,7 @@ def commit(stage: Path, target: Path, *, contents: dict[str, Any]) -> None:
     Killed anywhere in here it leaves a checkpoint that verifies or none of that name.
     """
     files = sorted(path for path in stage.rglob("*") if path.is_file())
-    with ThreadPoolExecutor() as threads:
-        sealed = list(threads.map(_flushed_hash, files))
+    sealed = _flushed_hashes(files)
     names = [path.relative_to(stage).as_posix() for path in files]
     body = contents | {"files": dict(zip(names, sealed, strict=True))}
     write_file(stage / SEAL, json.dumps({"checkpoint": body, "sha256": _hash_of(body)}, indent=1) + "\n")
@@ -64,6 +63,15 @@ def commit(stage: Path, target: Path, *, contents: dict[str, Any]) -> None:
         discard(target)
     stage.rename(target)
     flush(target.parent)
+
+
+def _flushed_hashes(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """Side by side; one by one where memory has just run out and no thread can be started."""
+    try:
+        with ThreadPoolExecutor() as threads:
+            return list(threads.map(_flushed_hash, files))
+    except RuntimeError:
+        return [_flushed_hash(file) for file in files]
 
 
 def _flushed_hash(path: Path) -> dict[str, Any]:
