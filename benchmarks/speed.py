@@ -37,6 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -58,7 +59,7 @@ OTHERS_SCRIPT = Path(__file__).parent / "other_trainers.py"
 TINY_SIDES = ("trl-padded", "lorafit-padded", "trl-packed", "lorafit")
 TINY_STEPS = 200
 MAX_LENGTH = 512
-LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 TRAINING = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
@@ -127,14 +128,31 @@ def clock() -> Any:
 def plain_trl(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
     """What an engineer writes by hand."""
     import torch
+    from transformers import AutoModelForCausalLM
+
+    packed = side == "trl-packed"
+    return train_with_trl(
+        work / "rows.jsonl",
+        AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32),
+        cache=work / "datasets",
+        max_steps=steps,
+        bf16=bf16,
+        max_length=MAX_LENGTH,
+        packing=packed,
+        per_device_train_batch_size=rows_per_step(work, packed=packed),
+        **({} if side == "trl-defaults" else {"activation_checkpointing": False}),
+    )
+
+
+def train_with_trl(rows: Path, model: Any, *, cache: Path, **settings: Any) -> dict[str, Any]:
+    """TRL's trainer as its documentation writes it, with these settings of `SFTConfig`."""
+    import torch
     from datasets import load_dataset
     from peft import LoraConfig
-    from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
 
-    packed, times = side == "trl-packed", clock()
-    rows = load_dataset("json", data_files=str(work / "rows.jsonl"), split="train", cache_dir=str(work / "datasets"))
-    rows = rows.map(
+    times = clock()
+    data = load_dataset("json", data_files=str(rows), split="train", cache_dir=str(cache)).map(
         lambda row: {
             "prompt": [{"role": "user", "content": row["prompt"]}],
             "completion": [{"role": "assistant", "content": row["completion"]}],
@@ -142,22 +160,17 @@ def plain_trl(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any
     )
     with tempfile.TemporaryDirectory() as out:
         trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32),
+            model=model,
             args=SFTConfig(
                 output_dir=out,
-                max_steps=steps,
-                bf16=bf16,
-                max_length=MAX_LENGTH,
-                packing=packed,
                 save_strategy="no",
                 use_cpu=not torch.cuda.is_available(),
                 disable_tqdm=True,
                 report_to="none",
-                per_device_train_batch_size=rows_per_step(work, packed=packed),
-                **({} if side == "trl-defaults" else {"activation_checkpointing": False}),
+                **settings,
                 **TRAINING,
             ),
-            train_dataset=rows,
+            train_dataset=data,
             peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
             callbacks=[times],
         )
@@ -211,34 +224,44 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
 
 def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
     """The same as a recipe."""
+    packed = side != "lorafit-padded"
+    recipe = {
+        "model": {"model_name_or_path": str(work / "base"), "dtype": "float32"},
+        "data": {"train": [{"path": str(work / "rows.jsonl")}]},
+        "training": {
+            "max_steps": steps,
+            "bf16": bf16,
+            "max_length": MAX_LENGTH,
+            "packing": packed,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": rows_per_step(work, packed=packed),
+        },
+        "speed": {lever: not side.endswith(lever) for lever in LEVERS},
+    }
+    return train_with_lorafit(recipe, cache=work / "cache")
+
+
+def train_with_lorafit(
+    recipe: dict[str, Any], *, cache: Path, say: Callable[[str], Any] = lambda line: None
+) -> dict[str, Any]:
+    """The recipe with what all sides share, in this process."""
     import yaml
 
     from lorafit.recipe import load
     from lorafit.training.train import run_training
 
-    packed, times = side != "lorafit-padded", clock()
+    times = clock()
     with tempfile.TemporaryDirectory() as directory:
-        recipe = {
-            "output_dir": str(Path(directory) / "run"),
-            "model": {"model_name_or_path": str(work / "base"), "dtype": "float32"},
+        run, path = Path(directory) / "run", Path(directory) / "recipe.yaml"
+        shared = {
+            "output_dir": str(run),
             "lora": LORA,
-            "data": {"train": [{"path": str(work / "rows.jsonl")}]},
-            "training": {
-                **TRAINING,
-                "max_steps": steps,
-                "bf16": bf16,
-                "max_length": MAX_LENGTH,
-                "packing": packed,
-                "gradient_checkpointing": False,
-                "per_device_train_batch_size": rows_per_step(work, packed=packed),
-            },
-            "checkpoints": {"every": steps},
-            "speed": {lever: not side.endswith(lever) for lever in LEVERS},
+            "training": TRAINING | recipe["training"],
+            "checkpoints": {"every": recipe["training"]["max_steps"]},
         }
-        path = Path(directory) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        run_training(load(path), say=lambda line: None, show_progress=False, cache_dir=work / "cache", watchers=[times])
-        lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()]
+        path.write_text(yaml.safe_dump(recipe | shared), encoding="utf-8")
+        run_training(load(path), say=say, show_progress=False, cache_dir=cache, watchers=[times])
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logs = [entry for entry in lines if "loss" in entry]
     return measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
 

@@ -27,7 +27,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from speed import BASE_TOKENIZER, LORA, TRAINING, clock, measured_steps, write_rows
+from speed import BASE_TOKENIZER, LORA, train_with_lorafit, train_with_trl, write_rows
 
 FOUR_BITS = {
     "load_in_4bit": True,
@@ -68,8 +68,6 @@ BESIDE = {
     "lorafit-16k": "lorafit-16k",
 }
 """What a side is compared with; the others with `lorafit`."""
-
-
 SHORTER = 4
 """How many times as short rows are with `--tiny`."""
 
@@ -98,87 +96,48 @@ def write_base(directory: Path, *, shape: str, tiny: bool) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    del model
+    torch.cuda.empty_cache()  # the sides have the GPU to themselves
 
 
 def with_trl(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
     """As TRL's documentation writes it, with packing."""
     import torch
-    from datasets import load_dataset
-    from peft import LoraConfig
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-    from trl import SFTConfig, SFTTrainer
 
-    times = clock()
-    rows = load_dataset("json", data_files=str(work / f"{side.rows}.jsonl"), split="train", cache_dir=str(work / "hf"))
-    rows = rows.map(
-        lambda row: {
-            "prompt": [{"role": "user", "content": row["prompt"]}],
-            "completion": [{"role": "assistant", "content": row["completion"]}],
-        }
-    )
     quantised = {"quantization_config": BitsAndBytesConfig(**FOUR_BITS)} if side.in_4_bits else {}
-    on_gpu = torch.cuda.is_available()
-    with tempfile.TemporaryDirectory() as out:
-        trainer = SFTTrainer(
-            model=AutoModelForCausalLM.from_pretrained(
-                work / "base", dtype=torch.bfloat16, device_map={"": 0} if on_gpu else None, **quantised
-            ),
-            args=SFTConfig(
-                output_dir=out,
-                max_steps=steps,
-                bf16=True,
-                max_length=side.length,
-                packing=True,
-                save_strategy="no",
-                use_cpu=not on_gpu,
-                disable_tqdm=True,
-                report_to="none",
-                per_device_train_batch_size=side.size,
-                **TRAINING,
-            ),
-            train_dataset=rows,
-            peft_config=LoraConfig(**LORA, task_type="CAUSAL_LM"),
-            callbacks=[times],
-        )
-        trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return measured_steps([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
+    device_map = {"": 0} if torch.cuda.is_available() else None
+    return train_with_trl(
+        work / f"{side.rows}.jsonl",
+        AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.bfloat16, device_map=device_map, **quantised),
+        cache=work / "datasets",
+        max_steps=steps,
+        bf16=True,
+        max_length=side.length,
+        packing=True,
+        per_device_train_batch_size=side.size,
+    )
 
 
 def with_lorafit(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
     """The same as a recipe; what is not written here is lorafit's default."""
-    import yaml
-
     from lorafit import launch
-    from lorafit.recipe import load
-    from lorafit.training.train import run_training
 
     launch.use_expandable_segments()  # as every command of lorafit
-    times = clock()
     said: list[str] = []
-    with tempfile.TemporaryDirectory() as directory:
-        recipe = {
-            "output_dir": str(Path(directory) / "run"),
-            "model": {"model_name_or_path": str(work / "base"), "dtype": "bfloat16"},
-            **({"quantization": FOUR_BITS} if side.in_4_bits else {}),
-            "lora": LORA,
-            "data": {"train": [{"path": str(work / f"{side.rows}.jsonl")}]},
-            "training": {
-                **TRAINING,
-                "max_steps": steps,
-                "max_length": side.length,
-                "packing": True,
-                "per_device_train_batch_size": side.size,
-            },
-            "checkpoints": {"every": steps},
-            **({"speed": {side.off: False}} if side.off else {}),
-        }
-        path = Path(directory) / "recipe.yaml"
-        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-        run_training(load(path), say=said.append, show_progress=False, cache_dir=work / "cache", watchers=[times])
-        lines = [json.loads(line) for line in (Path(directory) / "run" / "metrics.jsonl").read_text().splitlines()]
-    logs = [entry for entry in lines if "loss" in entry]
-    found = measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
+    recipe = {
+        "model": {"model_name_or_path": str(work / "base"), "dtype": "bfloat16"},
+        **({"quantization": FOUR_BITS} if side.in_4_bits else {}),
+        "data": {"train": [{"path": str(work / f"{side.rows}.jsonl")}]},
+        "training": {
+            "max_steps": steps,
+            "max_length": side.length,
+            "packing": True,
+            "per_device_train_batch_size": side.size,
+        },
+        **({"speed": {side.off: False}} if side.off else {}),
+    }
+    found = train_with_lorafit(recipe, cache=work / "cache", say=said.append)
     return found | {"said": [line for line in said if line.startswith(("plan", "gradient", "fused", "varlen"))]}
 
 
@@ -186,20 +145,17 @@ def operations_of_a_token(work: Path, side: Side) -> float:
     """4 N + 4 H + 3.5 a + 6 P, with the lengths of this side's documents."""
     from transformers import AutoConfig, AutoTokenizer
 
+    from lorafit.planning.targets import target_table
+
     config, tokenizer = AutoConfig.from_pretrained(work / "base"), AutoTokenizer.from_pretrained(work / "base")
     texts = [" ".join(json.loads(line).values()) for line in (work / f"{side.rows}.jsonl").read_text().splitlines()]
     lengths = [min(len(ids), side.length) for ids in tokenizer(texts)["input_ids"]]
-    width, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    layer = [
-        *((config.hidden_size, width), (config.hidden_size, kv), (config.hidden_size, kv), (width, config.hidden_size)),
-        *([(config.hidden_size, config.intermediate_size)] * 2),
-        (config.intermediate_size, config.hidden_size),
-    ]
-    linear = config.num_hidden_layers * sum(inputs * outputs for inputs, outputs in layer)
-    adapter = config.num_hidden_layers * LORA["r"] * sum(inputs + outputs for inputs, outputs in layer)
+    table = target_table(config, r=LORA["r"])
+    frozen = sum(target.parameters for target in table.targets if target.all_linear or target.part == "head")
     # A token at place i of its document meets i others, twice: 4 x width operations for each.
+    width = config.num_attention_heads * config.head_dim
     attention = config.num_hidden_layers * 2 * width * sum(n * n for n in lengths) / sum(lengths)
-    return 4 * linear + 4 * config.vocab_size * config.hidden_size + 3.5 * attention + 6 * adapter
+    return 4 * frozen + 3.5 * attention + 6 * table.all_linear().lora_parameters
 
 
 def in_its_own_process(work: Path, *, side: str, steps: int, tiny: bool) -> dict[str, Any]:
