@@ -38,16 +38,7 @@ TWO_KINDS = Gemma2Config(
     vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=7, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16, sliding_window=64, max_position_embeddings=512, dtype="bfloat16",
 )  # fmt: skip
-CPU_CASES = (
-    "lora",
-    "lora padded",
-    "lora packed",
-    "dora",
-    "adalora",
-    "qlora checkpointing",
-    "fsdp2 lora",
-    "fsdp2 qlora checkpointing",
-)
+CPU_CASES = [name for name in plan_vs_cpu.QUICK if name not in ("lora checkpointing", "60M lora")]
 FOUR_BITS = "quantization.load_in_4bit=true"
 GIB = 2**30
 

@@ -261,10 +261,11 @@ class _Places:
         self.is_forward = False
         self._tracker = tracker
         self._handles: list[Any] = []
+        last = max(layers)
         for index, layer in layers.items():
             self._handles += [
                 layer.register_forward_pre_hook(self._enters(index)),
-                layer.register_forward_hook(self._leaves(index, is_last=index == [*layers][-1])),
+                layer.register_forward_hook(self._leaves(index, is_last=index == last)),
             ]
 
     def remove(self) -> None:
