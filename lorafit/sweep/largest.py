@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 
 from lorafit.builders.adapter import adapted_modules
 from lorafit.builders.lora_config import lora_config
-from lorafit.data.render import saved_chat_template
+from lorafit.data.templates import saved_chat_template
 from lorafit.durable import write_file
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe import LoadedRecipe

@@ -13,7 +13,7 @@ from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
-from lorafit.data.render import saved_chat_template
+from lorafit.data.templates import saved_chat_template
 from lorafit.durable import write_file
 from lorafit.planning.for_training import measured_beside
 from lorafit.recipe import LoadedRecipe
