@@ -162,8 +162,8 @@ def test_columns_that_nothing_reads_are_reported(tmp_path: Path) -> None:
 
 
 def test_message_keys_that_nothing_reads_are_reported(tmp_path: Path) -> None:
-    found = scanned(tmp_path / "a.jsonl", json_lines({"messages": [USER, ASSISTANT | {"weight": 0}]}))
-    assert "keys nothing reads" in found.warnings[0] and "(weight)" in found.warnings[0]
+    found = scanned(tmp_path / "a.jsonl", json_lines({"messages": [USER, ASSISTANT | {"id": 0}]}))
+    assert "keys nothing reads" in found.warnings[0] and "(id)" in found.warnings[0]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import json
 from typing import Any
 
 from lorafit.data.findings import Findings
+from lorafit.data.marks import MARKS, is_left_out
 from lorafit.data.problems import RowProblem, is_unicode, shown
 from lorafit.data.rows import Message, Place
 
@@ -24,20 +25,29 @@ READ_KEYS = frozenset(
 )
 
 
-def conversation(messages: Any, column: str, place: Place, *, findings: Findings) -> list[Message]:
-    """The messages with `role` and `content`; what is odd but usable is counted.
+def conversation(
+    messages: Any, column: str, place: Place, *, findings: Findings
+) -> tuple[list[Message], frozenset[int]]:
+    """The messages with `role` and `content`, and which of them are marked as not to be trained.
 
-    Raises RowProblem.
+    What is odd but usable is counted. Raises RowProblem.
     """
     if not isinstance(messages, list):
         raise RowProblem(f"{column}: {shown(messages)} where a list of messages belongs")
     if not messages:
         raise RowProblem(f"{column}: an empty list; write at least one message, or remove the row")
-    checked = [_message(message, f"{column}[{index}]", place, findings) for index, message in enumerate(messages)]
+    untrained = []
+    checked = []
+    for index, message in enumerate(messages):
+        where = f"{column}[{index}]"
+        read = _message(message, where, place, findings)
+        if is_left_out(read, where):
+            untrained.append(index)
+        checked.append(read)
     oddity = unusual_order([message["role"] for message in checked])
     if oddity:
         findings.add("unusual_order", place, oddity)
-    return checked
+    return checked, frozenset(untrained)
 
 
 def _message(message: Any, where: str, place: Place, findings: Findings) -> Message:
@@ -59,7 +69,7 @@ def _message(message: Any, where: str, place: Place, findings: Findings) -> Mess
         raise RowProblem(f"{belongs}; write it as text")
     if content is not None and not content.isascii() and not is_unicode(content):
         raise RowProblem(f"{where}.content: holds half of a surrogate pair (\\ud800-\\udfff), which is no character")
-    unread = [key for key in kept if key not in READ_KEYS]
+    unread = [key for key in kept if key not in READ_KEYS and key not in MARKS]
     if unread:
         findings.add("unread_message_key", place, ", ".join(unread))
     return kept

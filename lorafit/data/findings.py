@@ -80,6 +80,9 @@ KINDS = {
     "untrained_answer": Kind(
         "warning", "rows that open with an assistant's message, which is not trained", "put a user's message before it"
     ),
+    "left_out": Kind(
+        "warning", "answers left out of training by train: false or weight: 0", "nothing to do if that is meant"
+    ),
     "unread_message_key": Kind("warning", "messages with keys nothing reads", "remove the keys"),
     "special_tokens": Kind(
         "warning", "rows with special tokens inside their text, which become control tokens", "remove them"

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from lorafit.data.conversation import conversation
 from lorafit.data.findings import Findings
 from lorafit.data.problems import RowProblem, is_unicode, listed, shown
-from lorafit.data.rows import Chat, Pair, Place, Row, Text
+from lorafit.data.rows import Chat, Pair, Place, Row, Text, possible_answers
 from lorafit.recipe.sections import Source
 
 
@@ -138,8 +138,11 @@ class Shaper:
         if system and isinstance(messages, list):
             messages = [{"role": "system", "content": system}, *messages]
             first_answer += 1
-        checked = conversation(messages, self._columns.get(field, field), place, findings=self._findings)
-        return Chat(place, checked, self._tools(raw), first_answer)
+        checked, untrained = conversation(messages, self._columns.get(field, field), place, findings=self._findings)
+        chat = Chat(place, checked, self._tools(raw), first_answer, untrained)
+        for _ in untrained.intersection(possible_answers(chat)):
+            self._findings.add("left_out", place)
+        return chat
 
     def _tools(self, raw: dict[str, Any]) -> list[dict[str, Any]] | None:
         """Tool schemas: a list, or the JSON text of one (as CSV and TRL have it)."""

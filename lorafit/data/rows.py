@@ -12,12 +12,14 @@ Place = tuple[int, int]
 
 
 class Chat(NamedTuple):
-    """A conversation; answers are the assistant's messages from `first_answer` on."""
+    """A conversation; answers are the assistant's messages from `first_answer` on, without those in `untrained`."""
 
     place: Place
     messages: list[Message]
     tools: list[dict[str, Any]] | None
     first_answer: int
+    untrained: frozenset[int] = frozenset()
+    """The messages that the user marked as not to be trained."""
 
 
 class Pair(NamedTuple):
@@ -41,7 +43,12 @@ Row = Chat | Pair | Text
 
 
 def answers(chat: Chat) -> list[int]:
-    """The messages to train on: the assistant's that say something and have something to answer."""
+    """The messages to train on: the assistant's that say something, have something to answer and are not marked."""
+    return [index for index in possible_answers(chat) if index not in chat.untrained]
+
+
+def possible_answers(chat: Chat) -> list[int]:
+    """The messages that would be trained on if none were marked."""
     found = []
     is_asked = False
     for index, message in enumerate(chat.messages):
@@ -78,5 +85,5 @@ def texts(row: Row) -> tuple[str, ...]:
 def content_key(row: Row) -> Hashable:
     """What makes two rows the same row, wherever they stand."""
     if isinstance(row, Chat):
-        return json.dumps((row.messages, row.tools), sort_keys=True, default=str)
+        return json.dumps((row.messages, row.tools, sorted(row.untrained)), sort_keys=True, default=str)
     return tuple(row[1:])

@@ -14,7 +14,7 @@ from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.formats import Shaper
 from lorafit.data.problems import listed
 from lorafit.data.readers import HubRows, Rows, read_rows
-from lorafit.data.rows import Pair, Place, Row, Text, answers, content_key, says_something
+from lorafit.data.rows import Pair, Place, Row, Text, answers, content_key, possible_answers, says_something
 from lorafit.errors import DataError
 from lorafit.recipe.sections import DataSection, Source
 
@@ -235,19 +235,23 @@ class _Reading:
 
     def _is_trainable(self, row: Row, findings: Findings) -> bool:
         """Whether something of the row can be trained on; what is empty or untrained is counted."""
+        reason = ""
         if isinstance(row, Text):
             has_answer = has_prompt = bool(row.text) and not row.text.isspace()
         elif isinstance(row, Pair):
             has_prompt = bool(row.prompt) and not row.prompt.isspace()
             has_answer = bool(row.completion) and not row.completion.isspace()
         else:
-            trained = answers(row)
-            has_answer = bool(trained)
+            possible = possible_answers(row)
+            has_answer = bool(answers(row))
             has_prompt = all(says_something(message) for message in row.messages)
-            if any(m["role"] == "assistant" for m in row.messages[row.first_answer : trained[0] if trained else None]):
+            first = possible[0] if possible else None
+            if any(message["role"] == "assistant" for message in row.messages[row.first_answer : first]):
                 findings.add("untrained_answer", row.place)
+            if possible and not has_answer:
+                reason = "each is left out by train: false or weight: 0"
         if not has_answer and not (self._is_all_trained and has_prompt):
-            findings.add("no_answer", row.place)
+            findings.add("no_answer", row.place, reason)
             return False
         if not has_prompt:
             findings.add("empty_prompt", row.place)
