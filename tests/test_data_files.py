@@ -213,6 +213,8 @@ def test_broken_json_is_named_by_its_line_in_a_long_file(tmp_path: Path) -> None
         ('{"prompt": "a", "prompt": "b"}', 'the key "prompt" stands twice in one object; keep one'),
         ('{"prompt": NaN, "completion": "b"}', "NaN is not JSON; write a number, null or text"),
         ('{"prompt": -Infinity}', "-Infinity is not JSON; write a number, null or text"),
+        ('{"prompt": [1.5, -1e999]}', "-1e999 is beyond what a number can hold; write it as text"),
+        ('{"prompt": ' + "9" * 5000 + "}", "a number with thousands of digits; write it as text"),
         ("[" * 100_000, "broken JSON: nested too deeply"),
         ('{"prompt": "a', "broken JSON: Unterminated string starting at column 12"),
         ('{"prompt": "a"} {"prompt": "b"}', "broken JSON: Extra data at column 17"),

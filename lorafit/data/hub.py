@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from lorafit.data.arrow_rows import row_cleaner
 from lorafit.data.files import FileProblem
 from lorafit.recipe.sections import Source
 
@@ -22,4 +23,5 @@ def hub_rows(source: Source) -> Iterator[tuple[int, Any]]:
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         said = " ".join(str(error).split())[:300]
         raise FileProblem(f"cannot be loaded: {said}; check hub, name, split and revision, or the network") from None
-    return ((number, row) for number, row in enumerate(table, 1))
+    clean = row_cleaner(table.features.arrow_schema)
+    return ((number, clean(row)) for number, row in enumerate(table, 1))

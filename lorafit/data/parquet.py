@@ -8,6 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from lorafit.data.arrow_rows import row_cleaner
 from lorafit.data.files import FileProblem
 
 
@@ -27,10 +28,11 @@ def parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
 def _numbered(table: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, Any]]:
     number = 0
     try:
+        clean = row_cleaner(table.schema_arrow)
         for batch in table.iter_batches():
             for row in batch.to_pylist():
                 number += 1
-                yield number, row
+                yield number, clean(row)
     except (pyarrow.ArrowException, OSError) as error:
         first = str(error).split("\n", 1)[0]
         raise FileProblem(f"cannot be read further ({first}); download or write it again", line=number + 1) from None

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from lorafit.data.files import DataFile, FileProblem, decode
+from lorafit.data.strict_json import DECODER, json_problem
 from lorafit.recipe.sections import Source
 
 Broken = Callable[[int, str], None]
@@ -21,22 +22,6 @@ Rows = Iterator[tuple[int, Any]]
 HubRows = Callable[[Source], Rows]
 
 _BLANK = re.compile(r"[ \t\n\r]*")
-
-
-def _without_duplicate_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f'the key "{twice}" stands twice in one object; keep one')
-    return row
-
-
-def _no_nan(constant: str) -> float:
-    raise ValueError(f"{constant} is not JSON; write a number, null or text")
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_without_duplicate_keys, parse_constant=_no_nan)
 
 
 def read_rows(file: DataFile, data: bytes, *, broken: Broken) -> Rows:
@@ -66,10 +51,10 @@ def read_rows(file: DataFile, data: bytes, *, broken: Broken) -> Rows:
 def _is_one_object_over_lines(text: str) -> bool:
     first = text.strip().split("\n", 1)[0]
     try:
-        _DECODER.decode(first)
+        DECODER.decode(first)
     except ValueError:
         try:
-            return isinstance(_DECODER.decode(text), dict)
+            return isinstance(DECODER.decode(text), dict)
         except (ValueError, RecursionError):
             return False
     return False
@@ -77,14 +62,14 @@ def _is_one_object_over_lines(text: str) -> bool:
 
 def json_lines_rows(text: str, *, broken: Broken) -> Rows:
     """One JSON value a line; blank lines are skipped."""
-    parse = _DECODER.decode
+    parse = DECODER.decode
     for line, row in enumerate(text.split("\n"), 1):
         if not row or row.isspace():
             continue
         try:
             yield line, parse(row)
         except (ValueError, RecursionError) as error:
-            broken(line, _json_problem(error))
+            broken(line, json_problem(error))
 
 
 def json_array_rows(text: str, *, broken: Broken) -> Rows:
@@ -105,10 +90,10 @@ def json_array_rows(text: str, *, broken: Broken) -> Rows:
             line, counted = line + text.count("\n", counted, position), position
         is_first = False
         try:
-            row, position = _DECODER.raw_decode(text, position)
+            row, position = DECODER.raw_decode(text, position)
         except (ValueError, RecursionError) as error:
             at = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            broken(at, f"{_json_problem(error)}; what follows was not read")
+            broken(at, f"{json_problem(error)}; what follows was not read")
             return
         yield line, row
     rest = _skip_blank(text, position + 1)
@@ -119,14 +104,6 @@ def json_array_rows(text: str, *, broken: Broken) -> Rows:
 def _skip_blank(text: str, position: int) -> int:
     blank = _BLANK.match(text, position)
     return blank.end() if blank else position
-
-
-def _json_problem(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError):
-        return f"broken JSON: {error.msg.removesuffix(' at')} at column {error.colno}"
-    if isinstance(error, RecursionError):
-        return "broken JSON: nested too deeply"
-    return str(error)
 
 
 def csv_rows(text: str, *, broken: Broken) -> Rows:
