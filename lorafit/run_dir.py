@@ -125,12 +125,6 @@ class RunDir:
         if not os.access(parent, os.W_OK | os.X_OK):
             raise RunDirError(f"{parent} is not writable; choose another output_dir", where=where)
 
-    def remove_if_empty(self) -> None:
-        """Take away what was made of this directory if it holds no file."""
-        for directory in (self.checkpoints, self.path):
-            if directory.is_dir() and not any(directory.iterdir()):
-                directory.rmdir()
-
     def write_manifest(self, facts: dict[str, Any]) -> None:
         """Replace the manifest in one step, so that a reader sees the old one or the new one; after what it sums up."""
         for lines in (self.metrics, self.events):

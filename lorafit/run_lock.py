@@ -22,11 +22,9 @@ from pathlib import Path
 import psutil
 
 from lorafit import launch
+from lorafit.durable import NOT_LOCKABLE
 from lorafit.errors import RunDirError
 from lorafit.run_dir import RunDir
-
-NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What file systems without locks answer (Lustre mounted so, some FUSE): there the text alone decides."""
 
 SILENCE_SECONDS = 120.0
 """A holder on another machine that has not touched its lock for so long is gone."""
@@ -127,7 +125,6 @@ class RunLock:
         self._run.lock.unlink(missing_ok=True)
         os.close(self._file)
         self._file = None
-        self._run.remove_if_empty()
         for place in self._made:
             with contextlib.suppress(OSError):
                 place.rmdir()
@@ -139,7 +136,7 @@ class RunLock:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            if error.errno not in NOT_LOCKABLE:
+            if error.errno not in NOT_LOCKABLE:  # there the text alone decides
                 holder = _holder(file)
                 os.close(file)
                 if error.errno in (errno.EACCES, errno.EAGAIN):

@@ -310,7 +310,7 @@ for line in sys.stdin:
     if child == 0:
         merged(Path({adapter!r}), Path(name))
         os._exit(0)
-    while not list(Path(name).parent.glob(Path(name).name + "*")):
+    while not list(Path(name).parent.glob(f"*{{Path(name).name}}*")):
         time.sleep(0.001)
     time.sleep(float(seconds))
     os.kill(child, signal.SIGKILL)
@@ -333,19 +333,27 @@ def test_killed_at_any_moment_there_is_no_model_or_a_whole_one_and_the_next_merg
             print(out, moments.uniform(0, 0.25), file=kills.stdin, flush=True)
             assert kills.stdout.readline() == "ended\n"
             if not out.exists():
-                partial += len(list(tmp_path.glob(f"out{attempt}.tmp-*")))
+                partial += len(list(tmp_path.glob(f".out{attempt}.*")))
                 merged(adapter, out)
-                assert not list(tmp_path.glob(f"out{attempt}.tmp-*"))
+                assert not list(tmp_path.glob(f".out{attempt}.*"))
             assert difference(weights(out), expected) == 0
     assert partial > 2, "hardly killed while it wrote: little was tested"
 
 
-def test_the_stage_of_a_merge_at_work_is_left_alone(tmp_path: Path) -> None:
-    with stage_module.staged(tmp_path / "out", needed=0) as stage:
-        other = tmp_path / "out.tmp-1"
+@pytest.mark.parametrize("name", ["out", "*", "[o]ut"])
+def test_a_merge_removes_nothing_of_anybody_else(name: str, adapter: Path, tmp_path: Path) -> None:
+    others = [tmp_path / other for other in ("out.tmp-mybackup", "out.tmp-1", "x.tmp-1", ".out.0123.lorafit-stage")]
+    for other in others:
         other.mkdir()
-        stage_module._remove_stale(tmp_path / "out")
-        assert stage.is_dir() and not other.exists()
+        (other / "weights").write_text("mine")
+    merged(adapter, tmp_path / name)
+    assert [(other / "weights").read_text() for other in others] == ["mine"] * len(others)
+
+
+def test_a_merge_into_what_exists_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunDirError, match="exists already"):
+        merged(tmp_path / "no adapter", tmp_path / "out")
 
 
 # Imports once, then merges each pair of directories in a child, and prints the KiB by which its memory grew.

@@ -26,7 +26,7 @@ from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
 from lorafit.merging.overlap import Overlap, overlaps
 from lorafit.merging.settings_files import TOKENIZER
-from lorafit.merging.stage import staged
+from lorafit.merging.stage import refuse_existing, staged
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that add A to A and B to B: approximations of the sum of the updates, for adapters of one rank."""
@@ -93,6 +93,7 @@ def combine(
     """
     started = time.monotonic()
     _refuse_options(parts, method=method, density=density, rank=rank)
+    refuse_existing(out)
     inputs = {_short(path, parts): read_adapter(path, base=base) for path, _ in parts}
     weights = dict(zip(inputs, (weight for _, weight in parts), strict=True))
     base_files = _one_base(inputs, say=say)

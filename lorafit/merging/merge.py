@@ -30,7 +30,7 @@ from lorafit.merging.quantized_base import (
     settle_base,
 )
 from lorafit.merging.settings_files import write_settings
-from lorafit.merging.stage import staged
+from lorafit.merging.stage import refuse_existing, staged
 from lorafit.merging.verify import refuse_too_little_memory
 from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write import Progress, write_merged
@@ -83,6 +83,7 @@ def merge(
     """
     started = time.monotonic()
     target = (run_or_adapter / "merged") if out is None else out
+    refuse_existing(target)
     shard_bytes = None if max_shard_size is None else bytes_of(max_shard_size)
     adapter = read_adapter(run_or_adapter, base=base)
     base_files = original = read_base(adapter)

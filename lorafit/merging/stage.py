@@ -1,15 +1,15 @@
-"""A directory that appears under its name whole or not at all."""
+"""A model or adapter that appears where it was asked for whole or not at all, and the disk that has room for it."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
+from lorafit import durable
 from lorafit.errors import DiskError, RunDirError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -19,41 +19,28 @@ SMALL_FILES = 32 << 20
 
 @contextmanager
 def staged(target: Path, *, needed: int) -> Iterator[Path]:
-    """A directory beside `target`, put in its place when the block ends; removed when the block raises.
+    """A directory that becomes `target` when the block ends, and is gone when the block raises.
 
     `needed` is the bytes of the weights that will be written. Raises RunDirError when `target` exists, DiskError when
     there is no room for it or the disk fills up meanwhile.
     """
     parent = target.parent
-    _refuse_existing(target)
-    stage = parent / f"{target.name}.tmp-{os.getpid()}"
+    refuse_existing(target)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
+        durable.remove_abandoned(parent)
         _refuse_full(parent, needed)
-        stage.mkdir()
-        lock = os.open(stage, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # held by this process as long as it lives: by that a stale one is known
+        with durable.staged(target) as stage:
             yield stage
-            for path in sorted(stage.rglob("*")):
-                _flush(path)
-            os.fsync(lock)
-            _refuse_existing(target)
-            stage.rename(target)
-            _flush(parent)
-        finally:
-            os.close(lock)
+            refuse_existing(target)  # another process may have been faster
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        shutil.rmtree(stage, ignore_errors=True)
         raise _disk_error(parent, needed, str(error.strerror)) from None
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)  # gone already when it was renamed
 
 
-def _refuse_existing(target: Path) -> None:
+def refuse_existing(target: Path) -> None:
+    """Raises RunDirError when there is something in the place of `target`, or nothing can be put there."""
     if target.exists() or target.is_symlink():
         raise RunDirError("exists already: remove it, or choose another directory with --out", where=str(target))
     parent = next(path for path in target.parents if path.exists())
@@ -61,18 +48,6 @@ def _refuse_existing(target: Path) -> None:
         raise RunDirError(f"{parent} is a file; choose another directory with --out", where=str(target))
     if not os.access(parent, os.W_OK | os.X_OK):
         raise RunDirError(f"{parent} is not writable; choose another directory with --out", where=str(target))
-
-
-def _remove_stale(target: Path) -> None:
-    """What a killed merge left beside `target`; another merge that is still at work keeps its own."""
-    for path in target.parent.glob(f"{target.name}.tmp-*"):
-        with suppress(OSError):
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(lock)
 
 
 def _refuse_full(parent: Path, needed: int) -> None:
@@ -87,11 +62,3 @@ def _disk_error(parent: Path, needed: int, reason: str) -> DiskError:
         "another directory with --out",
         where=str(parent),
     )
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from lorafit.builders.adapter import adapted_modules
 from lorafit.builders.lora_config import lora_config
 from lorafit.data.templates import saved_chat_template
-from lorafit.durable import write_file
+from lorafit.durable import staged, write_file
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe import LoadedRecipe
 from lorafit.report.model_card import model_card
@@ -72,12 +71,9 @@ def write_cut_run(
     loaded: LoadedRecipe, largest: LoadedRecipe, bench: Bench, *, rank: int, loss: float, target: Path
 ) -> None:
     """A run directory with the adapter cut to `rank`, as `lorafit merge` and `lorafit eval` take it."""
-    source, stage = RunDir(largest.output_dir()), RunDir(target.with_name(target.name + ".tmp"))
-    shutil.rmtree(stage.path, ignore_errors=True)
-    stage.path.mkdir(parents=True)
+    source = RunDir(largest.output_dir())
     trial = _of_rank(loaded, largest, rank)
     recipe = trial.recipe.model_copy(update={"output_dir": None})
-    write_file(stage.recipe, replace(trial, recipe=recipe).yaml(relative_to=target))
     trained, base = read_trained(bench.take_base(), source.adapter)
     bench.give_back(base)
     model = _at_rank(trained, trial, bench)
@@ -85,18 +81,20 @@ def write_cut_run(
     history = [json.loads(line) for line in source.metrics.read_text(encoding="utf-8").splitlines()]
     tokenizer, name = bench.inputs.tokenizer, recipe.model.model_name_or_path
     tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
-    write_adapter(
-        model,
-        tokenizer,
-        target=stage.adapter,
-        base_name=None if Path(name).is_absolute() else name,
-        state_dict=None,
-        initial=None,
-        card=model_card(recipe, facts=facts, history=[*history, {"step": facts["steps"], "eval_loss": loss}]),
-    )
-    bench.give_back(model.unload())
-    stage.write_manifest(facts | {"adapter": stage.adapter_hashes()})
-    stage.path.replace(target)
+    with staged(target) as stage:
+        run = RunDir(stage)
+        write_file(run.recipe, replace(trial, recipe=recipe).yaml(relative_to=target))
+        write_adapter(
+            model,
+            tokenizer,
+            target=run.adapter,
+            base_name=None if Path(name).is_absolute() else name,
+            state_dict=None,
+            initial=None,
+            card=model_card(recipe, facts=facts, history=[*history, {"step": facts["steps"], "eval_loss": loss}]),
+        )
+        bench.give_back(model.unload())
+        run.write_manifest(facts | {"adapter": run.adapter_hashes()})
 
 
 def _facts(source: RunDir, model: PeftModel, *, largest: int, loss: float) -> dict[str, Any]:

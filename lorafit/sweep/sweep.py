@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from lorafit.sweep.study import Outcome, Study
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 from lorafit.sweep.tune import Tuned, tuned
 from lorafit.sweep.write import write_sweep
+from lorafit.training.checkpoints import remove_committed
 from lorafit.training.inputs import read_inputs
 from lorafit.training.resume import changes, kept_keys
 
@@ -176,7 +176,7 @@ def _work_on(
             raise
         claim.commit(facts, losses)
     if job.until == END:
-        shutil.rmtree(RunDir(trial.output_dir()).checkpoints, ignore_errors=True)  # nothing goes on from them
+        remove_committed(RunDir(trial.output_dir()).checkpoints)  # nothing goes on from them
     bench.say(f"rank {job.rank}: " + _said(outcome.losses, outcome.facts))
     return True
 

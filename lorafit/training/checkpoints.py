@@ -1,25 +1,25 @@
 """Committed checkpoints: a directory gets its name when all of it is on disk, with the hash of every file beside them.
 
-What has another name is no checkpoint: `*.tmp` is being written, or thrown away.
+What has another name is no checkpoint: one that is being written, or thrown away, lies in a stage.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import flush, write_file
+from lorafit.durable import discard, flush, write_file
 
 SEAL = "checkpoint.json"
 """Written last: the hash and size of each file, and what the run was."""
 
-STAGE = "stage.tmp"
+QUARANTINE = "quarantine"
 KEPT_AT_LEAST = 2
 """If the newest should turn out to be damaged, there is one before it."""
 
@@ -59,8 +59,10 @@ def commit(stage: Path, target: Path, *, contents: dict[str, Any]) -> None:
     write_file(stage / SEAL, json.dumps({"checkpoint": body, "sha256": _hash_of(body)}, indent=1) + "\n")
     for directory in (path for path in stage.rglob("*") if path.is_dir()):
         flush(directory)
-    if target.exists():
+    if _is_sealed(target):
         discard(target)
+    elif target.exists():  # somebody else's
+        quarantine(target, target.parent.parent / QUARANTINE)
     stage.rename(target)
     flush(target.parent)
 
@@ -86,14 +88,6 @@ def _file_hash(path: Path) -> str:
 
 def _hash_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
-
-
-def discard(path: Path) -> None:
-    """Remove a checkpoint: its name first, so that half of one never passes for a whole one."""
-    doomed = path.with_name(path.name + ".tmp")
-    shutil.rmtree(doomed, ignore_errors=True)
-    path.rename(doomed)
-    shutil.rmtree(doomed)
 
 
 def verified(path: Path) -> Checkpoint:
@@ -165,13 +159,27 @@ def _committed(directory: Path) -> list[Path]:
 
 
 def rotate(directory: Path, *, keep: int) -> None:
-    """Remove all but the newest `keep` and, for each of them, the best that it names."""
-    committed = _committed(directory)
+    """Remove all committed ones but the newest `keep` and, for each of these, the best that it names."""
+    committed = [path for path in _committed(directory) if _is_sealed(path)]
     kept = committed[-max(keep, KEPT_AT_LEAST) :]
     best = {path_of(directory, step) for path in kept if (step := _best_step(path)) is not None}
     for path in committed:
         if path not in kept and path not in best:
             discard(path)
+
+
+def remove_committed(directory: Path) -> None:
+    """Remove every checkpoint, and the directory if it then is empty."""
+    for path in _committed(directory):
+        if _is_sealed(path):
+            discard(path)
+    with suppress(OSError):
+        directory.rmdir()
+
+
+def _is_sealed(path: Path) -> bool:
+    """Committed here once, whether or not it is still whole."""
+    return (path / SEAL).is_file()
 
 
 def _best_step(path: Path) -> int | None:
@@ -183,7 +191,7 @@ def _best_step(path: Path) -> int | None:
 
 
 def quarantine(path: Path, room: Path) -> Path:
-    """Move a damaged checkpoint out of the way; nothing is thrown away that someone may want to look at."""
+    """Move what stands in the way elsewhere; nothing is thrown away that someone may want to look at."""
     room.mkdir(exist_ok=True)
     target, number = room / path.name, 1
     while target.exists():
@@ -193,9 +201,3 @@ def quarantine(path: Path, room: Path) -> Path:
     flush(room)
     flush(path.parent)
     return target
-
-
-def clear_stages(directory: Path) -> None:
-    """Remove what a killed process was writing or throwing away."""
-    for path in directory.glob("*.tmp"):
-        shutil.rmtree(path)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import reduce
+from accelerate.utils import broadcast_object_list, reduce
 from peft import AdaLoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -20,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lorafit.builders.adapter_trainer import AdapterTrainer
+from lorafit.durable import stage_beside
 from lorafit.errors import MachineError, RunDirError
 from lorafit.processes import DATA_PARALLEL
 from lorafit.training import checkpoints, rank_allocation
@@ -87,13 +87,16 @@ class CommittingTrainer(AdapterTrainer):
     @contextmanager
     def _staged(self) -> Iterator[Path]:
         """The directory that the library writes `checkpoint-N` into; nothing of it is left behind."""
-        self._stage = stage = self.room.directory / checkpoints.STAGE
-        try:
-            yield stage
-        finally:
-            self._stage = None
-            if self.is_world_process_zero():
-                shutil.rmtree(stage, ignore_errors=True)
+        target = checkpoints.path_of(self.room.directory, self.state.global_step)
+        is_first = self.is_world_process_zero()
+        with stage_beside(target) if is_first else nullcontext(target) as stage:
+            if self.args.world_size > 1:
+                stage = Path(broadcast_object_list([str(stage)])[0])
+            self._stage = stage
+            try:
+                yield stage
+            finally:
+                self._stage = None
 
     def _commit(self, written: Path, step: int) -> None:
         # The library notes the best checkpoint by its path, which would be that of the stage, on this machine.

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.digest import TOKENS
+from lorafit.durable import remove_abandoned
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.load import load
 from lorafit.run_dir import RunDir
-from lorafit.training.checkpoints import Checkpoint, clear_stages, newest_verified, quarantine
+from lorafit.training.checkpoints import Checkpoint, newest_verified, quarantine
 
 Begin = Literal["new", "resume", "restart"]
 """`new`: in an unused directory. `resume`: after the newest checkpoint. `restart`: the same, or from the first step
@@ -87,7 +88,8 @@ def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | Non
 def settle(run: RunDir, begun: Departure, *, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
     """Make the run directory what it was at the point of departure; by one process alone. `now` are the facts."""
     if begun.is_again:
-        clear_stages(run.checkpoints)
+        remove_abandoned(run.path)
+        remove_abandoned(run.checkpoints)
     step = begun.checkpoint.step if begun.checkpoint else 0
     for path, reason in begun.damaged:
         target = quarantine(path, run.quarantine)

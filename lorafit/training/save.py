@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -17,8 +16,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
-from lorafit.durable import flush
+from lorafit.durable import staged
 from lorafit.errors import VerificationError
+from lorafit.training.checkpoints import QUARANTINE, quarantine
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -58,7 +58,7 @@ def write_adapter(
     the gathered one of a sharded model, `card` the text of README.md. Raises VerificationError when the file is not
     what is in memory.
     """
-    with _staged(target) as stage:
+    with _in_place_of(target) as stage:
         # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
         with warnings.catch_warnings():
             # To take the difference peft loads the initial adapter beside the trained one, and warns of itself.
@@ -76,25 +76,15 @@ def write_adapter(
         if initial is None:
             _refuse_difference(model, stage / WEIGHTS, state_dict)
         _refuse_broken(stage)
-        for path in (*stage.rglob("*"), stage):
-            flush(path)
 
 
 @contextmanager
-def _staged(target: Path) -> Iterator[Path]:
+def _in_place_of(target: Path) -> Iterator[Path]:
     """A new directory that becomes `target` when the block has ended well, and is gone when it has not."""
-    stage = target.with_name(target.name + ".tmp")
-    shutil.rmtree(stage, ignore_errors=True)
-    stage.mkdir(parents=True)
-    try:
+    with staged(target) as stage:
         yield stage
-    except BaseException:
-        shutil.rmtree(stage, ignore_errors=True)
-        raise
-    if target.exists():  # of a session that was killed between writing it and saying so
-        shutil.rmtree(target)
-    stage.replace(target)
-    flush(target.parent)
+        if target.exists():  # of a run that was killed between writing it and saying so, most likely
+            quarantine(target, target.parent / QUARANTINE)
 
 
 def _refuse_difference(model: PeftModel, file: Path, state_dict: dict[str, torch.Tensor] | None) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,11 +103,10 @@ def set_up(
         callbacks=[*own, *watchers, CheckpointInterval(recipe.checkpoints.every)],
     )
     trainer.remove_callback(PrinterCallback)
-    with nothing_left_of(run):
-        refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
-        steps = planned_steps(trainer)
-        _refuse_too_long(loaded, steps)
-        set_total_steps(model, steps)
+    refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
+    steps = planned_steps(trainer)
+    _refuse_too_long(loaded, steps)
+    set_total_steps(model, steps)
     say_steps(loaded, trainer, steps, say)
     for line in levers.lines:
         say(line)
@@ -117,10 +116,13 @@ def set_up(
 @contextmanager
 def nothing_left_of(run: RunDir) -> Iterator[None]:
     """A run that is refused here leaves no directory; the trainer makes that of its checkpoints when it is built."""
+    made = run.path if not run.path.exists() else run.checkpoints
     try:
         yield
     except LorafitError:
-        run.remove_if_empty()
+        with suppress(OSError):  # not there, or not empty
+            run.checkpoints.rmdir()
+            made.rmdir()
         raise
 
 

@@ -120,8 +120,10 @@ def run_training(
     ground = find_ground(
         loaded, run, say=say, cache_dir=cache_dir, inputs=inputs, is_loaded=base is not None, begin=begin
     )
-    setup = set_up(loaded, run, ground, say=say, base=base, watchers=watchers, stop=stop, show_progress=show_progress)
     with nothing_left_of(run):
+        setup = set_up(
+            loaded, run, ground, say=say, base=base, watchers=watchers, stop=stop, show_progress=show_progress
+        )
         tested = self_test_once(
             setup.model,
             loaded,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.durable import write_file
 from lorafit.errors import RunDirError
 from lorafit.report.page import run, sweep
 from lorafit.report.page.contents import Contents, Examples, read_contents, read_examples
@@ -49,25 +49,15 @@ def write_report(path: Path, *, out: Path | None, rows: int) -> Report:
     try:
         if files:
             (target.parent / "plots").mkdir(exist_ok=True)
-        _write(target, text)
+        write_file(target, text)
         for name, content in files.items():
-            _write(target.parent / "plots" / name, content)
+            write_file(target.parent / "plots" / name, content)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError, PermissionError) as error:
         raise RunDirError(f"cannot be written ({error.strerror}); choose another --out", where=str(target)) from None
     notes = [*contents.notes, *([f"No rows are shown: {examples.missing}"] if examples.missing else [])]
     if plots and not can_write_png():
         notes.append("No PNG files: pip install 'lorafit[report]'")
     return Report(str(target), len(text), tuple(f"plots/{name}" for name in files), tuple(notes))
-
-
-def _write(target: Path, content: bytes) -> None:
-    """In one step, so that a reader sees the old file or the new one."""
-    stage = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        stage.write_bytes(content)
-        stage.replace(target)
-    finally:
-        stage.unlink(missing_ok=True)
 
 
 def report_page(contents: Contents, examples: Examples, plots: list[Plot]) -> str:
