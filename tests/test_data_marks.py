@@ -69,13 +69,41 @@ def test_a_mark_on_what_is_not_trained_anyway_changes_nothing(tmp_path: Path) ->
         ),
         (
             USER | {"train": True},
-            "[1].train: true on a message of the user, but answers are the assistant's; remove it",
+            "[1].train: true on a message which is the user's, and only answers are trained; remove it, or set "
+            "data.train_on: all and mark with train: false what is not to be learnt",
+        ),
+        (
+            RIGHT | {"train_detail": []},
+            "[1].train_detail: a list ([]) says what is learnt and is not read; write "
+            "train: true or train: false, which holds for the whole message",
+        ),
+        (
+            RIGHT | {"loss_scale": 0.3},
+            "[1].loss_scale: a number (0.3) says what is learnt and is not read; write "
+            "train: true or train: false, which holds for the whole message",
         ),
     ],
 )
 def test_a_mark_that_cannot_be_obeyed_is_refused(tmp_path: Path, message: dict[str, Any], problem: str) -> None:
     rows = json_lines({"messages": [USER, message]})
     assert scan_problems(tmp_path / "a.jsonl", rows) == [f"a.jsonl:1: messages{problem}"]
+
+
+def test_an_answer_of_the_prompt_cannot_be_asked_for(tmp_path: Path) -> None:
+    row = {"prompt": [USER, WRONG | {"train": True}, USER], "completion": [RIGHT]}
+    (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
+    assert problem.startswith("a.jsonl:1: prompt[1].train: true on a message which stands in the prompt, and only")
+    row["prompt"][1]["train"] = False
+    assert scanned(tmp_path / "a.jsonl", json_lines(row)).train_rows == 1
+
+
+def test_where_every_word_is_trained_any_message_can_be_marked(tmp_path: Path) -> None:
+    rows = [{"messages": [USER | {"train": mark}, RIGHT | {"train": not mark}]} for mark in (True, False)]
+    found = scanned(tmp_path / "a.jsonl", json_lines(*rows), train_on="all")
+    assert [chat.untrained for chat in found.train if isinstance(chat, Chat)] == [{1}, {0}]
+    assert "answers left out of training by train: false or weight: 0: 2, at " in found.warnings[0]
+    nothing = json_lines({"messages": [USER | {"weight": 0}, RIGHT | {"weight": 0}]})
+    assert "none of the 1 rows can be trained on" in scan_problems(tmp_path / "a.jsonl", nothing, train_on="all")[0]
 
 
 def test_a_row_of_which_every_answer_is_left_out_is_lost_and_says_why(tmp_path: Path) -> None:

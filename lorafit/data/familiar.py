@@ -2,12 +2,9 @@
 
 from typing import Any
 
+from lorafit.data.columns import familiar_columns
 from lorafit.data.files import FileProblem, files_of, read_bytes, unpack
-from lorafit.data.formats import fitting_formats
 from lorafit.data.readers import read_rows
-
-_PROMPTS = ("prompt", "question", "instruction", "input", "query", "problem")
-_COMPLETIONS = ("completion", "answer", "output", "response", "solution", "target")
 
 
 def familiar_mapping(path: str) -> dict[str, Any]:
@@ -17,13 +14,7 @@ def familiar_mapping(path: str) -> dict[str, Any]:
     `validate` says then what is wrong.
     """
     first = first_row(path)
-    if first is None or fitting_formats(first.keys(), {}):
-        return {}
-    prompt = next((name for name in _PROMPTS if name in first), None)
-    completion = next((name for name in _COMPLETIONS if name in first), None)
-    if prompt is None or completion is None:
-        return {}
-    return {"format": "prompt_completion", "columns": {"prompt": prompt, "completion": completion}}
+    return {} if first is None else familiar_columns(first)
 
 
 def first_row(path: str) -> dict[str, Any] | None:

@@ -33,6 +33,9 @@ KINDS = {
     "broken": Kind("error", "rows that cannot be parsed", ""),
     "wrong_type": Kind("error", "fields that are missing, null or of the wrong type", ""),
     "unknown_role": Kind("error", "messages with an unknown role", ""),
+    "preference": Kind("error", "rows of preference data", ""),
+    "not_text": Kind("error", "rows with what is no text", ""),
+    "unobeyed": Kind("error", "rows that say what is learnt in a way that is not read", ""),
     "refused": Kind("error", "rows the template refuses", ""),
     # rows that cannot teach anything
     "no_answer": Kind("lost", "rows without an answer to train on", "remove them, or fill in the answer"),
@@ -74,6 +77,9 @@ KINDS = {
     ),
     "content_dropped": Kind(
         "warning", "rows of which the template drops a message's text", "use a template that renders every role"
+    ),
+    "empty_answer": Kind(
+        "warning", "rows with an empty answer, which is not trained", "fill it in, or leave the message out"
     ),
     "empty_prompt": Kind("warning", "rows with an empty prompt or message", "fill in or remove it"),
     "unusual_order": Kind("warning", "rows whose roles come in an unusual order", "check the order of the messages"),

@@ -5,44 +5,65 @@ The format is the recipe's, or the only one the columns fit; a row that fits two
 
 from __future__ import annotations
 
-import difflib
-import json
-from collections.abc import Collection
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from lorafit.data.conversation import conversation
+from lorafit.data.columns import (
+    FORMATS,
+    columns_of_other_things,
+    fitting_formats,
+    missing,
+    no_format,
+    pair_of_preference,
+    preference_problem,
+)
+from lorafit.data.content import refuse_placeholders
+from lorafit.data.conversation import conversation, listed_messages
 from lorafit.data.findings import Findings
 from lorafit.data.problems import RowProblem, is_unicode, listed, shown
-from lorafit.data.rows import Chat, Pair, Place, Row, Text, possible_answers
-from lorafit.recipe.sections import Source
+from lorafit.data.row_marks import ROW_MARKS, TEMPLATE_KWARGS, refuse_mark
+from lorafit.data.rows import Chat, Message, Pair, Place, Row, Text, as_chat, texts
+from lorafit.data.tool_calls import Schema, function_schemas, parsed, schemas
+from lorafit.data.trainable import is_trainable
+from lorafit.recipe.sections import DataSection, Source
 
 
-class Fields(NamedTuple):
-    """What a format reads from a row."""
+class _Known(NamedTuple):
+    """What rows with the same columns have in common."""
 
-    required: tuple[str, ...]
-    optional: tuple[str, ...]
-
-
-FORMATS = {
-    "messages": Fields(("messages",), ("tools",)),
-    "prompt_completion": Fields(("prompt", "completion"), ("system", "tools")),
-    "alpaca": Fields(("instruction", "output"), ("input", "system")),
-    "sharegpt": Fields(("conversations",), ("system", "tools")),
-    "text": Fields(("text",), ()),
-}
+    format: str
+    marks: tuple[str, ...]
+    """Columns that may say what is learnt."""
+    not_text: tuple[str, ...]
 
 
 class Shaper:
     """Turns the rows of one source into ours, and remembers which columns nothing read."""
 
-    def __init__(self, source: Source, findings: Findings) -> None:
+    def __init__(self, source: Source, findings: Findings, *, section: DataSection) -> None:
         self._given = source.format
         self._columns = source.columns
         self._findings = findings
+        self._is_all_trained = section.train_on == "all"
+        self._template_kwargs = section.template_kwargs
         self._format: str | None = source.format
-        self._formats_by_keys: dict[tuple[str, ...], str | RowProblem] = {}
+        self._known: dict[tuple[str, ...], _Known | RowProblem] = {}
+        self._not_read: tuple[str, ...] = ()
         self.unused: dict[str, None] = {}
+
+    def needed(self, columns: Iterable[str]) -> list[str]:
+        """Those columns of a file that a row is made of or checked by: readers need not read the others."""
+        names = list(columns)
+        self._not_read = tuple(columns_of_other_things(names))
+        fits = fitting_formats(names, self._columns)
+        wanted = [self._given] if self._given else fits
+        if len(wanted) != 1:
+            return [name for name in names if name not in self._not_read]
+        fields = FORMATS[wanted[0]]
+        read = {self._columns.get(field, field) for field in fields.required + fields.optional} | ROW_MARKS
+        read.update(pair_of_preference(names) or ())
+        self._note_unused(names, wanted[0])
+        return [name for name in names if name in read]
 
     def shape(self, raw: Any, place: Place) -> Row | None:
         """The row, or None when it was reported as a finding."""
@@ -50,32 +71,48 @@ class Shaper:
             if not isinstance(raw, dict):
                 raise RowProblem(f"{shown(raw)} where a row (an object) belongs")
             keys = tuple(raw)
-            known = self._formats_by_keys.get(keys)
+            known = self._known.get(keys)
             if isinstance(known, RowProblem):
                 self._findings.add(known.kind, place, is_repeated=True)
                 return None
             if known is None:
-                known = self._format_of(keys)
-                self._formats_by_keys[keys] = known
-            return self._read(known, raw, place)
+                known = self._look_at(raw, keys)
+            for column in known.marks:
+                refuse_mark(
+                    column,
+                    raw[column],
+                    template_kwargs=self._template_kwargs,
+                    has_own_format=self._given is not None,
+                )
+            row = self._read(known.format, raw, place)
+            if known.not_text:
+                there = [name for name in known.not_text if name not in raw or raw[name]]
+                refuse_placeholders(texts(row), there) if there else None
         except RowProblem as problem:
             self._findings.add(problem.kind, place, problem.message)
             return None
+        return row if is_trainable(row, self._findings, is_all_trained=self._is_all_trained) else None
 
     @property
     def format(self) -> str:
         """The format the rows turned out to have."""
         return self._format or "unknown"
 
-    def _format_of(self, keys: tuple[str, ...]) -> str:
-        """The one format rows with these columns have; what is wrong with the columns is said once, then counted."""
+    def _look_at(self, raw: dict[str, Any], keys: tuple[str, ...]) -> _Known:
+        """What is common to rows with these columns; what is wrong with the columns is said once, then counted."""
         try:
-            return self._only_format(keys)
+            row_format = self._only_format(raw, keys)
         except RowProblem as problem:
-            self._formats_by_keys[keys] = problem
+            self._known[keys] = problem
             raise
+        mapped = set(self._columns.values())
+        marks = tuple(key for key in keys if key in ROW_MARKS and key not in mapped)
+        not_text = tuple(dict.fromkeys((*columns_of_other_things(keys), *self._not_read)))
+        known = self._known[keys] = _Known(row_format, marks, not_text)
+        return known
 
-    def _only_format(self, keys: tuple[str, ...]) -> str:
+    def _only_format(self, raw: dict[str, Any], keys: tuple[str, ...]) -> str:
+        self._refuse_preference(raw, keys)
         fits = [self._given] if self._given else fitting_formats(keys, self._columns)
         if len(fits) > 1:
             raise RowProblem(
@@ -83,36 +120,73 @@ class Shaper:
                 kind="ambiguous",
             )
         if not fits:
-            raise RowProblem(f"the columns {listed(keys)} fit no format; {_way_out(keys)}", kind="ambiguous")
+            not_text = [name for name in columns_of_other_things(keys) if raw[name]] or self._not_read
+            raise no_format(raw, not_text=not_text)
         if self._format not in (None, fits[0]):
             raise RowProblem(
                 f"this row is {fits[0]}, the rows before it are {self._format}; set format:, or keep them apart",
                 kind="ambiguous",
             )
         self._format = fits[0]
-        fields = FORMATS[fits[0]]
-        missing = [name for name in fields.required if self._columns.get(name, name) not in keys]
-        if missing:
-            raise RowProblem(_missing(missing[0], self._columns.get(missing[0], missing[0]), keys))
-        read = {self._columns.get(name, name) for name in fields.required + fields.optional}
-        self.unused.update(dict.fromkeys(key for key in keys if key not in read))
+        absent = [name for name in FORMATS[fits[0]].required if self._columns.get(name, name) not in keys]
+        if absent:
+            raise RowProblem(missing(absent[0], self._columns.get(absent[0], absent[0]), keys))
+        self._note_unused(keys, fits[0])
         return fits[0]
+
+    def _refuse_preference(self, raw: dict[str, Any], keys: tuple[str, ...]) -> None:
+        """Two answers to choose from are no rows to learn; that the better one is meant must be said."""
+        pair = pair_of_preference(keys)
+        mapped = self._columns.values()
+        if pair and (pair[1] in mapped or not (self._given or pair[0] in mapped)):
+            raise preference_problem(raw, *pair)
+
+    def _note_unused(self, keys: Iterable[str], row_format: str) -> None:
+        fields = FORMATS[row_format]
+        read = {self._columns.get(name, name) for name in fields.required + fields.optional} | TEMPLATE_KWARGS
+        self.unused.update(dict.fromkeys(key for key in keys if key not in read))
 
     def _read(self, row_format: str, raw: dict[str, Any], place: Place) -> Row:
         if row_format == "text":
             return Text(place, self._text(raw, "text"))
         if row_format == "alpaca":
-            return Pair(
-                place,
-                self._optional_text(raw, "system"),
-                self._text(raw, "instruction"),
-                self._optional_text(raw, "input"),
-                self._text(raw, "output"),
-            )
+            return self._alpaca(raw, place)
         if row_format == "prompt_completion":
             return self._prompt_completion(raw, place)
         field = "messages" if row_format == "messages" else "conversations"
         return self._chat(raw, place, self._column(raw, field), field)
+
+    def _alpaca(self, raw: dict[str, Any], place: Place) -> Row:
+        pair = Pair(
+            place,
+            self._optional_text(raw, "system"),
+            self._text(raw, "instruction"),
+            self._optional_text(raw, "input"),
+            self._text(raw, "output"),
+        )
+        earlier, tools = self._history(raw), self._tools(raw)
+        if not earlier and tools is None:
+            return pair
+        messages = as_chat(pair).messages
+        start = 1 if pair.system else 0
+        return Chat(place, [*messages[:start], *earlier, *messages[start:]], tools, 0)
+
+    def _history(self, raw: dict[str, Any]) -> list[Message]:
+        """The earlier turns of an Alpaca row: pairs of a question and its answer."""
+        column = self._columns.get("history", "history")
+        history = raw.get(column)
+        if isinstance(history, str):
+            history = parsed(history, column) if history.strip() else None
+        if history is None:
+            return []
+        if not isinstance(history, list):
+            raise RowProblem(f"{column}: {shown(history)} where a list of [question, answer] belongs")
+        turns: list[Message] = []
+        for index, pair in enumerate(history):
+            if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_text(text) for text in pair)):
+                raise RowProblem(f"{column}[{index}]: {shown(pair)} where [question, answer] belongs")
+            turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+        return turns
 
     def _prompt_completion(self, raw: dict[str, Any], place: Place) -> Row:
         prompt, completion = self._column(raw, "prompt"), self._column(raw, "completion")
@@ -128,42 +202,46 @@ class Shaper:
         system = self._optional_text(raw, "system")
         tools = self._tools(raw)
         pair = Pair(place, system, self._text(raw, "prompt"), "", self._text(raw, "completion"))
-        if tools is None:
-            return pair
-        turns = [{"role": "user", "content": pair.prompt}, {"role": "assistant", "content": pair.completion}]
-        return self._chat(raw, place, turns, "prompt")
+        return pair if tools is None else as_chat(pair)._replace(tools=tools)
 
     def _chat(self, raw: dict[str, Any], place: Place, messages: Any, field: str, *, first_answer: int = 0) -> Chat:
-        system = "" if field == "messages" else self._optional_text(raw, "system")
-        if system and isinstance(messages, list):
-            messages = [{"role": "system", "content": system}, *messages]
-            first_answer += 1
-        checked, untrained = conversation(messages, self._columns.get(field, field), place, findings=self._findings)
-        chat = Chat(place, checked, self._tools(raw), first_answer, untrained)
-        for _ in untrained.intersection(possible_answers(chat)):
-            self._findings.add("left_out", place)
-        return chat
+        column = self._columns.get(field, field)
+        checked, untrained = conversation(
+            listed_messages(messages, column),
+            column,
+            place,
+            findings=self._findings,
+            first_answer=first_answer,
+            is_all_trained=self._is_all_trained,
+        )
+        system = self._optional_text(raw, "system")
+        if system and checked[0]["role"] in ("system", "developer"):
+            if checked[0]["content"] != system:
+                name = self._columns.get("system", "system")
+                raise RowProblem(
+                    f"{name}: {shown(system)}, but {column}[0] is a {checked[0]['role']} message of another text; "
+                    "keep one of them"
+                )
+        elif system:
+            checked = [{"role": "system", "content": system}, *checked]
+            first_answer, untrained = first_answer + 1, frozenset(index + 1 for index in untrained)
+        return Chat(place, checked, self._tools(raw), first_answer, untrained)
 
-    def _tools(self, raw: dict[str, Any]) -> list[dict[str, Any]] | None:
-        """Tool schemas: a list, or the JSON text of one (as CSV and TRL have it)."""
-        tools = raw.get(self._columns.get("tools", "tools"))
-        if isinstance(tools, str) and tools.strip():
-            try:
-                tools = json.loads(tools)
-            except ValueError as error:
-                raise RowProblem(f"tools: {error}; write a JSON list of schemas") from None
-        if not tools:
-            return None
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise RowProblem(f"tools: {shown(tools)} where a list of schemas belongs")
-        return tools
+    def _tools(self, raw: dict[str, Any]) -> list[Schema] | None:
+        """The schemas of `tools`, or of OpenAI's older `functions`."""
+        names = [self._columns.get(field, field) for field in ("tools", "functions")]
+        tools = schemas(raw.get(names[0]), names[0])
+        functions = function_schemas(raw.get(names[1]), names[1])
+        if tools and functions:
+            raise RowProblem(f"{names[0]} and {names[1]} both hold schemas; keep one of them")
+        return tools or functions
 
     def _column(self, raw: dict[str, Any], field: str) -> Any:
         column = self._columns.get(field, field)
         if raw.get(column) is None:
             if column in raw:
                 raise RowProblem(f"{column}: null where {_wanted(field)} belongs; fill it in or remove the row")
-            raise RowProblem(_missing(field, column, raw))
+            raise RowProblem(missing(field, column, raw))
         return raw[column]
 
     def _text(self, raw: dict[str, Any], field: str) -> str:
@@ -180,31 +258,8 @@ class Shaper:
         return "" if raw.get(self._columns.get(field, field)) is None else self._text(raw, field)
 
 
-def fitting_formats(keys: Collection[str], columns: dict[str, str]) -> list[str]:
-    """Formats all of whose required fields are there. Columns mapped in the recipe count under the field's name."""
-    mapped = set(columns.values())
-    there = {key for key in keys if key not in mapped} | {field for field in columns if columns[field] in keys}
-    return [
-        name
-        for name, fields in FORMATS.items()
-        if there.issuperset(fields.required) and set(columns) <= set(fields.required + fields.optional)
-    ]
-
-
-def _way_out(keys: Collection[str]) -> str:
-    only = next(iter(keys)) if len(keys) == 1 else ""
-    if ";" in only or "\t" in only:
-        return "write the CSV with commas between its fields"
-    columns = list(keys)
-    example = f"columns: {{prompt: {columns[0]}, completion: {columns[1]}}}" if len(columns) > 1 else "columns:"
-    return f"set format: and map them, e.g. format: prompt_completion, {example}"
-
-
-def _missing(field: str, column: str, keys: Collection[str]) -> str:
-    near = difflib.get_close_matches(column, list(keys), n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    name = f"column {column}" if field == column else f"column {column} (for {field})"
-    return f"no {name} (there are {listed(keys)}); {hint}map it with columns: {{{field}: ...}}"
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and is_unicode(value)
 
 
 def _wanted(field: str) -> str:

@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 Message = dict[str, Any]
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Where templates look for the thoughts before an answer."""
 Place = tuple[int, int]
 """Index of the file, and the line (the row number in Parquet files and Hub data sets)."""
 
@@ -61,8 +63,13 @@ def possible_answers(chat: Chat) -> list[int]:
 
 
 def says_something(message: Message) -> bool:
-    """Whether there is text, or a tool call, in the message."""
-    return bool(message.get("content", "").strip() or message.get("tool_calls"))
+    """Whether there is text, a tool call or, of the assistant, a thought in the message."""
+    return bool(message.get("content", "").strip() or message.get("tool_calls") or thinks(message))
+
+
+def thinks(message: Message) -> bool:
+    """Whether it is the assistant's and has thoughts."""
+    return message["role"] == "assistant" and any(message.get(key, "").strip() for key in REASONING)
 
 
 def as_chat(row: Chat | Pair) -> Chat:

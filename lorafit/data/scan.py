@@ -14,7 +14,7 @@ from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.formats import Shaper
 from lorafit.data.problems import listed
 from lorafit.data.readers import HubRows, Rows, read_rows
-from lorafit.data.rows import Pair, Place, Row, Text, answers, content_key, possible_answers, says_something
+from lorafit.data.rows import Place, Row, content_key
 from lorafit.errors import DataError
 from lorafit.recipe.sections import DataSection, Source
 
@@ -97,7 +97,7 @@ def scan(section: DataSection, *, seed: int, hub_rows: HubRows | None = None) ->
 
     Raises DataError with every problem of every file.
     """
-    reading = _Reading(section.train_on == "all", hub_rows)
+    reading = _Reading(section, hub_rows)
     for source in section.train:
         reading.read(source, "train")
     for source in section.eval:
@@ -135,8 +135,8 @@ def scan(section: DataSection, *, seed: int, hub_rows: HubRows | None = None) ->
 class _Reading:
     """The state of one pass over all sources."""
 
-    def __init__(self, is_all_trained: bool, hub_rows: HubRows | None) -> None:
-        self._is_all_trained = is_all_trained
+    def __init__(self, section: DataSection, hub_rows: HubRows | None) -> None:
+        self._section = section
         self._hub_rows = hub_rows
         self.rows: dict[Side, list[Row]] = {"train": [], "eval": []}
         self.findings: dict[Side, Findings] = {"train": Findings(), "eval": Findings()}
@@ -155,7 +155,7 @@ class _Reading:
     def read(self, source: Source, side: Side) -> None:
         """Every row of the source, up to its limit."""
         findings = self.findings[side]
-        shaper = Shaper(source, findings)
+        shaper = Shaper(source, findings, section=self._section)
         before, first_file = len(self.rows[side]), len(self.files)
         if source.path is None and self._hub_rows is None:
             self.skipped_hub.append(str(source.hub))
@@ -220,7 +220,7 @@ class _Reading:
 
     def _take(self, rows: Rows, limit: int | None, *, side: Side, shaper: Shaper, file: int) -> int:
         """Shape and check the rows of one file; how many were read."""
-        kept, findings, shape = self.rows[side], self.findings[side], shaper.shape
+        kept, shape = self.rows[side], shaper.shape
         taken = 0
         for line, raw in rows:
             if taken == limit:
@@ -228,34 +228,10 @@ class _Reading:
             taken += 1
             place = (file, line)
             row = shape(raw, place)
-            if row is not None and self._is_trainable(row, findings):
+            if row is not None:
                 kept.append(row)
         self.rows_read[side] += taken
         return taken
-
-    def _is_trainable(self, row: Row, findings: Findings) -> bool:
-        """Whether something of the row can be trained on; what is empty or untrained is counted."""
-        reason = ""
-        if isinstance(row, Text):
-            has_answer = has_prompt = bool(row.text) and not row.text.isspace()
-        elif isinstance(row, Pair):
-            has_prompt = bool(row.prompt) and not row.prompt.isspace()
-            has_answer = bool(row.completion) and not row.completion.isspace()
-        else:
-            possible = possible_answers(row)
-            has_answer = bool(answers(row))
-            has_prompt = all(says_something(message) for message in row.messages)
-            first = possible[0] if possible else None
-            if any(message["role"] == "assistant" for message in row.messages[row.first_answer : first]):
-                findings.add("untrained_answer", row.place)
-            if possible and not has_answer:
-                reason = "each is left out by train: false or weight: 0"
-        if not has_answer and not (self._is_all_trained and has_prompt):
-            findings.add("no_answer", row.place, reason)
-            return False
-        if not has_prompt:
-            findings.add("empty_prompt", row.place)
-        return True
 
 
 def _find_duplicates(

@@ -10,10 +10,10 @@ from lorafit.recipe.sections import Source
 from lorafit.recipe.suggest import nearest
 
 FORMAT_COLUMNS = {
-    "messages": ("messages", "tools"),
-    "prompt_completion": ("prompt", "completion", "system", "tools"),
-    "alpaca": ("instruction", "output", "input", "system"),
-    "sharegpt": ("conversations", "system", "tools"),
+    "messages": ("messages", "system", "tools", "functions"),
+    "prompt_completion": ("prompt", "completion", "system", "tools", "functions"),
+    "alpaca": ("instruction", "output", "input", "system", "history", "tools"),
+    "sharegpt": ("conversations", "system", "tools", "functions"),
     "text": ("text",),
 }
 """What each format reads from a row; a test compares it with the readers."""

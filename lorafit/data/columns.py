@@ -1,0 +1,153 @@
+"""Which format the columns of a row have, and what to write where that is not plain."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+from lorafit.data.content import ONLY_TEXT, OTHER_THAN_TEXT
+from lorafit.data.conversation import role_of
+from lorafit.data.problems import RowProblem, listed
+
+PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user", "human")
+COMPLETIONS = ("completion", "response", "output", "answer", "solution", "target", "answers", "assistant")
+CONTEXTS = ("context", "input", "passage")
+SYSTEMS = ("system_prompt", "system_message")
+"""What well-known data sets call what our formats read; of each there is mostly one."""
+
+
+class Fields(NamedTuple):
+    """What a format reads from a row."""
+
+    required: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
+FORMATS = {
+    "messages": Fields(("messages",), ("system", "tools", "functions")),
+    "prompt_completion": Fields(("prompt", "completion"), ("system", "tools", "functions")),
+    "alpaca": Fields(("instruction", "output"), ("input", "system", "history", "tools")),
+    "sharegpt": Fields(("conversations",), ("system", "tools", "functions")),
+    "text": Fields(("text",), ()),
+}
+
+
+def fitting_formats(keys: Collection[str], columns: dict[str, str]) -> list[str]:
+    """Formats all of whose required fields are there. Columns mapped in the recipe count under the field's name."""
+    mapped = set(columns.values())
+    there = {key for key in keys if key not in mapped} | {field for field in columns if columns[field] in keys}
+    return [
+        name
+        for name, fields in FORMATS.items()
+        if there.issuperset(fields.required) and set(columns) <= set(fields.required + fields.optional)
+    ]
+
+
+def missing(field: str, column: str, keys: Collection[str]) -> str:
+    """That the column is not there, and what to write."""
+    near = difflib.get_close_matches(column, list(keys), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    name = f"column {column}" if field == column else f"column {column} (for {field})"
+    return f"no {name} (there are {listed(keys)}); {hint}map it with columns: {{{field}: ...}}"
+
+
+def familiar_columns(row: dict[str, Any]) -> dict[str, Any]:
+    """`format` and `columns` for a row whose columns have names that many data sets use.
+
+    Empty where they fit one format as they are, and where nothing is familiar or two columns could be meant.
+    """
+    fits = fitting_formats(row, {})
+    structured = [name for name in fits if name != "text"]
+    if fits:
+        # Beside columns of their own, `text` mostly holds the same once more, laid out.
+        return {"format": structured[0]} if len(structured) == 1 < len(fits) else {}
+    if pair_of_preference(row):
+        return {}
+    chats = [name for name, value in row.items() if _is_conversation(value)]
+    if chats:
+        return _mapping("messages", {"messages": chats[0]}, row) if len(chats) == 1 else {}
+    texts = [name for name, value in row.items() if value is None or isinstance(value, str)]
+    completions = [name for name in COMPLETIONS if name in texts]
+    prompts = [name for name in PROMPTS if name in texts]
+    if len(prompts) > 1 and "input" in prompts:
+        prompts.remove("input")
+    if len(prompts) != 1 or len(completions) != 1:
+        return {}
+    context = next((name for name in CONTEXTS if name in texts and name not in prompts), None)
+    if context:
+        return _mapping("alpaca", {"instruction": prompts[0], "input": context, "output": completions[0]}, row)
+    return _mapping("prompt_completion", {"prompt": prompts[0], "completion": completions[0]}, row)
+
+
+def _mapping(row_format: str, columns: dict[str, str], row: dict[str, Any]) -> dict[str, Any]:
+    """A source's `format` and `columns`, without those that have the format's own names."""
+    system = next((name for name in SYSTEMS if name in row and "system" not in row), None)
+    named = columns | ({"system": system} if system else {})
+    return {"format": row_format, "columns": {field: name for field, name in named.items() if field != name}}
+
+
+def _is_conversation(value: Any) -> bool:
+    """Whether the value is a list of messages, or the JSON text of one."""
+    if isinstance(value, str):
+        return value.startswith(('[{"role":', '[{"from":')) or value.startswith(('[{"content":', '[{"value":'))
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and role_of(value[0]) is not None
+
+
+def no_format(row: dict[str, Any], *, not_text: Collection[str]) -> RowProblem:
+    """The columns of the row are those of no format: what to write in the recipe, or that nothing can be."""
+    columns = f"the columns {listed(row)} fit no format"
+    if not_text:
+        columns += f", and {ONLY_TEXT}: {' and '.join(not_text)} would not be learnt"
+    if "input_ids" in row:
+        return RowProblem(f"{columns}; name rows with their text: tokens are made of it here", kind="ambiguous")
+    only = next(iter(row)) if len(row) == 1 else ""
+    if ";" in only or "\t" in only:
+        return RowProblem(f"{columns}; write the CSV with commas between its fields", kind="ambiguous")
+    found = familiar_columns(row)
+    written = in_recipe(found) if found else "format: prompt_completion, columns: {prompt: ..., completion: ...}"
+    how = "set format: and map them, e.g." if not not_text else "if the text is enough to learn from, write"
+    return RowProblem(f"{columns}; {how} {written}", kind="ambiguous")
+
+
+def in_recipe(mapping: dict[str, Any]) -> str:
+    """`format` and `columns` as they stand in a recipe."""
+    columns = ", ".join(f"{field}: {name}" for field, name in mapping["columns"].items())
+    return f"format: {mapping['format']}" + (f", columns: {{{columns}}}" if columns else "")
+
+
+def pair_of_preference(keys: Collection[str]) -> tuple[str, str] | None:
+    """The columns of the better and of the worse answer; None where the data is no preference data."""
+    chosen = min((key for key in keys if key.startswith("chosen")), key=len, default=None)
+    rejected = min((key for key in keys if key.startswith("reject")), key=len, default=None)
+    return (chosen, rejected) if chosen and rejected else None
+
+
+def preference_problem(row: dict[str, Any], chosen: str, rejected: str) -> RowProblem:
+    """Why the row is not trained, and how to learn its better answer."""
+    what = f"{chosen} and {rejected} make this preference data (task: preference), which lorafit does not train"
+    return RowProblem(f"{what}; {_how_to_learn(row, chosen)}", kind="preference")
+
+
+def _how_to_learn(row: dict[str, Any], chosen: str) -> str:
+    answer = row[chosen]
+    is_chat = _is_conversation(answer)
+    if is_chat and role_of(answer[0] if isinstance(answer, list) else None) != "assistant":
+        return f"to learn the better answers, write {in_recipe(_mapping('messages', {'messages': chosen}, row))}"
+    prompt = next((name for name in PROMPTS if row.get(name) is not None), None)
+    if isinstance(answer, dict) or (is_chat and prompt is None):
+        return f"to learn the better answers, write a column messages: the earlier messages, then {chosen}"
+    if prompt is None:
+        return f"to learn the better texts whole, write format: text, columns: {{text: {chosen}}}"
+    context = next((name for name in CONTEXTS if row.get(name) and name != prompt), None)
+    mapping = (
+        _mapping("alpaca", {"instruction": prompt, "input": context, "output": chosen}, row)
+        if context
+        else _mapping("prompt_completion", {"prompt": prompt, "completion": chosen}, row)
+    )
+    return f"to learn the better answers, write {in_recipe(mapping)}"
+
+
+def columns_of_other_things(keys: Collection[str]) -> list[str]:
+    """The columns that hold pictures, sounds or films."""
+    return [key for key in keys if key in OTHER_THAN_TEXT]
