@@ -260,7 +260,7 @@ def train_with_lorafit(
             "checkpoints": {"every": recipe["training"]["max_steps"]},
         }
         path.write_text(yaml.safe_dump(recipe | shared), encoding="utf-8")
-        run_training(load(path), say=say, show_progress=False, cache_dir=cache, watchers=[times])
+        run_training(load(path), say=say, cache_dir=cache, watchers=[times])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logs = [entry for entry in lines if "loss" in entry]
     return measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)

@@ -170,7 +170,6 @@ def train_in(loaded: LoadedRecipe, begin: Begin) -> None:
     result = train(
         loaded,
         say=lambda line: print(line, flush=True),
-        show_progress=False,
         cache_dir=cache_of(loaded.path.parent),
         begin=begin,
     )

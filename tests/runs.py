@@ -64,7 +64,7 @@ def cache_of(directory: Path) -> Path:
 def run(loaded: LoadedRecipe) -> tuple[TrainResult, list[str]]:
     """Train it; the result and the lines said."""
     said: list[str] = []
-    result = train(loaded, say=said.append, show_progress=False, cache_dir=cache_of(loaded.path.parent))
+    result = train(loaded, say=said.append, cache_dir=cache_of(loaded.path.parent))
     return result, said
 
 

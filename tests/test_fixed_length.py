@@ -87,7 +87,7 @@ def compiled_run(directory: Path, base: Path, **speed: bool) -> tuple[TrainResul
     write_jsonl(directory / "train.jsonl", rows[:32])
     write_jsonl(directory / "eval.jsonl", rows[32:])
     graphs, said = Graphs(), list[str]()
-    settings: dict[str, Any] = {"say": said.append, "show_progress": False, "cache_dir": cache_of(directory)}
+    settings: dict[str, Any] = {"say": said.append, "cache_dir": cache_of(directory)}
     result = run_training(loaded, watchers=[graphs], **settings).result
     return result, said, [*graphs.seen, counters["stats"]["unique_graphs"]]
 

@@ -81,7 +81,7 @@ def never(trainer: SFTTrainer, rows: int) -> bool:
 
 def trained(loaded: LoadedRecipe, **keys: Any) -> tuple[TrainResult, list[str]]:
     said: list[str] = []
-    done = run_training(loaded, say=said.append, show_progress=False, cache_dir=cache_of(loaded.path.parent), **keys)
+    done = run_training(loaded, say=said.append, cache_dir=cache_of(loaded.path.parent), **keys)
     return done.result, [line for line in said if line.startswith("memory: ")]
 
 
@@ -331,7 +331,7 @@ pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 160 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    train(load(Path(sys.argv[1])), say=print, show_progress=False, cache_dir=Path(sys.argv[2]))
+    train(load(Path(sys.argv[1])), say=print, cache_dir=Path(sys.argv[2]))
 except LorafitError as error:
     print(error)
     sys.exit(error.exit_code)

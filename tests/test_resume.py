@@ -44,7 +44,6 @@ def crash(loaded: LoadedRecipe, *, after: int) -> LoadedRecipe:
         run_training(
             loaded,
             say=lambda line: None,
-            show_progress=False,
             cache_dir=loaded.path.parent.parent / "cache",
             watchers=[CrashAfter(after)],
         )
@@ -55,7 +54,7 @@ def resume(loaded: LoadedRecipe, begin: Any = "resume") -> tuple[Any, list[str]]
     """The result, and the lines said about going on."""
     said: list[str] = []
     cache = loaded.path.parent.parent / "cache"
-    result = train(loaded, say=said.append, show_progress=False, cache_dir=cache, begin=begin)
+    result = train(loaded, say=said.append, cache_dir=cache, begin=begin)
     return result, [line for line in said if line.startswith(("resume: ", "warning: "))]
 
 
@@ -297,7 +296,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_day_the_run_began(
     loaded = crash(recipe(room / "dated/crashed", base, **sections), after=7)
     monkeypatch.setattr(prepare, "date", SimpleNamespace(today=lambda: "2001-02-03"))
     with pytest.raises(RunDirError, match=r'date that the chat template writes: "\d{4}-\d\d-\d\d" -> "2001-02-03"'):
-        train(loaded, say=lambda line: None, show_progress=False, cache_dir=None, begin="resume")
+        train(loaded, say=lambda line: None, cache_dir=None, begin="resume")
     resume(loaded)
     assert adapter_hash(loaded) == adapter_hash(whole)
 

@@ -225,7 +225,7 @@ def events(loaded: LoadedRecipe) -> list[dict[str, Any]]:
 
 def trained(loaded: LoadedRecipe, cache: Path) -> tuple[Trained, list[str]]:
     said: list[str] = []
-    done = run_training(loaded, say=said.append, show_progress=False, cache_dir=cache)
+    done = run_training(loaded, say=said.append, cache_dir=cache)
     return done, [line for line in said if line.startswith("self-test")]
 
 

@@ -116,7 +116,7 @@ def test_the_best_recipe_validates_and_trains(swept: tuple[LoadedRecipe, SweepRe
     loaded, result = swept
     best = load(loaded.output_dir() / "best.yaml", overrides=[f"output_dir={json.dumps(str(tmp_path / 'run'))}"])
     assert (best.recipe.lora.r, best.recipe.lora.lora_alpha) == (result.chosen_rank, 2 * result.chosen_rank)
-    trained = train(best, say=lambda line: None, show_progress=False, cache_dir=None)
+    trained = train(best, say=lambda line: None, cache_dir=None)
     assert trained.outcome == "finished"
     if Path(str(result.adapter)).name.endswith("seed-42"):  # it was trained, not cut
         assert adapter_bytes(Path(trained.run)) == adapter_bytes(Path(str(result.adapter)))
@@ -128,7 +128,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_train_gives(
     """Neither the base that others trained on before, nor the losses taken on the way, leave a trace."""
     loaded, _ = swept
     alone = trial_recipe(loaded, rank=4, seed=42, learning_rate=5e-3, output_dir=tmp_path / "run")
-    train(alone, say=lambda line: None, show_progress=False, cache_dir=None)
+    train(alone, say=lambda line: None, cache_dir=None)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(loaded.output_dir() / "trials/rank-4-seed-42")
     shared = bench(loaded)
     other = trial_recipe(loaded, rank=4, seed=7, learning_rate=1e-2, output_dir=tmp_path / "other")
@@ -138,7 +138,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_train_gives(
         outcome = run_trial(paused, until=until, bench=shared)
         assert max(outcome.losses) == until
     fresh = trial_recipe(loaded, rank=2, seed=42, learning_rate=5e-3, output_dir=tmp_path / "fresh")
-    train(fresh, say=lambda line: None, show_progress=False, cache_dir=None)
+    train(fresh, say=lambda line: None, cache_dir=None)
     assert adapter_bytes(tmp_path / "paused") == adapter_bytes(tmp_path / "fresh")
     assert outcome.facts["tokens"] == json.loads((tmp_path / "fresh/manifest.json").read_text())["tokens"]
 
@@ -174,7 +174,7 @@ def test_a_cut_adapter_is_left_as_a_run_that_other_commands_take(base: Path, tmp
     (loaded.output_dir() / "pattern.yaml").write_text(yaml.safe_dump(best))
     if spectra["rank_pattern"]:
         patterned = load(loaded.output_dir() / "pattern.yaml")
-        train(patterned, say=lambda line: None, show_progress=False, cache_dir=None)
+        train(patterned, say=lambda line: None, cache_dir=None)
 
 
 def _killed_at(point: str) -> Callable[[], None]:
@@ -421,7 +421,7 @@ def test_every_kind_of_adapter_can_be_swept(variant: str, base: Path, tmp_path: 
     assert [row.decided_by for row in result.trials] == ["direct", "direct"]
     assert result.trials[0].truncated_loss is not None
     alone = trial_recipe(loaded, rank=2, seed=42, learning_rate=result.learning_rate, output_dir=tmp_path / "alone")
-    train(alone, say=lambda line: None, show_progress=False, cache_dir=None)
+    train(alone, say=lambda line: None, cache_dir=None)
     assert adapter_bytes(tmp_path / "alone") == adapter_bytes(loaded.output_dir() / "trials/rank-2-seed-42")
     if variant == "early stopping":
         manifest = json.loads((loaded.output_dir() / "trials/rank-4-seed-42/manifest.json").read_text())

@@ -120,7 +120,7 @@ def train_spread_over(
     keeps_state = {"accelerator_config": {"use_configured_state": True}}
     training = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
-    run_training(loaded, say=lambda line: None, show_progress=False, cache_dir=directory / "cache", **how)
+    run_training(loaded, say=lambda line: None, cache_dir=directory / "cache", **how)
 
 
 def refusal(check: object) -> str:
@@ -141,7 +141,7 @@ def main(directory: Path, base: Path) -> None:
         place.mkdir(parents=True)
         loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **sections)
         said: list[str] = []
-        train(loaded, say=said.append, show_progress=False, cache_dir=directory / "cache")
+        train(loaded, say=said.append, cache_dir=directory / "cache")
         state.wait_for_everyone()
 
     sharded = lora_model(base)

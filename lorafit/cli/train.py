@@ -17,8 +17,10 @@ from lorafit.errors import RecipeError
 from lorafit.imports import without_collections
 
 if TYPE_CHECKING:
+    from lorafit.pulse import Say
     from lorafit.recipe import LoadedRecipe
     from lorafit.stopping import StopRequest
+    from lorafit.training.progress import Progress
     from lorafit.training.resume import Begin
     from lorafit.training.train import TrainResult
 
@@ -151,17 +153,25 @@ def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet
         from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
+    say = speaker(quiet=quiet or not is_main)
     result = train_adapter(
         loaded,
         stop=stop,
         begin=begin,
-        say=speaker(quiet=quiet or not is_main),
-        show_progress=sys.stderr.isatty() and not quiet and is_main,
+        say=say,
+        progress=_progress(say, quiet=quiet or not is_main),
         cache_dir=cache_directory(),
         inputs=inputs,
     )
     leave_processes()
     return result
+
+
+def _progress(say: "Say", *, quiet: bool) -> "Progress | None":
+    """A bar on a terminal, lines in a log file, a pipe or a notebook."""
+    from lorafit.training.progress import ProgressBar, progress_lines
+
+    return None if quiet else ProgressBar if sys.stderr.isatty() else progress_lines(say)
 
 
 def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:

@@ -6,6 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from lorafit.pulse import duration
+
 MAX_EXPONENT = 700
 """exp of more is not a float."""
 
@@ -19,7 +21,7 @@ def train_table(result: Any) -> str:
         *_held_out(result.eval_loss_before, result.eval_loss_after),
         ("steps", f"{result.steps:>11,}"),
         ("tokens", f"{result.tokens:>11,}   {result.tokens_per_second:,.0f} per second of training"),
-        ("time", f"{_duration(result.seconds):>11}"),
+        ("time", f"{duration(result.seconds):>11}"),
         ("peak memory", f"{result.peak_memory_bytes / 2**30:>7.2f} GiB"),
         ("adapter", f"{adapter} ({weights / 1e6:.1f} MB)"),
         ("next", f"lorafit report {result.run}   # all of it on one page; how to load it: {adapter / 'README.md'}"),
@@ -42,14 +44,6 @@ def _held_out(before: float | None, after: float | None) -> list[tuple[str, str]
 def perplexity(loss: float) -> float:
     """exp(loss): among how many equally likely tokens the model hesitates."""
     return math.exp(loss) if loss < MAX_EXPONENT else math.inf
-
-
-def _duration(seconds: float) -> str:
-    """3 min 49 s."""
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{seconds:.1f} s"
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def smoke_table(result: Any) -> str:

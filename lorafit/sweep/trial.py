@@ -129,7 +129,6 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
             run_training(
                 trial,
                 say=lambda line: None,
-                show_progress=False,
                 cache_dir=bench.cache_dir,
                 inputs=bench.inputs,
                 base=base,

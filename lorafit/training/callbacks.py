@@ -1,4 +1,4 @@
-"""What watches a run: the metrics file, the progress bar, the checkpoint interval, AdaLoRA's ranks."""
+"""What watches a run: the metrics file, the checkpoint interval, AdaLoRA's ranks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast
-from tqdm import tqdm
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -84,37 +83,6 @@ class MetricsFile(TrainerCallback, ExportableState):
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
-
-
-class ProgressBar(TrainerCallback):
-    """Steps, loss, tokens/s and time left, on a terminal."""
-
-    def __init__(self, metrics: MetricsFile) -> None:
-        self._metrics = metrics
-        self._bar: tqdm | None = None
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Open the bar."""
-        if state.is_world_process_zero:
-            self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, leave=False)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move it on."""
-        if self._bar is not None:
-            self._bar.update(state.global_step - self._bar.n)
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Show the newest figures."""
-        if self._bar is None or not self._metrics.history:
-            return
-        newest = self._metrics.history[-1]
-        shown = {"loss": "loss", "eval_loss": "held-out", "tokens_per_second": "tok/s"}
-        self._bar.set_postfix({label: f"{newest[key]:.4g}" for key, label in shown.items() if key in newest})
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close it."""
-        if self._bar is not None:
-            self._bar.close()
 
 
 class CheckpointInterval(TrainerCallback):

@@ -21,9 +21,7 @@ def self_test_only(loaded: LoadedRecipe, *, say: Callable[[str], None], cache_di
     with tempfile.TemporaryDirectory(prefix="lorafit-selftest-") as scratch:
         recipe = loaded.recipe.model_copy(update={"launch": launch, "output_dir": str(Path(scratch) / "run")})
         try:
-            run_training(
-                replace(loaded, recipe=recipe), say=say, show_progress=False, cache_dir=cache_dir, only_self_test=True
-            )
+            run_training(replace(loaded, recipe=recipe), say=say, cache_dir=cache_dir, only_self_test=True)
         except SelfTested as done:
             return done.tested
     raise AssertionError("a run that is only tried came to its end")

@@ -23,13 +23,14 @@ from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
 from lorafit.training.announce import Say, say_adapter, say_steps
-from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, ProgressBar, RankAllocation
+from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation
 from lorafit.training.checks import refuse_wrong_trainable_set
 from lorafit.training.ground import Ground
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.model import model_with_adapter
 from lorafit.training.out_of_memory import out_of_memory_is_said
+from lorafit.training.progress import Progress
 from lorafit.training.rows import RowFinder
 from lorafit.training.trainer import LoraTrainer, planned_steps
 
@@ -56,7 +57,7 @@ def set_up(
     base: PreTrainedModel | None,
     watchers: Sequence[TrainerCallback],
     stop: StopRequest,
-    show_progress: bool,
+    progress: Progress | None,
 ) -> Setup:
     """Load the base, attach the adapter, build the trainer."""
     recipe, data = loaded.recipe, ground.inputs.data
@@ -86,7 +87,7 @@ def set_up(
     metrics = MetricsFile(run.metrics)
     health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
-    own = [*_callbacks(loaded, metrics, show_progress=show_progress), health, *([halving] if halving else [])]
+    own = [*_callbacks(loaded, metrics, progress=progress), health, *([halving] if halving else [])]
     trainer = LoraTrainer(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
@@ -126,11 +127,11 @@ def nothing_left_of(run: RunDir) -> Iterator[None]:
         raise
 
 
-def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, show_progress: bool) -> list[Any]:
+def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, progress: Progress | None) -> list[Any]:
     recipe = loaded.recipe
     callbacks: list[Any] = [metrics]
-    if show_progress:
-        callbacks.append(ProgressBar(metrics))
+    if progress is not None:
+        callbacks.append(progress(metrics))
     if recipe.early_stopping is not None:
         stopping = recipe.early_stopping
         callbacks.append(EarlyStopping(stopping.patience, stopping.min_delta))

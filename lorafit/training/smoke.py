@@ -70,9 +70,7 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
         small = changes.small_recipe(base, output_dir or directory / "run", has_own_tokenizer=tokenizer_dir is not None)
         for sentence in changes.said:
             say(f"smoke: {sentence}")
-        trained = run_training(
-            replace(loaded, recipe=small), say=say, show_progress=False, cache_dir=directory / "tokens"
-        )
+        trained = run_training(replace(loaded, recipe=small), say=say, cache_dir=directory / "tokens")
         bf16 = bf16_choice(small.training, machine).value
         difference = _reload_and_compare(trained, small, bf16=bf16)
     return SmokeResult(

@@ -30,6 +30,7 @@ from lorafit.training.gather import whole_adapter
 from lorafit.training.ground import Ground, find_ground
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_bytes
+from lorafit.training.progress import Progress
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.save import initial_adapter, write_adapter
 from lorafit.training.selftest import SelfTest, self_test_once
@@ -66,11 +67,11 @@ def train(
     loaded: LoadedRecipe,
     *,
     say: Say,
-    show_progress: bool,
     cache_dir: Path | None,
     inputs: RunInputs | None = None,
     begin: Begin = "new",
     stop: StopRequest | None = None,
+    progress: Progress | None = None,
 ) -> TrainResult:
     """Train one adapter as the recipe says, and leave a run directory; see `run_training`.
 
@@ -80,7 +81,7 @@ def train(
         say(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
         return done
     trained = run_training(
-        loaded, say=say, show_progress=show_progress, cache_dir=cache_dir, inputs=inputs, begin=begin, stop=stop
+        loaded, say=say, progress=progress, cache_dir=cache_dir, inputs=inputs, begin=begin, stop=stop
     )
     return trained.result
 
@@ -99,7 +100,6 @@ def run_training(
     loaded: LoadedRecipe,
     *,
     say: Say,
-    show_progress: bool,
     cache_dir: Path | None,
     inputs: RunInputs | None = None,
     base: PreTrainedModel | None = None,
@@ -107,13 +107,15 @@ def run_training(
     begin: Begin = "new",
     stop: StopRequest | None = None,
     only_self_test: bool = False,
+    progress: Progress | None = None,
 ) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
     `say` takes one line for people at a time. Who trains several times on one base hands over what it has read
-    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step; `stop` hears
-    requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises every LorafitError but
-    RecipeError; nothing is created in the run directory before all that can be checked without training has passed.
+    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step, and `progress`
+    shows them; `stop` hears requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises
+    every LorafitError but RecipeError; nothing is created in the run directory before all that can be checked without
+    training has passed.
     """
     started = time.monotonic()
     run, stop = RunDir(loaded.output_dir()), stop or StopRequest()
@@ -121,9 +123,7 @@ def run_training(
         loaded, run, say=say, cache_dir=cache_dir, inputs=inputs, is_loaded=base is not None, begin=begin
     )
     with nothing_left_of(run):
-        setup = set_up(
-            loaded, run, ground, say=say, base=base, watchers=watchers, stop=stop, show_progress=show_progress
-        )
+        setup = set_up(loaded, run, ground, say=say, base=base, watchers=watchers, stop=stop, progress=progress)
         tested = self_test_once(
             setup.model,
             loaded,

@@ -1,0 +1,125 @@
+"""What people see of a run while it trains: a bar on a terminal, lines everywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorafit.pulse import Pulse, duration
+from lorafit.training.announce import Say
+from lorafit.training.callbacks import MetricsFile
+
+Progress = Callable[[MetricsFile], TrainerCallback]
+"""What shows the newest figures of a run."""
+
+
+def progress_lines(say: Say) -> Progress:
+    """Lines, each taken by `say`."""
+    return partial(ProgressLines, say)
+
+
+class ProgressLines(TrainerCallback):
+    """A line at each logged step and evaluation, no oftener than every five seconds, and at least every thirty."""
+
+    def __init__(self, say: Say, metrics: MetricsFile) -> None:
+        self._say, self._metrics = say, metrics
+        self._pulse = Pulse()
+        self._began: tuple[int, float] | None = None
+        """Steps done before the first of this session, and when that began."""
+        self._batches = 0
+        self._is_training = True
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The time that is left is told from here on."""
+        self._began = self._began or (state.global_step, time.monotonic())
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """The newest figures. An evaluation is rare, and always said."""
+        figures = self._metrics.history[-1] if self._metrics.history else {}
+        if "eval_loss" in logs and self._is_training:
+            self._say(f"{_at(state)}: held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and self._pulse.has_news():
+            rate = f"{figures['tokens_per_second']:,.0f} tokens/s"
+            self._say(f"{_at(state)}: loss {logs['loss']:.4f}, {rate}{self._left(state)}")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A sign of life between two logged steps."""
+        self._sign_of_life(state)
+
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Within a long step, too."""
+        self._sign_of_life(state)
+
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """Within a long evaluation, too."""
+        self._batches += 1
+        if self._pulse.is_silent():
+            self._say(f"{_at(state)}: held-out rows, batch {self._batches:,} of {len(eval_dataloader):,}")
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The next evaluation counts its batches anew."""
+        self._batches = 0
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is measured of the adapter that is saved stands in the result."""
+        self._is_training = False
+
+    def _sign_of_life(self, state: TrainerState) -> None:
+        if self._pulse.is_silent():
+            self._say(f"{_at(state)}{self._left(state).replace(',', ':', 1)}")
+
+    def _left(self, state: TrainerState) -> str:
+        before, since = self._began or (state.global_step, 0.0)
+        done = state.global_step - before
+        if not done or state.global_step >= state.max_steps:
+            return ""
+        return f", {duration((time.monotonic() - since) / done * (state.max_steps - state.global_step))} left"
+
+
+def _at(state: TrainerState) -> str:
+    return f"step {state.global_step:,}/{state.max_steps:,}"
+
+
+class ProgressBar(TrainerCallback):
+    """Steps, loss, tokens/s and time left, on a terminal."""
+
+    def __init__(self, metrics: MetricsFile) -> None:
+        self._metrics = metrics
+        self._bar: tqdm | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the bar."""
+        if state.is_world_process_zero:
+            self._bar = tqdm(total=state.max_steps, unit="step", dynamic_ncols=True, leave=False)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Move it on."""
+        if self._bar is not None:
+            self._bar.update(state.global_step - self._bar.n)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Show the newest figures."""
+        if self._bar is None or not self._metrics.history:
+            return
+        newest = self._metrics.history[-1]
+        shown = {"loss": "loss", "eval_loss": "held-out", "tokens_per_second": "tok/s"}
+        self._bar.set_postfix({label: f"{newest[key]:.4g}" for key, label in shown.items() if key in newest})
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Close it."""
+        if self._bar is not None:
+            self._bar.close()
