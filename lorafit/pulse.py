@@ -58,9 +58,13 @@ def counting_in_lines(say: Say) -> Counting:
     return counting
 
 
+def uncounted(more: int) -> None:
+    """For what nobody watches."""
+
+
 def counting_unseen(what: str, total: int) -> Counted:
     """For who watches nothing."""
-    return lambda more: None
+    return uncounted
 
 
 def duration(seconds: float) -> str:

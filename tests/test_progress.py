@@ -36,7 +36,8 @@ def test_lines_with_news_keep_their_distance_and_silence_has_an_end(
         train(loaded, say=said.append, cache_dir=cache_of(tmp_path), progress=progress_lines(said.append))
         return [line.partition(":")[0] for line in said if line.startswith("step ") and "held-out" not in line]
 
-    assert steps_said() == ["step 1/3"]  # the first at once, then not before five seconds
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 1000.0)
+    assert steps_said() == ["step 1/3"]  # the first at once
     monkeypatch.setattr(pulse, "MOST_SECONDS", 0.0)
     assert steps_said(logging_steps=100) == ["step 1/3", "step 2/3", "step 3/3"]
 
@@ -75,3 +76,17 @@ def test_a_count_tells_how_far_it_is_every_half_a_minute(monkeypatch: pytest.Mon
 )
 def test_a_duration_is_told_as_people_do(seconds: float, said: str) -> None:
     assert pulse.duration(seconds) == said
+
+
+def test_an_evaluation_and_a_merge_count_what_they_do(
+    tmp_path: Path, tiny_base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = small_recipe(tmp_path, tiny_base, eval={"generate": {"max_new_tokens": 2, "answers_at_once": 3}})
+    result, _ = run(loaded)
+    monkeypatch.setattr(pulse, "MOST_SECONDS", 0.0)
+    capsys.readouterr()
+    assert _exit_code(["eval", result.run]) == 0
+    said = capsys.readouterr().err
+    assert "base: answers: 3 of 8, " in said and "adapter: answers: 6 of 8, " in said
+    assert _exit_code(["merge", result.run, "--no-verify"]) == 0
+    assert "merge: bytes written: " in capsys.readouterr().err

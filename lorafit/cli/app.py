@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from lorafit import __version__
+from lorafit.pulse import Counted, Counting, counting_in_lines, counting_unseen
 
 app = typer.Typer(
     name="lorafit",
@@ -55,6 +56,26 @@ def print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:
 def speaker(*, quiet: bool) -> Callable[[str], None]:
     """Takes one line for people at a time; on stderr, so that stdout holds the result alone."""
     return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def counting(*, quiet: bool) -> Counting:
+    """Shows what is counted: a bar on a terminal, a line every half a minute elsewhere."""
+    if quiet:
+        return counting_unseen
+    return _bar if sys.stderr.isatty() else counting_in_lines(speaker(quiet=False))
+
+
+def _bar(what: str, total: int) -> Counted:
+    from tqdm import tqdm
+
+    bar = tqdm(desc=what, total=total, unit_scale=True, dynamic_ncols=True, leave=False)
+
+    def counted(more: int) -> None:
+        bar.update(more)
+        if bar.n >= total:
+            bar.close()
+
+    return counted
 
 
 def quiet_libraries(*, debug: bool) -> None:

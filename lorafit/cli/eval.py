@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, counting, print_result, quiet_libraries, speaker
 from lorafit.errors import VerificationError
 from lorafit.imports import without_collections
 
@@ -60,6 +60,7 @@ def evaluate(
             fail_if_worse=fail_if_worse,
             overrides=set_ or (),
             say=speaker(quiet=quiet),
+            counting=counting(quiet=quiet),
             cache_dir=cache_directory(),
         )
     print_result(result.as_dict(), as_json=as_json, text=eval_table(result, samples=samples or 0))

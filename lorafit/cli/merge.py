@@ -1,13 +1,13 @@
 """`lorafit merge` and `lorafit combine`."""
 
-import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Quiet, app, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Quiet, app, counting, print_result, quiet_libraries, speaker
 from lorafit.imports import without_collections
 
 
@@ -42,7 +42,7 @@ def merge(
         quiet_libraries(debug=debug)
         from lorafit.merging.merge import merge as merge_adapter
         from lorafit.preflight import cache_directory
-        from lorafit.report.merge import merge_table, progress_in_bytes
+        from lorafit.report.merge import merge_table
 
     result = merge_adapter(
         run,
@@ -53,7 +53,7 @@ def merge(
         onto=onto,
         verify=verify,
         say=speaker(quiet=quiet),
-        progress=progress_in_bytes(is_shown=sys.stderr.isatty() and not quiet),
+        progress=partial(counting(quiet=quiet), "merge: bytes written"),
         cache_dir=cache_directory(),
     )
     print_result(asdict(result), as_json=as_json, text=merge_table(result))

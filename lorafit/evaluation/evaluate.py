@@ -27,6 +27,7 @@ from lorafit.evaluation.rows import Question, RowReader, Rows
 from lorafit.evaluation.scores import Score, confusion, loss_scores, text_scores
 from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.evaluation.subject import Subject, read_subject
+from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 
 Say = Callable[[str], None]
@@ -48,6 +49,7 @@ def evaluate(
     fail_if_worse: bool = False,
     overrides: Sequence[str] = (),
     say: Say,
+    counting: Counting = counting_unseen,
     cache_dir: Path | None,
 ) -> EvalResult:
     """Measure the base, the adapter and, where there is one, the merged model on the same held-out rows.
@@ -66,11 +68,11 @@ def evaluate(
     measured: dict[str, _Measured] = {}
     for name, model in models(subject, with_base=section.compare_base):
         say(f"{name}: measuring")
-        measured[name] = _measure(name, model, material, harness)
+        measured[name] = _measure(name, model, material, harness, counting)
         if name == "base" and material.general is None:
             material = material.with_own_texts(model, subject.tokenizer)
         if material.general is not None:
-            measured[name].general = _losses(name, model, material.general, material)
+            measured[name].general = _losses(name, model, material.general, material, counting)
         _say_speed(name, measured[name], material, say)
         del model  # the next is loaded when this one is gone
     result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
@@ -164,10 +166,12 @@ def _warn_of_another_split(subject: Subject, reader: RowReader, *, say: Say) -> 
         )
 
 
-def _measure(name: str, model: PreTrainedModel | PeftModel, material: _Material, harness: Harness) -> _Measured:
+def _measure(
+    name: str, model: PreTrainedModel | PeftModel, material: _Material, harness: Harness, counting: Counting
+) -> _Measured:
     seconds: dict[str, float] = {}
     with _timed(seconds, "scored"):
-        losses = _losses(name, model, material.rows, material)
+        losses = _losses(name, model, material.rows, material, counting)
     measured = _Measured(losses, seconds=seconds)
     if material.generate is not None:
         with _timed(seconds, "answered"):
@@ -178,6 +182,7 @@ def _measure(name: str, model: PreTrainedModel | PeftModel, material: _Material,
                 pad_token_id=material.pad_token_id,
                 max_new_tokens=material.generate.max_new_tokens,
                 batch_size=material.generate.answers_at_once,
+                counted=counting(f"{name}: answers", len(material.questions)),
             )
         decode = material.tokenizer.decode
         measured.texts = [
@@ -194,10 +199,18 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
     seconds[what] = time.monotonic() - started
 
 
-def _losses(name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material) -> SequenceLosses:
+def _losses(
+    name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material, counting: Counting
+) -> SequenceLosses:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batch_tokens = scoring_tokens(inner)
-    losses = sequence_losses(model, rows.table, pad_token_id=material.pad_token_id, batch_tokens=batch_tokens)
+    losses = sequence_losses(
+        model,
+        rows.table,
+        pad_token_id=material.pad_token_id,
+        batch_tokens=batch_tokens,
+        counted=counting(f"{name}: sequences scored", len(rows.table)),
+    )
     broken = np.flatnonzero(~np.isfinite(losses.nll))
     if len(broken):
         where = f" (first in {rows.where[broken[0]]})" if rows.where[broken[0]] else ""

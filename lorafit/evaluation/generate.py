@@ -13,6 +13,7 @@ from lorafit.data.tokens import NOT_TRAINED
 from lorafit.evaluation.memory import generated_tokens, scoring_tokens
 from lorafit.evaluation.rows import before_stop
 from lorafit.evaluation.sequences import batches_by_length
+from lorafit.pulse import Counted, uncounted
 
 OWN_TEXTS, OWN_TOKENS = 64, 32
 """What a model writes unasked: 2,048 tokens, enough to tell a divergence of some hundredths of a nat."""
@@ -27,6 +28,7 @@ def answers(
     pad_token_id: int,
     max_new_tokens: int,
     batch_size: int | None = None,
+    counted: Counted = uncounted,
 ) -> list[list[int]]:
     """What the model writes after each prompt, choosing the likeliest token, up to a stop token (left out).
 
@@ -51,6 +53,7 @@ def answers(
         )
         for row, tokens in zip(batch, written[:, longest:].tolist(), strict=True):
             found[row] = before_stop(tokens, stop_token_ids)
+        counted(len(batch))
     return found
 
 

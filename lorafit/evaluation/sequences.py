@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from lorafit.data.tokens import NOT_TRAINED
+from lorafit.pulse import Counted, uncounted
 
 BATCH_TOKENS = 4096
 """Padded tokens of one forward pass, where the caller knows no better."""
@@ -46,12 +47,17 @@ class SequenceLosses:
 
 @torch.no_grad()
 def sequence_losses(
-    model: nn.Module, rows: datasets.Dataset, *, pad_token_id: int, batch_tokens: int = BATCH_TOKENS
+    model: nn.Module,
+    rows: datasets.Dataset,
+    *,
+    pad_token_id: int,
+    batch_tokens: int = BATCH_TOKENS,
+    counted: Counted = uncounted,
 ) -> SequenceLosses:
     """Losses of `rows` (columns `input_ids` and `labels`), in batches of sequences of about one length.
 
     A batch holds at most `batch_tokens` tokens with its padding, or one row. Two models are given the same batches, so
-    equal models get equal losses to the last bit.
+    equal models get equal losses to the last bit. `counted` hears of every batch.
     """
     all_ids, all_labels = rows["input_ids"][:], rows["labels"][:]
     nll, tokens, correct = np.zeros(len(rows)), np.zeros(len(rows), np.int64), np.zeros(len(rows), np.int64)
@@ -71,6 +77,7 @@ def sequence_losses(
             values = torch.stack([token_nll.double(), torch.ones_like(token_nll).double(), is_correct.double()], dim=1)
             sums.index_add_(0, sequence_of_token, values)
             nll[batch], tokens[batch], correct[batch] = sums.T.cpu().numpy()
+            counted(len(batch))
     finally:
         model.train(was_training)
     return SequenceLosses(nll, tokens, correct)

@@ -1,11 +1,8 @@
-"""What a merge shows on a terminal."""
+"""What a merge or a combination came to, as text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
-
-from tqdm import tqdm
 
 
 def merge_table(result: Any) -> str:
@@ -46,8 +43,3 @@ def combine_table(result: Any) -> str:
     rows.append(("seconds", f"{result.seconds:.1f}"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
-def progress_in_bytes(*, is_shown: bool) -> Callable[[int], Callable[[int], Any]]:
-    """Given the bytes to come, a bar that takes the bytes done since it was last told."""
-    return lambda total: tqdm(total=total, unit="B", unit_scale=True, disable=not is_shown).update

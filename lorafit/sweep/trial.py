@@ -26,6 +26,7 @@ from lorafit.stopping import StopRequest
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import peak_memory_bytes
+from lorafit.training.progress import signs_of_life
 from lorafit.training.resume import finished_manifest
 from lorafit.training.train import run_training
 
@@ -129,6 +130,7 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
             run_training(
                 trial,
                 say=lambda line: None,
+                progress=signs_of_life(lambda line: bench.say(f"rank {trial.recipe.lora.r}: {line}")),
                 cache_dir=bench.cache_dir,
                 inputs=bench.inputs,
                 base=base,

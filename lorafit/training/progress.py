@@ -19,12 +19,17 @@ Progress = Callable[[MetricsFile], TrainerCallback]
 
 
 def progress_lines(say: Say) -> Progress:
-    """Lines, each taken by `say`."""
+    """A line for each logged step and evaluation, taken by `say`."""
     return partial(ProgressLines, say)
 
 
-class ProgressLines(TrainerCallback):
-    """A line at each logged step and evaluation, no oftener than every five seconds, and at least every thirty."""
+def signs_of_life(say: Say) -> Progress:
+    """Only what breaks a silence of half a minute."""
+    return partial(SignsOfLife, say)
+
+
+class SignsOfLife(TrainerCallback):
+    """A line where nothing was said for half a minute, also within a long step or evaluation."""
 
     def __init__(self, say: Say, metrics: MetricsFile) -> None:
         self._say, self._metrics = say, metrics
@@ -32,30 +37,19 @@ class ProgressLines(TrainerCallback):
         self._began: tuple[int, float] | None = None
         """Steps done before the first of this session, and when that began."""
         self._batches = 0
-        self._is_training = True
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The time that is left is told from here on."""
         self._began = self._began or (state.global_step, time.monotonic())
 
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
-    ) -> None:
-        """The newest figures. An evaluation is rare, and always said."""
-        figures = self._metrics.history[-1] if self._metrics.history else {}
-        if "eval_loss" in logs and self._is_training:
-            self._say(f"{_at(state)}: held-out loss {logs['eval_loss']:.4f}")
-        elif "loss" in logs and self._pulse.has_news():
-            rate = f"{figures['tokens_per_second']:,.0f} tokens/s"
-            self._say(f"{_at(state)}: loss {logs['loss']:.4f}, {rate}{self._left(state)}")
-
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """A sign of life between two logged steps."""
-        self._sign_of_life(state)
+        """Between two logged steps."""
+        if self._pulse.is_silent():
+            self._say(": ".join([_at(state), *self._left(state)]))
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Within a long step, too."""
-        self._sign_of_life(state)
+        """Between the batches that one step accumulates."""
+        self.on_step_end(args, state, control)
 
     def on_prediction_step(
         self,
@@ -65,7 +59,7 @@ class ProgressLines(TrainerCallback):
         eval_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        """Within a long evaluation, too."""
+        """Between the batches of an evaluation."""
         self._batches += 1
         if self._pulse.is_silent():
             self._say(f"{_at(state)}: held-out rows, batch {self._batches:,} of {len(eval_dataloader):,}")
@@ -74,20 +68,33 @@ class ProgressLines(TrainerCallback):
         """The next evaluation counts its batches anew."""
         self._batches = 0
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """What is measured of the adapter that is saved stands in the result."""
-        self._is_training = False
-
-    def _sign_of_life(self, state: TrainerState) -> None:
-        if self._pulse.is_silent():
-            self._say(f"{_at(state)}{self._left(state).replace(',', ':', 1)}")
-
-    def _left(self, state: TrainerState) -> str:
+    def _left(self, state: TrainerState) -> list[str]:
         before, since = self._began or (state.global_step, 0.0)
         done = state.global_step - before
         if not done or state.global_step >= state.max_steps:
-            return ""
-        return f", {duration((time.monotonic() - since) / done * (state.max_steps - state.global_step))} left"
+            return []
+        return [f"{duration((time.monotonic() - since) / done * (state.max_steps - state.global_step))} left"]
+
+
+class ProgressLines(SignsOfLife):
+    """Besides, a line at each logged step, no oftener than every five seconds, and at each evaluation."""
+
+    _is_training = True
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
+    ) -> None:
+        """The newest figures."""
+        if "eval_loss" in logs and self._is_training:
+            self._say(f"{_at(state)}: held-out loss {logs['eval_loss']:.4f}")
+        elif "loss" in logs and self._pulse.has_news():
+            figures = [f"loss {logs['loss']:.4f}", f"{self._metrics.history[-1]['tokens_per_second']:,.0f} tokens/s"]
+            figures += self._left(state)
+            self._say(f"{_at(state)}: {', '.join(figures)}")
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """What is measured of the adapter that is saved stands in the result."""
+        self._is_training = False
 
 
 def _at(state: TrainerState) -> str:
