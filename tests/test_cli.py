@@ -50,12 +50,51 @@ def test_output_dir_goes_before_the_recipes(tmp_path: Path, tiny_base: Path) -> 
     assert not (tmp_path / "run").exists()
 
 
+def test_the_bare_command_shows_its_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _exit_code([]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("Usage: lorafit ") and "rank-sweep" in printed.err and "error" not in printed.err
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        *(("evl", "eval"), ("evaluate", "eval"), ("rank_sweep", "rank-sweep"), ("sweep", "rank-sweep")),
+        *((word, None) for word in ("chat", "serve", "export", "import", "inspect", "push", "verify", "x", "")),
+    ],
+)
+def test_a_command_is_suggested_only_where_it_is_near(
+    word: str, meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _exit_code([word]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    mend = f"did you mean {meant}?" if meant else "there are train, merge, combine, "
+    assert f"no such command; {mend}" in line and "processes" not in line
+
+
+def test_a_shell_completes_commands_and_options(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def completed(words: str) -> list[str]:
+        monkeypatch.setenv("_LORAFIT_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        with pytest.raises(SystemExit):
+            _exit_code([])
+        return capsys.readouterr().out.split()
+
+    assert completed("lorafit ra") == ["rank-sweep"]
+    assert completed("lorafit train --re") == ["--resume", "--restart"]
+    assert completed("lorafit chat --re") == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
         (["train"], 2, "Missing argument 'RECIPE'"),
         (["train", "RECIPE", "--nope"], 2, "No such option: --nope"),
-        (["trian"], 2, "Did you mean 'train'?"),
+        (["trian"], 2, "trian: no such command; did you mean train?"),
         (["train", "missing.yaml"], 2, "missing.yaml: no such file"),
         (["train", "RECIPE", "--set", "lora.r=0"], 2, "lora.r: 0 is not a whole number of at least 1"),
         (["train", "RECIPE", "--set", "data.train=[{path: gone.jsonl}]"], 3, "gone.jsonl: does not exist"),

@@ -4,20 +4,49 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from lorafit import __version__
+from lorafit.errors import RecipeError
 from lorafit.pulse import Counted, Counting, counting_in_lines, counting_unseen
+
+
+class _Commands(TyperGroup):
+    """The commands, and what to say about a word that is none of them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """Raises RecipeError with the command that was meant, or with all there are."""
+        if not ctx.resilient_parsing and args[0] not in self.commands:  # a shell that completes asks about half words
+            shown = [name for name, command in self.commands.items() if not command.hidden]
+            meant = nearest_command(args[0], shown)
+            mend = f"did you mean {meant}?" if meant else f"there are {', '.join(shown)}"
+            raise RecipeError(f"no such command; {mend}", where=args[0])
+        return super().resolve_command(ctx, args)
+
+
+def nearest_command(word: str, commands: Sequence[str]) -> str | None:
+    """The command that `word` misspells by a letter or two, shortens or lengthens, if it is that near to any."""
+    from lorafit.recipe.suggest import nearest
+
+    plain = word.lower().replace("_", "-")
+    if len(plain) > 2:
+        for name in commands:
+            if name.startswith(plain) or plain.startswith(name) or plain in name.split("-"):
+                return name
+    return nearest(plain, commands, share=4)  # with a third of the letters, `export` would be `report`
+
 
 app = typer.Typer(
     name="lorafit",
+    cls=_Commands,
     help="One validated YAML recipe in, a LoRA or QLoRA adapter out.",
-    add_completion=False,
-    no_args_is_help=True,
+    suggest_commands=False,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -41,11 +70,15 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def lorafit(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """One validated YAML recipe in, a LoRA or QLoRA adapter out."""
+    if context.invoked_subcommand is None:
+        print(context.get_help(), file=sys.stderr)
+        raise typer.Exit(2)
 
 
 def print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:

@@ -137,14 +137,14 @@ _RENAMED_IN_SECTION = {
 }
 
 
-def nearest(word: str, choices: Iterable[str]) -> str | None:
-    """The choice that is at most a third of its letters away from `word`, if any is."""
+def nearest(word: str, choices: Iterable[str], *, share: int = 3) -> str | None:
+    """The choice that is at most a third (one in `share`) of its letters away from `word`, if any is."""
     plain = _plain(word)
     ranked = sorted((_edits(plain, choice.lower()), -_common_start(plain, choice), choice) for choice in choices)
     if not ranked:
         return None
     edits, _, choice = ranked[0]
-    return choice if edits <= max(1, min(len(choice), len(plain)) // 3) else None
+    return choice if edits <= max(1, min(len(choice), len(plain)) // share) else None
 
 
 def unknown_key(key: KeyPath) -> tuple[str, KeyPath | None]:
