@@ -52,6 +52,36 @@ def test_a_wrong_line_is_said_in_one_line(tmp_path: Path, line: str, said: str) 
     assert problems(tmp_path, f"{SMALLEST}{line}\n") == [f"x.yaml:3: {said}"]
 
 
+@pytest.mark.parametrize(
+    ("override", "written"),
+    [
+        ("eval.generate=true", "eval.generate={max_new_tokens: 256, metrics: [exact_match, rouge_l]}"),
+        ("early_stopping=5", "early_stopping={patience: 3}"),
+        ("quantization=4bit", "quantization={load_in_4bit: true}"),
+        ("optimizer=adamw", "optimizer={loraplus_lr_ratio: ...}"),
+        ("model=gpt2", "model={model_name_or_path: gpt2}"),
+        ("data=rows.jsonl", "data={train: [{path: rows.jsonl}]}"),
+        ("data.train=[rows.jsonl]", "data.train.0={path: rows.jsonl}"),
+        ("eval.general=books.txt", "eval.general=[{path: books.txt}]"),
+        ("eval.tasks=hellaswag", "eval.tasks=[hellaswag]"),
+        ("training.report_to=wandb", "training.report_to=[wandb]"),
+        ("rank_sweep.ranks=8", "rank_sweep.ranks=[8]"),
+    ],
+)
+def test_a_single_value_for_a_mapping_or_a_list_is_answered_with_what_to_type(
+    tmp_path: Path, override: str, written: str
+) -> None:
+    [said] = problems(tmp_path, SMALLEST, overrides=[override])
+    assert said.endswith(f"; write --set '{written}'")
+    if "..." not in written:
+        assert not any(" is not a " in more for more in problems(tmp_path, SMALLEST, overrides=[written]))
+
+
+def test_in_a_file_it_is_answered_in_yaml(tmp_path: Path) -> None:
+    [said] = problems(tmp_path, f"{SMALLEST}eval: {{generate: true}}\n")
+    assert said.endswith("; write `generate: {max_new_tokens: 256, metrics: [exact_match, rouge_l]}`")
+
+
 MODEL_LINE = "model: {model_name_or_path: gpt2}\n"
 
 
@@ -80,11 +110,14 @@ MODEL_LINE = "model: {model_name_or_path: gpt2}\n"
         (f"{MODEL_LINE}data: {{train: []}}\n", ["x.yaml:2: data.train: [] is empty; write at least one"]),
         (
             f"{MODEL_LINE}data: {{train: rows.jsonl}}\n",
-            ['x.yaml:2: data.train: "rows.jsonl" is not a list of mappings (`- {path: ...}`)'],
+            [
+                'x.yaml:2: data.train: "rows.jsonl" is not a list of mappings (`- {path: ...}`); write '
+                "`train: [{path: rows.jsonl}]`"
+            ],
         ),
         (
             f"{MODEL_LINE}data:\n  train:\n    - rows.jsonl\n",
-            ['x.yaml:4: data.train.0: "rows.jsonl" is not a mapping (`key: value`)'],
+            ['x.yaml:4: data.train.0: "rows.jsonl" is not a mapping (`key: value`); write `- {path: rows.jsonl}`'],
         ),
         (
             f"{MODEL_LINE}data:\n  train:\n    - {{pth: rows.jsonl}}\n",

@@ -10,6 +10,9 @@ from lorafit.errors import Problem, RecipeError
 from lorafit.recipe.paths import absolute, resolved
 from lorafit.recipe.yaml_reader import KeyPath, parse, read_file
 
+SET = "--set"
+"""Where a value of the command line was written."""
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -114,7 +117,7 @@ def _overridden(layer: Layer, override: str) -> Layer:
     key = tuple(steps)
     value = resolved(_parsed(text, where), Path.cwd(), at=key)
     origins = {old: origin for old, origin in layer.origins.items() if old[: len(key)] != key}
-    origins[key] = Origin("--set", 1_000, 0, 0)
+    origins[key] = Origin(SET, 1_000, 0, 0)
     return Layer(_replaced(layer.value, key, value), origins)
 
 

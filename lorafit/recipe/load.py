@@ -1,6 +1,7 @@
 """A recipe file -> a `LoadedRecipe`: everything in it checked, or every problem at once."""
 
 import os
+import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from pydantic import ValidationError
 
 from lorafit.errors import Problem, RecipeError
 from lorafit.recipe import secrets
-from lorafit.recipe.layers import Layer, dotted, read_layers
+from lorafit.recipe.layers import SET, Layer, dotted, read_layers
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules import Broken, broken_rules
 from lorafit.recipe.words import Wrong, in_our_words
@@ -150,7 +151,17 @@ def _sorted(path: Path, layer: Layer, wrong: Iterable[Wrong]) -> list[Problem]:
         origin = layer.origin(one.key)
         return (origin.order, origin.line, origin.column) if origin else (0, 0, 0)
 
-    return [_problem(path, layer, one.key, one.message) for one in sorted(wrong, key=place)]
+    return [_problem(path, layer, one.key, _with_example(one, layer)) for one in sorted(wrong, key=place)]
+
+
+def _with_example(wrong: Wrong, layer: Layer) -> str:
+    """What is wrong, and what to type instead: in the file, or on the command line where it was written there."""
+    if wrong.example is None:
+        return wrong.message
+    if (origin := layer.origin(wrong.key)) is not None and origin.where == SET:
+        return f"{wrong.message}; write --set {shlex.quote(f'{dotted(wrong.key)}={wrong.example}')}"
+    lead = "- " if isinstance(wrong.key[-1], int) else f"{wrong.key[-1]}: "
+    return f"{wrong.message}; write `{lead}{wrong.example}`"
 
 
 def _problem(path: Path, layer: Layer, key: KeyPath, message: str) -> Problem:

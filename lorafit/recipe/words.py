@@ -10,6 +10,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from lorafit.recipe.example import example
 from lorafit.recipe.fields import field_at, section_in
 from lorafit.recipe.suggest import nearest, unknown_key
 from lorafit.recipe.yaml_reader import FLOAT, KeyPath
@@ -31,6 +32,9 @@ class Wrong:
     meant: KeyPath | None = None
     """The key it is a misspelling of."""
 
+    example: str | None = None
+    """What could stand there instead, as YAML."""
+
 
 _TRAPS = {
     ("init_lora_weights", "pissa_niter"): "its fast SVD is not the same after reloading; write pissa, which is exact",
@@ -48,7 +52,7 @@ def in_our_words(error: ValidationError, tree: dict[str, Any]) -> list[Wrong]:
     unknown = {key: unknown_key(key) for key in leaves if found[key][0]["type"] == "extra_forbidden"}
     misspelt = {guess for _, guess in unknown.values()}  # not missing, too
     return [
-        Wrong(key, *unknown[key]) if key in unknown else Wrong(key, _message(key, found[key], tree))
+        Wrong(key, *unknown[key]) if key in unknown else _wrong(key, found[key], tree)
         for key in leaves
         if key not in misspelt
     ]
@@ -78,18 +82,22 @@ def _key_of(loc: tuple[Any, ...], tree: Any, kind: str) -> KeyPath:
     return tuple(key)
 
 
-def _message(key: KeyPath, details: Sequence[Any], tree: dict[str, Any]) -> str:
-    first = details[0]
-    if first["type"] == "missing":
-        return f"is missing; {_NEEDED.get(key, 'write it')}"
+def _wrong(key: KeyPath, details: Sequence[Any], tree: dict[str, Any]) -> Wrong:
+    if details[0]["type"] == "missing":
+        return Wrong(key, f"is missing; {_NEEDED.get(key, 'write it')}")
     value: Any = tree
     for step in key:
         value = value[step]
     if any(detail["type"] in ("too_short", "string_too_short") for detail in details):
-        return f"{shown(value)} is empty; write at least one"
+        return Wrong(key, f"{shown(value)} is empty; write at least one")
     annotation, limits = _type_at(key)
     words = _from_validators(details) or expected(annotation, limits)
-    return f"{shown(value)} is not {words}{_mend(key, value, annotation)}"
+    mend = _mend(key, value, annotation)
+    return Wrong(
+        key,
+        f"{shown(value)} is not {words}{mend}",
+        example=None if mend or value is None else example(annotation, value),
+    )
 
 
 def _from_validators(details: Iterable[Any]) -> str | None:
