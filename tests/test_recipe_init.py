@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import get_args
@@ -10,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from lorafit.cli import _exit_code
 from lorafit.errors import RecipeError
 from lorafit.recipe import load
 from lorafit.recipe.schema import recipe_schema
@@ -58,6 +60,76 @@ def test_a_base_without_chat_template_starts_plain(tmp_path: Path, monkeypatch: 
         model="base", data="rows.jsonl", mapping={}, preset="lora", goal="code", output=Path("x.yaml")
     )
     assert loaded(tmp_path, text).recipe.data.template == "plain"
+
+
+@pytest.mark.parametrize(
+    ("data", "written"),
+    [
+        ("/data/rows.jsonl", "/data/rows.jsonl"),
+        ("~/rows.jsonl", "~/rows.jsonl"),
+        ("https://example.org/rows.jsonl", "https://example.org/rows.jsonl"),
+        ("rows.jsonl", "../rows.jsonl"),
+        ("../shared/*.jsonl", "../../shared/*.jsonl"),
+        ("recipes/rows.jsonl", "rows.jsonl"),
+    ],
+)
+def test_paths_stay_as_they_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, written: str
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for model in ("/models/base", "~/base"):
+        text = starter_recipe(
+            model=model, data=data, mapping={}, preset="lora", goal="style", output=Path("recipes/x.yaml")
+        )
+        recipe = yaml.safe_load(text)
+        assert (recipe["model"]["model_name_or_path"], recipe["data"]["train"][0]["path"]) == (model, written)
+
+
+@pytest.mark.parametrize(
+    ("answers", "pattern"),
+    [
+        (["2+2\n#### 4", "9*9\n#### 81", "so\n#### 42", "x\n#### 43"], r"####\s*(\S+)"),
+        (["a\nAnswer: the sea", "b\nAnswer: rain", "c\nAnswer: a tree"], r"Answer:\s*(.+)"),
+        ([r"so \boxed{4}.", r"$\boxed{5}$", r"thus \boxed{6}"], r"\\boxed\{([^{}]*)\}"),
+        (["a\n#### 1", "b\n#### 2", "c\nno result"], None),
+        (["a\n#### 1", "b\n#### 2"], None),
+        (["It is 12.", "It is 13.", "It is 4."], None),
+        (["a\nend", "b\nend", "c\nend"], None),
+        ([], None),
+    ],
+)
+def test_answers_with_a_marked_result_are_recognised(answers: list[str], pattern: str | None) -> None:
+    from lorafit.data.answer_pattern import answer_pattern
+    from lorafit.evaluation.scores import found
+
+    assert answer_pattern(answers) == pattern
+    if pattern is not None:
+        results = [found(pattern, answer) for answer in answers]
+        assert all(results) and len(set(results)) == len(answers)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda answer: {"question": "q", "answer": answer},
+        lambda answer: {"instruction": "i", "input": "", "output": answer},
+        lambda answer: {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]},
+    ],
+)
+def test_a_starting_recipe_offers_the_pattern_of_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: Callable[[str], dict[str, object]]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    rows = [row(f"{i} it's\n#### {i}") for i in range(5)]
+    Path("rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows), encoding="utf-8")
+    assert _exit_code(["init", "--data", "rows.jsonl"]) == 0
+    text = Path("recipe.yaml").read_text(encoding="utf-8")
+    offered = text[text.index("# eval:") :].replace("# ", "", 1).replace("\n# ", "\n")
+    with_it = written(tmp_path, text[: text.index("# eval:")] + offered, name="with.yaml")
+    generate = load(with_it).recipe.eval.generate
+    assert generate is not None and (generate.answer, generate.metrics) == (r"####\s*(\S+)", ("exact_match",))
+    assert load(Path("recipe.yaml")).recipe.eval.generate is None
 
 
 def test_nothing_is_overwritten(tmp_path: Path) -> None:

@@ -118,10 +118,20 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented recipe to start from."""
-    from lorafit.data.familiar import familiar_mapping
+    from lorafit.data.answer_pattern import LOOKED_AT, answer_pattern, answers_of
+    from lorafit.data.familiar import familiar_mapping, first_rows
     from lorafit.recipe.starter import starter_recipe, write_recipe
 
     mapping = familiar_mapping(data)
-    text = starter_recipe(model=model, data=data, mapping=mapping, preset=preset, goal=goal, output=output)
+    answers = answers_of(first_rows(data, LOOKED_AT), mapping.get("columns", {}).get("completion"))
+    text = starter_recipe(
+        model=model,
+        data=data,
+        mapping=mapping,
+        answer=answer_pattern(answers),
+        preset=preset,
+        goal=goal,
+        output=output,
+    )
     write_recipe(text, output)
     print_result({"recipe": str(output)}, as_json=as_json, text=f"{output}: next, `lorafit validate {output}`")

@@ -1,5 +1,6 @@
 """What `lorafit init` makes of a data file whose columns have names of their own."""
 
+from itertools import islice
 from typing import Any
 
 from lorafit.data.columns import familiar_columns
@@ -19,10 +20,14 @@ def familiar_mapping(path: str) -> dict[str, Any]:
 
 def first_row(path: str) -> dict[str, Any] | None:
     """The first row of a data file; None where it is no object, and where the file cannot be read."""
+    return next(iter(first_rows(path, 1)), None)
+
+
+def first_rows(path: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of a data file that are objects; none where the file cannot be read."""
     try:
         files, _ = files_of(path)
         rows = read_rows(files[0], unpack(files[0], read_bytes(files[0])), broken=lambda _line, _message: None)
-        _, first = next(iter(rows), (0, None))
+        return [row for _, row in islice(rows, count) if isinstance(row, dict)]
     except (FileProblem, UnicodeError):
-        return None
-    return first if isinstance(first, dict) else None
+        return []

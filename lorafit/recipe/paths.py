@@ -25,6 +25,18 @@ def relative(value: Any, base: Path) -> Any:
     return _mapped(value, (), lambda text, key: _from(text, base, key) if Path(text).is_absolute() else text)
 
 
+def moved(value: Any, start: Path, base: Path) -> Any:
+    """`value` as the user wrote it at `start`, for a recipe in `base`: relative paths lead to the same places, absolute
+    ones and those of a home directory stay as they are."""
+
+    def spelled(text: str, key: KeyPath) -> str:
+        if not _is_path(text, key, start) or text.startswith("~") or Path(text).is_absolute() or "://" in text:
+            return text
+        return _from(absolute(text, start), base, key)
+
+    return _mapped(value, (), spelled)
+
+
 def looks_local(name: str, base: Path) -> bool:
     """Whether a model name is a directory, not a Hub id (`name` or `org/name`)."""
     return (

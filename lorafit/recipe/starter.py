@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.recipe.load import load
-from lorafit.recipe.paths import looks_local, relative, resolved
+from lorafit.recipe.paths import looks_local, moved
 from lorafit.recipe.write import dump, write_file
 
 Preset = Literal["lora", "qlora", "dora"]
@@ -50,15 +50,25 @@ quantization:                         # QLoRA: the frozen base in 4 bits
 """
 
 
-def starter_recipe(*, model: str, data: str, mapping: dict[str, Any], preset: Preset, goal: Goal, output: Path) -> str:
+def starter_recipe(
+    *,
+    model: str,
+    data: str,
+    mapping: dict[str, Any],
+    answer: str | None = None,
+    preset: Preset,
+    goal: Goal,
+    output: Path,
+) -> str:
     """The text of a recipe at `output` for a model and a data set; paths start at the current directory.
 
-    `mapping` holds the `format` and `columns` of the data set, where its columns have names of their own.
+    `mapping` holds the `format` and `columns` of the data set, where its columns have names of their own; `answer` the
+    expression that finds the results in its answers, where they have one.
     """
     here = Path.cwd()
     source: dict[str, Any] = ({"path": data} if _is_file_like(data, here) else {"hub": data}) | mapping
     written: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": [source]}}
-    moved = relative(resolved(written, here), here / output.parent)
+    told = moved(written, here, here / output.parent)
     settings = _GOALS[goal]
     dora = "  use_dora: true                      # direction and magnitude apart; about 1.5 to 2 times the time\n"
     return f"""\
@@ -72,13 +82,13 @@ def starter_recipe(*, model: str, data: str, mapping: dict[str, Any], preset: Pr
 # complete them where a recipe says `yaml-language-server: $schema=lorafit.schema.json` in a comment on its first line.
 
 model:
-{_indented(dump(moved["model"]))}\
+{_indented(dump(told["model"]))}\
 {_QUANTIZATION if preset == "qlora" else ""}\
 lora:
 {settings.lora}\
 {dora if preset == "dora" else ""}\
 data:
-{_indented(dump(moved["data"]))}\
+{_indented(dump(told["data"]))}\
   eval_fraction: 0.05                 # held out; or give files: `eval: [{{path: ...}}]`
   template: {_template(model, here):<25} # chat (the tokenizer's) | alpaca | plain | a Jinja file
 training:
@@ -90,7 +100,7 @@ training:
   learning_rate: 2e-4                 # about ten times that of full fine-tuning
   lr_scheduler_type: cosine
   warmup_steps: 0.03                  # below 1 it is a share of all steps
-"""
+{_evaluation(answer)}"""
 
 
 def write_recipe(text: str, output: Path) -> None:
@@ -106,6 +116,17 @@ def _indented(text: str) -> str:
 def _is_file_like(data: str, here: Path) -> bool:
     """Whether a data set is a file, directory or glob rather than a Hub id."""
     return looks_local(data, here) or bool(Path(data).suffix) or "*" in data or "/" not in data
+
+
+def _evaluation(answer: str | None) -> str:
+    """What `lorafit eval` may compare besides losses, commented out: it takes far longer."""
+    if answer is None:
+        return "# eval: {generate: {max_new_tokens: 256, metrics: [exact_match, rouge_l]}}   # compare answers, too\n"
+    quoted = answer.replace("'", "''")
+    return f"""\
+# eval:                               # compare answers, too; the result of each is what `answer` finds
+#   generate: {{max_new_tokens: 256, metrics: [exact_match], answer: '{quoted}'}}
+"""
 
 
 def _template(model: str, here: Path) -> str:
