@@ -236,6 +236,19 @@ def test_the_run_directory_is_named_for_the_recipe(tmp_path: Path) -> None:
     assert loaded(tmp_path, f"output_dir: out\n{SMALLEST}").output_dir() == Path("out")
 
 
+def test_the_home_directory_is_found_in_an_output_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert loaded(tmp_path, f"output_dir: ~/runs/x\n{SMALLEST}").output_dir() == Path("/home/somebody/runs/x")
+    assert loaded(tmp_path, overrides=["output_dir=~/x"]).output_dir() == Path("/home/somebody/x")
+    assert "output_dir: /home/somebody/x" in loaded(tmp_path, overrides=["output_dir=~/x"]).yaml(relative_to=tmp_path)
+
+
+def test_a_path_that_shares_only_the_root_stays_absolute_when_written(tmp_path: Path) -> None:
+    text = "model: {model_name_or_path: /models/base}\ndata: {train: [{path: rows.jsonl}]}\n"
+    written_again = loaded(tmp_path, text).yaml(relative_to=tmp_path / "run")
+    assert "model_name_or_path: /models/base" in written_again and "path: ../rows.jsonl" in written_again
+
+
 def test_every_key_of_the_schema_has_a_docstring() -> None:
     from lorafit.recipe.fields import places, section_at, section_in
     from lorafit.recipe.schema import field_docstrings

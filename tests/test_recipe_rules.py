@@ -179,6 +179,10 @@ BROKEN = {
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/base", "output_dir"),
         (f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/other/../base/runs/x", "output_dir"),
     ],
+    "output_dir_can_be_a_directory": [
+        (f"{SMALLEST}output_dir: runs/{'x' * 300}", "output_dir"),
+        (f"{SMALLEST}output_dir: ~nobody-of-that-name/x", "output_dir"),
+    ],
     "silenced_advice_exists": [(f"{SMALLEST}silence: [alphaa]", "silence")],
     "source_is_a_path_or_a_hub_data_set": [
         (with_source("{path: a, hub: b/c}"), "data.train.0.hub"),

@@ -8,11 +8,18 @@ from lorafit.recipe.yaml_reader import KeyPath
 
 TEMPLATES = ("chat", "alpaca", "plain")
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+OUTPUT_DIR: KeyPath = ("output_dir",)
 
 
 def resolved(value: Any, base: Path, *, at: KeyPath = ()) -> Any:
     """`value` with every path in it absolute; relative ones start at `base`."""
-    return _mapped(value, at, lambda text, key: absolute(text, base) if _is_path(text, key, base) else text)
+
+    def placed(text: str, key: KeyPath) -> str:
+        if key == OUTPUT_DIR:  # relative to where the command runs
+            return os.path.expanduser(text)  # noqa: PTH111
+        return absolute(text, base) if _is_path(text, key, base) else text
+
+    return _mapped(value, at, placed)
 
 
 def absolute(text: str, base: Path) -> str:
@@ -21,8 +28,18 @@ def absolute(text: str, base: Path) -> str:
 
 
 def relative(value: Any, base: Path) -> Any:
-    """`value` of a whole loaded recipe with every path in it relative to `base`, so that both can move together."""
-    return _mapped(value, (), lambda text, key: _from(text, base, key) if Path(text).is_absolute() else text)
+    """`value` of a whole loaded recipe with every path in it relative to `base`, so that both can move together.
+
+    What shares nothing with `base` but the root of the file system cannot move with it, and stays absolute.
+    """
+
+    def told(text: str, key: KeyPath) -> str:
+        if not Path(text).is_absolute() or key == OUTPUT_DIR:
+            return text
+        is_apart = os.path.commonpath([text, Path.cwd() / base]) == os.sep
+        return text if is_apart else _from(text, base, key)
+
+    return _mapped(value, (), told)
 
 
 def moved(value: Any, start: Path, base: Path) -> Any:
@@ -57,7 +74,7 @@ def _mapped(value: Any, at: KeyPath, change: Any) -> Any:
 
 def _may_be_path(at: KeyPath) -> bool:
     match at:
-        case ("model", "model_name_or_path") | ("data", "template") | ("launch", "strategy"):
+        case ("output_dir",) | ("model", "model_name_or_path") | ("data", "template") | ("launch", "strategy"):
             return True
         case ("data", "train" | "eval", int(), "path") | ("eval", "general", int(), "path") | ("eval", "tasks", int()):
             return True

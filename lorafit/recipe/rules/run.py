@@ -180,6 +180,20 @@ def output_stays_out_of_the_model(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("output_dir", message, ("model.model_name_or_path",))
 
 
+LONGEST_NAME = 255
+"""Bytes of a file name on the file systems of Linux."""
+
+
+def output_dir_can_be_a_directory(recipe: Recipe) -> Iterator[Broken]:
+    """A name that no directory can have."""
+    output_dir = recipe.output_dir or ""
+    if output_dir.startswith("~"):  # loading puts the home directory of every user there is in its place
+        yield Broken("output_dir", f"{output_dir.split('/')[0]} is no user's home directory; write the path")
+    longest = max(len(os.fsencode(part)) for part in output_dir.split("/"))
+    if longest > LONGEST_NAME:
+        yield Broken("output_dir", f"a name of {longest} bytes is too long for a directory; at most {LONGEST_NAME}")
+
+
 def silenced_advice_exists(recipe: Recipe) -> Iterator[Broken]:
     """A misspelt name would silence nothing."""
     for name in recipe.silence:
@@ -201,5 +215,6 @@ RULES: tuple[Rule, ...] = (
     halving_needs_whole_gradients,
     optimizer_takes_sharded_weights,
     output_stays_out_of_the_model,
+    output_dir_can_be_a_directory,
     silenced_advice_exists,
 )
