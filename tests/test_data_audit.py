@@ -114,7 +114,8 @@ def test_text_the_template_drops_is_reported(tmp_path: Path) -> None:
     messages = [{"role": "system", "content": "the question"}, *TWO_TURNS]
     data = section(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]))
     (warning,) = prepared(data, word_tokenizer(template)).audit.warnings
-    assert "the template drops a message's text: 1" in warning and "(system message)" in warning
+    assert "the template drops a message's text, a call or a tool: 1" in warning
+    assert "(the text of message 1, system)" in warning
 
 
 def test_text_that_a_template_only_quotes_or_trims_is_not_called_dropped(tmp_path: Path) -> None:
@@ -138,7 +139,7 @@ def test_a_row_of_which_the_template_drops_part_of_the_answer_is_lost(
     data = section(write_jsonl(tmp_path / "a.jsonl", rows))
     problems = prepare_problems(data, word_tokenizer(CHATML.replace(*drop)))
     assert problems[0] == "data.train: none of the 1 rows can be trained on"
-    assert problems[1].startswith("data.train: rows of which the template drops an answer's text: 1, at a.jsonl:1")
+    assert problems[1].startswith("data.train: rows of which the template drops part of an answer: 1, at a.jsonl:1")
 
 
 def test_a_prompt_that_changes_once_it_is_answered_is_lost(tmp_path: Path) -> None:

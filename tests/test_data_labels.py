@@ -245,7 +245,10 @@ def test_columns_are_what_the_trainer_and_the_report_need(tmp_path: Path) -> Non
 def test_what_a_template_refuses_is_said_with_the_row(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"messages": TWO_TURNS}, {"messages": [SYSTEM, *TWO_TURNS]}])
     problems = prepare_problems(section(path), word_tokenizer(MISTRAL, eos_token="</s>"))
-    assert problems == ["a.jsonl:2: the template refuses this row: only user and assistant"]
+    assert problems[0].startswith("data.train: 1 of 2 rows (50.0%) cannot be trained on")
+    assert problems[1].startswith(
+        "data.train: rows that cannot be rendered: 1, at a.jsonl:2 (the template refuses this row: only user and "
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,7 +267,7 @@ def test_layouts_refuse_rows_they_have_no_place_for(
     tmp_path: Path, settings: dict[str, Any], row: dict[str, Any], problem: str
 ) -> None:
     data = section(write_jsonl(tmp_path / "a.jsonl", [row]), **settings)
-    assert prepare_problems(data, word_tokenizer())[0].startswith(f"a.jsonl:1: {problem}")
+    assert f"rows that cannot be rendered: 1, at a.jsonl:1 ({problem}" in prepare_problems(data, word_tokenizer())[1]
 
 
 def test_no_chat_template_is_an_error_with_the_way_out(tmp_path: Path) -> None:

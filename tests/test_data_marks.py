@@ -110,7 +110,7 @@ def test_a_row_of_which_every_answer_is_left_out_is_lost_and_says_why(tmp_path: 
     rows = json_lines({"messages": [USER, RIGHT]}, {"messages": [USER, WRONG | {"weight": 0}]})
     found = scanned(tmp_path / "a.jsonl", rows, max_lost_rows=0.5)
     assert (found.train_rows, found.lost) == (1, 1)
-    assert "a.jsonl:2 (each is left out by train: false or weight: 0)" in found.warnings[0]
+    assert "a.jsonl:2 (left out by train: false or weight: 0)" in found.warnings[0]
 
 
 def test_rows_that_differ_only_in_what_is_trained_are_no_duplicates(tmp_path: Path) -> None:

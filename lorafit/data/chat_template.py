@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _cached_compile_jinja_template
 
@@ -26,6 +28,15 @@ class ChatTemplate:
         _bound(environment)
         self._template = environment.from_string(text)
         self._variables = {**self._template.globals, **variables, "documents": None}
+        given = {"messages", "tools", "add_generation_prompt", *self._variables}
+        self.reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)) - given)
+        """Variables that the template looks for and nothing sets: what `template_kwargs` may set."""
+
+    def with_variable(self, name: str, value: Any) -> ChatTemplate:
+        """The same template with one variable set otherwise."""
+        other = copy.copy(self)
+        other._variables = {**self._variables, name: value}
+        return other
 
     def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, is_prompt: bool = False) -> str:
         """The conversation as text; as a prompt it ends where the assistant's answer begins.

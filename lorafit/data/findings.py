@@ -36,11 +36,11 @@ KINDS = {
     "preference": Kind("error", "rows of preference data", ""),
     "not_text": Kind("error", "rows with what is no text", ""),
     "unobeyed": Kind("error", "rows that say what is learnt in a way that is not read", ""),
-    "refused": Kind("error", "rows the template refuses", ""),
     # rows that cannot teach anything
     "no_answer": Kind("lost", "rows without an answer to train on", "remove them, or fill in the answer"),
+    "refused": Kind("lost", "rows that cannot be rendered", "mend them, or use another data.template"),
     "answer_dropped": Kind(
-        "lost", "rows of which the template drops an answer's text", "use another data.template, or mend the answers"
+        "lost", "rows of which the template drops part of an answer", "use another data.template, or mend the answers"
     ),
     "prompt_not_prefix": Kind(
         "lost",
@@ -65,6 +65,26 @@ KINDS = {
         "answers that follow another text in training than in generation",
         "use a template whose generation prompt opens the answer the same way",
     ),
+    "set_after_prompt": Kind(
+        "warning",
+        "answers set after the prompt that generation sees, since the template renders it differently once they follow",
+        "nothing to do if the template is meant to, as those that strip reasoning are",
+    ),
+    "no_generation_prompt": Kind(
+        "warning",
+        "answers that are trained with the header before them, since the template has no generation prompt",
+        "use a template that writes the header under add_generation_prompt",
+    ),
+    "empty_thought": Kind(
+        "warning",
+        "answers without reasoning before which the template writes an empty thought, trained as part of them",
+        "nothing to do if the model is to answer so when it may think",
+    ),
+    "eaten_space": Kind(
+        "warning",
+        "answers whose white space at the start the tokenizer drops, as part of the special token before it",
+        "nothing to do, but that white space cannot be learnt with this tokenizer",
+    ),
     "straddling": Kind(
         "warning",
         "answers whose first token also holds the end of the prompt",
@@ -73,10 +93,13 @@ KINDS = {
     "split": Kind(
         "warning",
         "rows trained as several sequences, since the template renders earlier turns differently",
-        "nothing to do if the template is meant to, as those that strip reasoning are",
+        "nothing to do if the template is meant to, as those that strip reasoning are; data.train_on: last_answer "
+        "trains the last answer of each alone",
     ),
     "content_dropped": Kind(
-        "warning", "rows of which the template drops a message's text", "use a template that renders every role"
+        "warning",
+        "rows of which the template drops a message's text, a call or a tool",
+        "use a template that renders every role and the tools",
     ),
     "empty_answer": Kind(
         "warning", "rows with an empty answer, which is not trained", "fill it in, or leave the message out"

@@ -44,7 +44,7 @@ class Shaper:
         self._given = source.format
         self._columns = source.columns
         self._findings = findings
-        self._is_all_trained = section.train_on == "all"
+        self._train_on = section.train_on
         self._template_kwargs = section.template_kwargs
         self._format: str | None = source.format
         self._known: dict[tuple[str, ...], _Known | RowProblem] = {}
@@ -91,7 +91,7 @@ class Shaper:
         except RowProblem as problem:
             self._findings.add(problem.kind, place, problem.message)
             return None
-        return row if is_trainable(row, self._findings, is_all_trained=self._is_all_trained) else None
+        return row if is_trainable(row, self._findings, train_on=self._train_on) else None
 
     @property
     def format(self) -> str:
@@ -212,7 +212,7 @@ class Shaper:
             place,
             findings=self._findings,
             first_answer=first_answer,
-            is_all_trained=self._is_all_trained,
+            is_all_trained=self._train_on == "all",
         )
         system = self._optional_text(raw, "system")
         if system and checked[0]["role"] in ("system", "developer"):

@@ -25,10 +25,11 @@ from lorafit.data.audit import Audit, SideAudit, side_audit
 from lorafit.data.digest import DATE, TOKENS, contents
 from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.hub import hub_rows
-from lorafit.data.render import Rendered, Renderer
+from lorafit.data.render import Renderer
 from lorafit.data.rows import Row
 from lorafit.data.scan import DataScan, Side, epoch_rows, scan
 from lorafit.data.tokens import NOT_TRAINED, Limits, Sequence, TextTokenizer
+from lorafit.data.turns import Rendered
 from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
@@ -84,7 +85,7 @@ def prepare(
 
     Raises DataError with every problem of the data, RecipeError or ModelError when there is no template.
     """
-    renderer = Renderer(section, tokenizer)
+    renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer, adds_bos=renderer.adds_bos)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
     now = contents(section, hub_rows=hub_rows)

@@ -1,46 +1,34 @@
-"""A row -> the text of its sequences, and which characters of it are trained.
-
-An answer starts where the prompt before it ends, rendered as generation will see it, and ends where the text up to and
-with the answer ends. Both must be prefixes of the whole, or the tokens that are trained would follow another text than
-in generation. What the template writes after the stop token (a newline, mostly) belongs to the answer: so do TRL's
-labels, and generation has stopped by then.
-"""
+"""A row -> the text of its sequences, and which characters of it are trained."""
 
 from __future__ import annotations
 
-import json
+import logging
 import re
-from typing import NamedTuple
+from collections.abc import Collection, Iterator
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.findings import Findings
+from lorafit.data.openings import Note, Openings
 from lorafit.data.problems import RowProblem
-from lorafit.data.rows import Chat, Message, Pair, Place, Row, Text, answers, as_chat, texts
+from lorafit.data.rows import Chat, Message, Pair, Row, Text, answers, as_chat, system_merged, texts
+from lorafit.data.seen import writes_python
 from lorafit.data.templates import Templates, alpaca_prompt
+from lorafit.data.tool_calls import with_argument_text
+from lorafit.data.turns import Rendered, Turns, times_the_text
 from lorafit.recipe.sections import DataSection
 
-Span = tuple[int, int]
-OPENING = 64
-"""Characters before an answer that may already hold its beginning: some prompts of generation end with `<think>`."""
+logger = logging.getLogger(__name__)
 
-
-class Rendered(NamedTuple):
-    """The text of one sequence."""
-
-    place: Place
-    text: str
-    spans: tuple[Span, ...]
-    """Characters of the answers, from and up to."""
-    is_whole: bool
-    """Every token is trained, not only those of the spans."""
+MERGE = "data.system: merge puts the system text before the first user's message"
 
 
 class Renderer:
     """Renders rows with the recipe's template."""
 
-    def __init__(self, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self, section: DataSection, tokenizer: PreTrainedTokenizerBase, *, stop_token_ids: Collection[int]
+    ) -> None:
         """Raises RecipeError, DataError or ModelError when there is no template that can be used."""
         self._section = section
         self._eos: str = tokenizer.eos_token
@@ -48,8 +36,13 @@ class Renderer:
         self.template_text = self._templates.text
         self.adds_bos = section.template in ("alpaca", "plain")
         """Whether the tokenizer's own beginning goes before the text: chat templates write it themselves."""
-        added = tokenizer.added_tokens_decoder.values()
-        self._special = frozenset(token.content for token in added if token.special and token.content.strip())
+        added = tokenizer.added_tokens_decoder
+        self._stops = tuple(
+            added[stop].content if stop in added else tokenizer.decode([stop]) for stop in stop_token_ids
+        )
+        self._openings = {has_tools: Openings() for has_tools in (False, True)}
+        self._warned_of = 1.0
+        self._special = frozenset(token.content for token in added.values() if token.special and token.content.strip())
         self._special_pattern = _special_token_pattern(self._special)
 
     def render(self, row: Row, findings: Findings) -> list[Rendered]:
@@ -61,14 +54,74 @@ class Renderer:
                 return [Rendered(row.place, text, ((0, len(text)),), True)]
             if self._section.template in ("plain", "alpaca"):
                 return [self._laid_out(row)]
-            chat = as_chat(row)
-            template = self._templates.of(has_tools=bool(chat.tools))
-            if self._section.train_on == "all":
-                return [self._whole(chat, template, findings)]
-            return _sequences(chat, template, findings, eos=self._eos)
+            made, notes = self._conversation(self._merged(as_chat(row)))
         except RowProblem as problem:
             findings.add(problem.kind, row.place, problem.message)
             return []
+        for kind, message in notes:
+            findings.add(kind, row.place, message)
+        self._warn_of_cost(made)
+        return made
+
+    def _conversation(self, chat: Chat) -> tuple[list[Rendered], list[Note]]:
+        """Sequences and findings of a conversation, its tool calls given as the template takes them.
+
+        Raises RowProblem.
+        """
+        wanted = self._wanted(chat)
+        refused = RowProblem("the template writes the arguments of tool calls as Python", kind="refused")
+        for messages in (chat.messages, *_given_otherwise(chat.messages)):
+            try:
+                made, notes = self._attempt(chat._replace(messages=messages), wanted)
+            except RowProblem as problem:
+                refused = problem if messages is chat.messages else refused
+                continue
+            if not any(writes_python(message, made[-1].text) for message in messages):
+                return made, notes
+        if refused.kind == "refused" and self._is_taken(system_merged(chat)):
+            raise RowProblem(f"{refused.message}; {MERGE}", kind=refused.kind)
+        raise refused
+
+    def _wanted(self, chat: Chat) -> list[int]:
+        return answers(chat, only_last=self._section.train_on == "last_answer")
+
+    def _attempt(self, chat: Chat, wanted: list[int]) -> tuple[list[Rendered], list[Note]]:
+        has_tools = bool(chat.tools)
+        turns = Turns(
+            chat,
+            self._templates.of(has_tools=has_tools),
+            eos=self._eos,
+            stops=self._stops,
+            openings=self._openings[has_tools],
+        )
+        if self._section.train_on == "all":
+            return [turns.whole()], turns.notes
+        if not wanted:
+            raise RowProblem("", kind="no_answer")
+        return turns.answers(wanted), turns.notes
+
+    def _is_taken(self, chat: Chat | None) -> bool:
+        """Whether the template takes the conversation."""
+        try:
+            return chat is not None and bool(self._attempt(chat, self._wanted(chat)))
+        except RowProblem:
+            return False
+
+    def _merged(self, chat: Chat) -> Chat:
+        return (system_merged(chat) or chat) if self._section.system == "merge" else chat
+
+    def _warn_of_cost(self, made: list[Rendered]) -> None:
+        """Say early what rows cost that a template renders again for every answer: at 2, 4, 8 ... times the text."""
+        times = times_the_text(made)
+        if times >= 2 * self._warned_of:
+            self._warned_of = times
+            logger.warning(
+                "the template renders earlier turns differently (those that strip reasoning do): a row of %d answers "
+                "becomes %d sequences with %.2g times the tokens; data.train_on: last_answer trains the last alone",
+                sum(len(sequence.spans) for sequence in made),
+                len(made),
+                times,
+            )
 
     def _laid_out(self, row: Chat | Pair) -> Rendered:
         layout = self._section.template
@@ -78,6 +131,8 @@ class Renderer:
                 "set data.template: chat",
                 kind="refused",
             )
+        if row.system and self._section.system == "merge":
+            row = row._replace(system="", prompt=f"{row.system}\n\n{row.prompt}")
         if row.system or (layout == "plain" and row.input):
             what = "a system text" if row.system else "an input besides the instruction"
             raise RowProblem(
@@ -86,12 +141,6 @@ class Renderer:
         prompt = row.prompt if layout == "plain" else alpaca_prompt(row.prompt, row.input)
         text = prompt + self._ended(row.completion)
         return Rendered(row.place, text, ((len(prompt), len(text)),), self._section.train_on == "all")
-
-    def _whole(self, chat: Chat, template: ChatTemplate, findings: Findings) -> Rendered:
-        text = template.render(chat.messages, chat.tools)
-        _find_dropped(chat.messages, text, chat.place, findings)
-        ends_with_answer = chat.messages[-1]["role"] == "assistant"
-        return Rendered(chat.place, text, ((0, len(text)),) if ends_with_answer else (), True)
 
     def _ended(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos
@@ -105,81 +154,14 @@ class Renderer:
                 return
 
 
-def _sequences(chat: Chat, template: ChatTemplate, findings: Findings, *, eos: str) -> list[Rendered]:
-    """Sequences in which every answer is trained once, after the text generation would see before it."""
-    left = answers(chat)
-    made: list[Rendered] = []
-    while left:
-        last = left[-1]
-        text = template.render(chat.messages[: last + 1], chat.tools)
-        last_span = _last_span(chat, last, text, template, findings)
-        if last_span is None:
-            findings.add("prompt_not_prefix", chat.place)
-            return []
-        found = {answer: _earlier_span(chat, answer, text, template, eos=eos) for answer in left[:-1]}
-        spans = {answer: span for answer, span in found.items() if span} | {last: last_span}
-        if not made:
-            asked = [message for message in chat.messages[: last + 1] if message["role"] != "assistant"]
-            _find_dropped(asked, text, chat.place, findings)
-        if any(not _is_in(chat.messages[a], text[max(0, start - OPENING) : end]) for a, (start, end) in spans.items()):
-            findings.add("answer_dropped", chat.place)
-            return []
-        made.append(Rendered(chat.place, text, tuple(spans.values()), False))
-        left = [answer for answer in left if answer not in spans]
-    if len(made) > 1:
-        findings.add("split", chat.place, f"{len(made)} sequences")
-    return made[::-1]
-
-
-def _earlier_span(chat: Chat, answer: int, text: str, template: ChatTemplate, *, eos: str) -> Span | None:
-    """Where an answer before the last stands; None when it, or what comes before it, is rendered differently there."""
-    prompt = template.render(chat.messages[:answer], chat.tools, is_prompt=True)
-    answered = template.render(chat.messages[: answer + 1], chat.tools)
-    if not text.startswith(answered):
-        answered = answered.removesuffix(eos)  # some templates close a conversation with one more token
-    fits = answered.startswith(prompt) and text.startswith(answered)
-    return (len(prompt), len(answered)) if fits else None
-
-
-def _last_span(chat: Chat, answer: int, text: str, template: ChatTemplate, findings: Findings) -> Span | None:
-    """Where the answer at the end of the text stands; None when the messages before it are rendered differently."""
-    prompt = template.render(chat.messages[:answer], chat.tools, is_prompt=True)
-    if text.startswith(prompt):
-        return len(prompt), len(text)
-    # Some templates end the prompt of generation with what a finished conversation does not hold (an empty thought
-    # block). The answer then starts where the two part, as TRL has it, as long as the messages before it are the same.
-    shared = _shared_length(prompt, text)
-    if shared < len(template.render(chat.messages[:answer], chat.tools)):
-        return None
-    findings.add("generation_prompt", chat.place)
-    return shared, len(text)
-
-
-def _shared_length(one: str, other: str) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
-
-
-def _find_dropped(messages: list[Message], text: str, place: Place, findings: Findings) -> None:
-    for message in messages:
-        if not _is_in(message, text):
-            findings.add("content_dropped", place, f"{message['role']} message")
-            return
-
-
-def _is_in(message: Message, text: str) -> bool:
-    """Whether the message's tool calls and text are in the rendered one, up to white space and JSON quoting."""
-    calls = [call.get("function", call).get("name", "") for call in message.get("tool_calls", [])]
-    if not all(name in text for name in calls):
-        return False
-    content = message.get("content", "").strip()
-    if content in text:
-        return True
-    squeezed = "".join(text.split())
-    return any(
-        "".join(spelt.split()) in squeezed
-        for spelt in (content, json.dumps(content)[1:-1], json.dumps(content, ensure_ascii=False)[1:-1])
-    )
+def _given_otherwise(messages: list[Message]) -> Iterator[list[Message]]:
+    """Tool calls as some templates want them: arguments as text, no text as null instead of as nothing."""
+    if any(message.get("tool_calls") for message in messages):
+        yield with_argument_text(messages)
+        with_null = [{"content": None, **message} for message in messages]
+        if with_null != messages:
+            yield with_null
+            yield with_argument_text(with_null)
 
 
 def _special_token_pattern(tokens: frozenset[str]) -> re.Pattern[str]:

@@ -44,9 +44,13 @@ class Text(NamedTuple):
 Row = Chat | Pair | Text
 
 
-def answers(chat: Chat) -> list[int]:
-    """The messages to train on: the assistant's that say something, have something to answer and are not marked."""
-    return [index for index in possible_answers(chat) if index not in chat.untrained]
+def answers(chat: Chat, *, only_last: bool = False) -> list[int]:
+    """The messages to train on: the assistant's that say something, have something to answer and are not marked.
+
+    Of these only the row's last answer where that alone is wanted; when it is marked, there is none.
+    """
+    possible = possible_answers(chat)
+    return [index for index in (possible[-1:] if only_last else possible) if index not in chat.untrained]
 
 
 def possible_answers(chat: Chat) -> list[int]:
@@ -80,6 +84,20 @@ def as_chat(row: Chat | Pair) -> Chat:
     messages: list[Message] = [{"role": "system", "content": row.system}] if row.system else []
     messages += [{"role": "user", "content": prompt}, {"role": "assistant", "content": row.completion}]
     return Chat(row.place, messages, None, 0)
+
+
+def system_merged(chat: Chat) -> Chat | None:
+    """The conversation with its system text before the first user's message, a blank line between; None without both.
+
+    What Gemma and the first Mistral models are given, whose templates know no system message.
+    """
+    said, *rest = chat.messages
+    asked = next((index for index, message in enumerate(rest) if message["role"] == "user"), None)
+    if said["role"] not in ("system", "developer") or asked is None:
+        return None
+    rest[asked] = {**rest[asked], "content": f"{said['content']}\n\n{rest[asked]['content']}"}
+    untrained = frozenset(index - 1 for index in chat.untrained if index)
+    return chat._replace(messages=rest, first_answer=max(0, chat.first_answer - 1), untrained=untrained)
 
 
 def texts(row: Row) -> tuple[str, ...]:

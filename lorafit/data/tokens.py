@@ -14,8 +14,8 @@ from tokenizers.processors import Sequence as NoPostProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.data.findings import Findings
-from lorafit.data.render import Rendered, Span
 from lorafit.data.rows import Place
+from lorafit.data.turns import Rendered, Span
 from lorafit.errors import ModelError
 
 TokenIds = npt.NDArray[np.int32]
@@ -68,6 +68,7 @@ class TextTokenizer:
         self._tokenizer = tokenizer
         self._opening = _opening_ids(tokenizer) if adds_bos else []
         self._bos: int | None = tokenizer.bos_token_id
+        self._added = frozenset(tokenizer.added_tokens_decoder)
 
     def sequences(self, rendered: Iterable[Rendered], limits: Limits, findings: Findings) -> Iterator[Sequence]:
         """The sequences that can be trained on, in order."""
@@ -81,12 +82,10 @@ class TextTokenizer:
 
     def _sequence(self, item: Rendered, encoding: Encoding, limits: Limits, findings: Findings) -> Sequence | None:
         ids: list[int] = encoding.ids
-        spans = [_token_span(encoding, span, len(item.text)) for span in item.spans]
+        spans = [self._answer(encoding, span, item, findings) for span in item.spans]
         if not item.is_whole and all(first >= end for first, end in spans):
             findings.add("no_answer", item.place)
             return None
-        if not item.is_whole and any(_straddles(encoding, span) for span in item.spans if span[0]):
-            findings.add("straddling", item.place)
         for first, end in spans:
             self._find_missing_stop(ids[max(first, end - TOKENS_AFTER_STOP) : end], item, limits, findings)
         opening = self._opening if ids[: len(self._opening)] != self._opening else []
@@ -96,11 +95,30 @@ class TextTokenizer:
         for first, end in spans:
             answer = slice(first + len(opening), end + len(opening))
             labels[answer] = input_ids[answer]
+        for span in item.left_out:
+            first, end = _token_span(encoding, span, len(item.text))
+            labels[first + len(opening) : end + len(opening)] = NOT_TRAINED
+        if (labels == NOT_TRAINED).all():
+            findings.add("no_answer", item.place)
+            return None
         if len(input_ids) > 1 and input_ids[0] == input_ids[1] == self._bos:
             findings.add("double_bos", item.place)
         if len(ids) and (largest := int(input_ids.max())) >= limits.vocab_size:
             findings.add("outside_vocabulary", item.place, self._foreign(largest, limits.vocab_size))
         return _fit(Sequence(item.place, input_ids, labels), limits, findings)
+
+    def _answer(self, encoding: Encoding, span: Span, item: Rendered, findings: Findings) -> Span:
+        """Tokens of an answer. A special token of the prompt is never one, though it may hold the answer's space."""
+        first, end = _token_span(encoding, span, len(item.text))
+        if item.is_whole or not span[0] or not _straddles(encoding, span):
+            return first, end
+        is_special = encoding.ids[first] in self._added
+        findings.add(
+            "eaten_space" if is_special else "straddling",
+            item.place,
+            self._tokenizer.decode([encoding.ids[first]]) if is_special else "",
+        )
+        return first + is_special, end
 
     def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:
         if limits.stop_token_ids.isdisjoint(end):

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from lorafit.data.findings import Findings
 from lorafit.data.rows import Chat, Pair, Row, Text, answers, possible_answers, says_something
+from lorafit.recipe.sections.data import TrainOn
 
 NOTHING_SAID = "the answer is empty"
-LEFT_OUT = "each is left out by train: false or weight: 0"
+LEFT_OUT = "left out by train: false or weight: 0"
 
 
-def is_trainable(row: Row, findings: Findings, *, is_all_trained: bool) -> bool:
+def is_trainable(row: Row, findings: Findings, *, train_on: TrainOn) -> bool:
     """Whether something of the row can be trained on."""
+    is_all_trained = train_on == "all"
     reason = NOTHING_SAID
     if isinstance(row, Text):
         has_answer = has_prompt = bool(row.text) and not row.text.isspace()
@@ -19,7 +21,7 @@ def is_trainable(row: Row, findings: Findings, *, is_all_trained: bool) -> bool:
         has_answer = bool(row.completion) and not row.completion.isspace()
     else:
         has_prompt = all(says_something(message) for message in row.messages if message["role"] != "assistant")
-        has_answer = bool(answers(row))
+        has_answer = bool(answers(row, only_last=train_on == "last_answer"))
         reason = _why_not(row)
         _look_for_untrained(row, findings, is_all_trained=is_all_trained)
     if not has_answer and not (is_all_trained and _says_anything(row)):

@@ -128,7 +128,7 @@ def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Pat
     generate = section.generate or (GenerateSection() if samples else None)
     questions: tuple[Question, ...] = ()
     if generate is not None:
-        answerable = rows if recipe.data.train_on == "answers" else reader.held_out(answers_only=True)
+        answerable = rows if recipe.data.train_on != "all" else reader.held_out(answers_only=True)
         questions = _spread(reader.questions(answerable, stop_token_ids=subject.stop_token_ids), generate.limit)
         if not questions:
             message = "has no row with a prompt and an answer to compare with: leave eval.generate and --samples out"

@@ -54,7 +54,8 @@ class RowReader:
 
     def held_out(self, *, answers_only: bool = False) -> Rows:
         """The held-out rows; `answers_only` masks all but the answers, whatever was trained on. Raises DataError."""
-        data = self._recipe.data.model_copy(update={"train_on": "answers"} if answers_only else {})
+        masks = answers_only and self._recipe.data.train_on == "all"
+        data = self._recipe.data.model_copy(update={"train_on": "answers"} if masks else {})
         if data.eval:
             prepared = self._prepared(data.model_copy(update={"train": data.eval, "eval": ()}))
             return self._rows(prepared.train, prepared)

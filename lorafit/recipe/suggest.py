@@ -70,6 +70,7 @@ _RENAMED = {
     "pad_to_sequence_len": "nothing: rows are padded to the longest of their batch",
     "train_on_inputs": "data.train_on: all",
     "mask_prompt": "data.train_on: answers",
+    "mask_history": "data.train_on: last_answer",
     "flash_attention": "model.attn_implementation: flash_attention_2",
     "flash_attn": "model.attn_implementation: flash_attention_2",
     "sdp_attention": "model.attn_implementation: sdpa",

@@ -6,6 +6,7 @@ from pydantic import Field, Strict
 
 from lorafit.recipe.sections.base import Frozen, Section
 
+TrainOn = Literal["answers", "last_answer", "all"]
 Format = Literal["messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
 
@@ -60,9 +61,15 @@ class DataSection(Section):
     template_kwargs: Annotated[dict[str, Any], Frozen] = {}
     """Variables handed to the chat template, e.g. `{enable_thinking: false}`."""
 
-    train_on: Literal["answers", "all"] = "answers"
+    train_on: TrainOn = "answers"
     """Which tokens are trained: the answers of every turn, up to and with what the template writes after them (the stop
-    token first), or every token. Text rows are trained whole."""
+    token first), the last answer of a row alone, or every token. Messages marked `train: false` or `weight: 0` are left
+    out under each. Text rows are trained whole."""
+
+    system: Literal["keep", "merge"] = "keep"
+    """Where a system text goes: `keep` gives the template a system message; `merge` puts the text before the first
+    user's message, with a blank line between, for templates that know no system message (Gemma 2, Mistral 7B). Whoever
+    uses the model must then do the same."""
 
     over_length: Literal["error", "drop", "truncate"] = "error"
     """What happens to rows longer than `training.max_length`: refused, left out, or cut at the end; always counted."""

@@ -1,0 +1,82 @@
+"""What a template writes by itself between the prompt of generation and an answer's text.
+
+Mostly nothing, or what the answer has to begin with (a channel). A header there means that the template does not know
+`add_generation_prompt`; an empty thought there is learnt by answers that have none. Both are told by rendering: the
+header by a prompt that is the same with and without, the thought by an answer that is given one.
+"""
+
+from __future__ import annotations
+
+from lorafit.data.chat_template import ChatTemplate
+from lorafit.data.problems import RowProblem
+from lorafit.data.rows import Chat, Message
+from lorafit.data.seen import reasoning
+
+Note = tuple[str, str]
+THOUGHT = "(a thought)"
+KNOWN_AT_MOST = 64
+"""Openings remembered: a template that writes another before every answer is not asked about each."""
+
+
+class Openings:
+    """Remembers what was found out about each opening."""
+
+    def __init__(self) -> None:
+        self._known: dict[str, str] = {}
+        self._said: set[str] = set()
+
+    def look(self, chat: Chat, index: int, answer: str, *, template: ChatTemplate) -> Note | None:
+        """The finding about the rendered answer of message `index`, if any: its kind, and when it is new its words."""
+        message = chat.messages[index]
+        content = (message.get("content") or "").strip()
+        opening = answer.partition(content)[0] if content else ""
+        if not opening.strip() or opening == answer or reasoning(message):
+            return None
+        kind = self._known.get(opening)
+        if kind is None and len(self._known) < KNOWN_AT_MOST:
+            kind = self._known[opening] = _kind(chat, index, opening, template)
+        if not kind:
+            return None
+        words = "" if opening in self._said else _words(kind, chat, index, opening, template)
+        self._said.add(opening)
+        return kind, words
+
+
+def _kind(chat: Chat, index: int, opening: str, template: ChatTemplate) -> str:
+    before = chat.messages[:index]
+    if template.render(before, chat.tools, is_prompt=True) == template.render(before, chat.tools):
+        return "" if chat.messages[index].get("tool_calls") else "no_generation_prompt"
+    return "empty_thought" if _squeezed(_with_thought(chat, index, template)) == _squeezed(opening) else ""
+
+
+def _with_thought(chat: Chat, index: int, template: ChatTemplate) -> str:
+    """What the template writes between prompt and answer for the same answer with a thought, without the thought."""
+    message: Message = {**chat.messages[index], "reasoning_content": THOUGHT}
+    try:
+        prompt = template.render(chat.messages[:index], chat.tools, is_prompt=True)
+        whole = template.render([*chat.messages[:index], message], chat.tools)
+    except RowProblem:
+        return ""
+    opening = whole.removeprefix(prompt).partition(message["content"].strip())[0]
+    return opening.replace(THOUGHT, "") if THOUGHT in opening else ""
+
+
+def _words(kind: str, chat: Chat, index: int, opening: str, template: ChatTemplate) -> str:
+    if kind == "no_generation_prompt":
+        return repr(opening)
+    before = chat.messages[:index]
+    prompt = template.render(before, chat.tools, is_prompt=True)
+    for name in sorted(template.reads):
+        for value in (False, True):
+            try:
+                other = template.with_variable(name, value).render(before, chat.tools, is_prompt=True)
+            except RowProblem:
+                continue
+            if other != prompt and _squeezed(other) == _squeezed(prompt + opening):
+                setting = f"data.template_kwargs: {{{name}: {str(value).lower()}}}"
+                return f"{opening!r}; {setting} puts it into the prompt instead"
+    return f"{opening!r}"
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
