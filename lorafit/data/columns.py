@@ -7,8 +7,9 @@ from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from lorafit.data.content import ONLY_TEXT, OTHER_THAN_TEXT
-from lorafit.data.conversation import role_of
+from lorafit.data.conversation import ROLES, role_of
 from lorafit.data.problems import RowProblem, listed
+from lorafit.data.strict_json import DECODER
 
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user", "human")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution", "target", "answers", "assistant")
@@ -64,7 +65,7 @@ def familiar_columns(row: dict[str, Any]) -> dict[str, Any]:
         return {"format": structured[0]} if len(structured) == 1 < len(fits) else {}
     if pair_of_preference(row):
         return {}
-    chats = [name for name, value in row.items() if _is_conversation(value)]
+    chats = [name for name, value in row.items() if _first_role(value)]
     if chats:
         return _mapping("messages", {"messages": chats[0]}, row) if len(chats) == 1 else {}
     texts = [name for name, value in row.items() if value is None or isinstance(value, str)]
@@ -87,11 +88,16 @@ def _mapping(row_format: str, columns: dict[str, str], row: dict[str, Any]) -> d
     return {"format": row_format, "columns": {field: name for field, name in named.items() if field != name}}
 
 
-def _is_conversation(value: Any) -> bool:
-    """Whether the value is a list of messages, or the JSON text of one."""
-    if isinstance(value, str):
-        return value.startswith(('[{"role":', '[{"from":')) or value.startswith(('[{"content":', '[{"value":'))
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and role_of(value[0]) is not None
+def _first_role(value: Any) -> str | None:
+    """Who speaks first, if the value is a list of messages or the JSON text of one."""
+    if isinstance(value, str) and value.startswith("["):
+        try:
+            value = DECODER.decode(value)
+        except (ValueError, RecursionError):
+            return None
+    first = value[0] if isinstance(value, list) and value else None
+    role = role_of(first) if isinstance(first, dict) else None
+    return role if role in ROLES else None
 
 
 def no_format(row: dict[str, Any], *, not_text: Collection[str]) -> RowProblem:
@@ -131,11 +137,11 @@ def preference_problem(row: dict[str, Any], chosen: str, rejected: str) -> RowPr
 
 def _how_to_learn(row: dict[str, Any], chosen: str) -> str:
     answer = row[chosen]
-    is_chat = _is_conversation(answer)
-    if is_chat and role_of(answer[0] if isinstance(answer, list) else None) != "assistant":
+    speaker = _first_role(answer)
+    if speaker not in (None, "assistant"):
         return f"to learn the better answers, write {in_recipe(_mapping('messages', {'messages': chosen}, row))}"
     prompt = next((name for name in PROMPTS if row.get(name) is not None), None)
-    if isinstance(answer, dict) or (is_chat and prompt is None):
+    if isinstance(answer, dict) or (speaker and prompt is None):
         return f"to learn the better answers, write a column messages: the earlier messages, then {chosen}"
     if prompt is None:
         return f"to learn the better texts whole, write format: text, columns: {{text: {chosen}}}"

@@ -84,10 +84,8 @@ def listed_messages(messages: Any, column: str) -> list[Any]:
     return messages
 
 
-def role_of(message: Any) -> Any:
+def role_of(message: Message) -> Any:
     """The role of a message in our words, or as it stands there where it is none."""
-    if isinstance(message, str) and message.lstrip().startswith("{"):
-        return None
     role = next((message[key] for key in ("role", "from") if message.get(key) is not None), None)
     return OTHER_NAMES.get(role.lower(), role.lower()) if isinstance(role, str) else role
 

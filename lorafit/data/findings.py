@@ -118,6 +118,11 @@ KINDS = {
     ),
     "duplicate": Kind("warning", "rows that are duplicates of earlier ones", "remove them, or keep them on purpose"),
     "unused_columns": Kind("warning", "sources with columns that are not used", "map them with columns, or ignore"),
+    "not_learnt": Kind(
+        "warning",
+        "sources with columns of pictures, sounds or films, which are not learnt",
+        "check that the text is enough to learn from",
+    ),
     "ignored_files": Kind("warning", "files of a directory that are not data", "nothing to do if that is meant"),
     "eval_in_train": Kind("warning", "eval rows that are also in train", "remove them from one side"),
 }

@@ -21,7 +21,7 @@ from lorafit.data.content import refuse_placeholders
 from lorafit.data.conversation import conversation, listed_messages
 from lorafit.data.findings import Findings
 from lorafit.data.problems import RowProblem, is_unicode, listed, shown
-from lorafit.data.row_marks import ROW_MARKS, TEMPLATE_KWARGS, refuse_mark
+from lorafit.data.row_marks import PREFERENCE, ROW_MARKS, TEMPLATE_KWARGS, refuse_mark
 from lorafit.data.rows import Chat, Message, Pair, Place, Row, Text, as_chat, texts
 from lorafit.data.tool_calls import Schema, function_schemas, parsed, schemas
 from lorafit.data.trainable import is_trainable
@@ -49,7 +49,7 @@ class Shaper:
         self._format: str | None = source.format
         self._known: dict[tuple[str, ...], _Known | RowProblem] = {}
         self._not_read: tuple[str, ...] = ()
-        self.unused: dict[str, None] = {}
+        self._unused: dict[str, None] = {}
 
     def needed(self, columns: Iterable[str]) -> list[str]:
         """Those columns of a file that a row is made of or checked by: readers need not read the others."""
@@ -106,7 +106,9 @@ class Shaper:
             self._known[keys] = problem
             raise
         mapped = set(self._columns.values())
-        marks = tuple(key for key in keys if key in ROW_MARKS and key not in mapped)
+        # Beside text alone a label is mostly a class.
+        may_mark = ROW_MARKS - PREFERENCE if row_format == "text" else ROW_MARKS
+        marks = tuple(key for key in keys if key in may_mark and key not in mapped)
         not_text = tuple(dict.fromkeys((*columns_of_other_things(keys), *self._not_read)))
         known = self._known[keys] = _Known(row_format, marks, not_text)
         return known
@@ -144,7 +146,16 @@ class Shaper:
     def _note_unused(self, keys: Iterable[str], row_format: str) -> None:
         fields = FORMATS[row_format]
         read = {self._columns.get(name, name) for name in fields.required + fields.optional} | TEMPLATE_KWARGS
-        self.unused.update(dict.fromkeys(key for key in keys if key not in read))
+        self._unused.update(dict.fromkeys(key for key in keys if key not in read))
+
+    def report_columns(self, place: Place) -> None:
+        """Count what no row was made of."""
+        not_text = columns_of_other_things(self._unused)
+        unused = [name for name in self._unused if name not in not_text]
+        if not_text:
+            self._findings.add("not_learnt", place, listed(not_text))
+        if unused:
+            self._findings.add("unused_columns", place, listed(unused))
 
     def _read(self, row_format: str, raw: dict[str, Any], place: Place) -> Row:
         if row_format == "text":

@@ -166,8 +166,7 @@ class _Reading:
             name = (
                 self._read_hub(source, side, shaper) if source.path is None else self._read_files(source, side, shaper)
             )
-        if shaper.unused:
-            findings.add("unused_columns", (first_file, 0), listed(shaper.unused))
+        shaper.report_columns((first_file, 0))
         kept = len(self.rows[side]) - before
         files = len(self.files) - first_file
         self.sources.append(SourceScan(name, side, shaper.format, files, kept, source.weight))

@@ -14,6 +14,7 @@ Schema = dict[str, Any]
 
 OTHER_NAMES_OF_ARGUMENTS = ("parameters", "args", "kwargs", "input")
 EXAMPLE = '{"city": "Rome"}'
+A_CALL = f'{{"name": "weather", "arguments": {EXAMPLE}}}'
 
 
 class Arguments(dict[str, Any]):
@@ -64,7 +65,7 @@ def tool_calls(calls: Any, where: str) -> list[ToolCall]:
     if isinstance(calls, dict):
         calls = [calls]
     if not isinstance(calls, list):
-        raise RowProblem(f"{where}: {shown(calls)} where a list of calls belongs")
+        raise RowProblem(f"{where}: {shown(calls)} where a list of calls belongs; write [{A_CALL}]")
     return [_tool_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
 
 
@@ -77,13 +78,13 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     if isinstance(call, str) and call.lstrip().startswith("{"):
         call = parsed(call, where)
     if not isinstance(call, dict):
-        raise RowProblem(f"{where}: {shown(call)} where a call belongs; write {{name: ..., arguments: {{...}}}}")
+        raise RowProblem(f"{where}: {shown(call)} where a call belongs; write {A_CALL}")
     if call.get("function") is not None:
         return call | {"function": _tool_call(call["function"], f"{where}.function")}
     name = call.get("name")
     if not isinstance(name, str) or not name:
-        what = f"name: {shown(name)}" if "name" in call else f"no name (there are {listed(call)})"
-        raise RowProblem(f"{where}: {what}; write the name of the tool as text")
+        what = f".name: {shown(name)}" if "name" in call else f": no name (there are {listed(call)})"
+        raise RowProblem(f"{where}{what}; write the name of the tool as text")
     other = next((key for key in OTHER_NAMES_OF_ARGUMENTS if call.get(key) and not call.get("arguments")), None)
     if other:
         raise RowProblem(f"{where}.{other}: {shown(call[other])}, which nothing reads; name it arguments")
@@ -120,7 +121,7 @@ def schemas(tools: Any, column: str) -> list[Schema] | None:
             for index, tool in enumerate(tools)
         ]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise RowProblem(f"{column}: {shown(tools)} where a list of schemas belongs")
+        raise RowProblem(f"{column}: {shown(tools)} where a list of schemas belongs; write [{{...}}]")
     _refuse_what_is_no_json(tools, column)
     return tools
 
