@@ -15,8 +15,10 @@ from huggingface_hub.constants import HF_HOME
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
+from lorafit.precision import computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
+from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.sections import TrainingSection
 
 T = TypeVar("T")
@@ -54,12 +56,10 @@ def this_machine() -> Machine:
             device="cuda",
             name=properties.name,
             gpus=torch.cuda.device_count(),
-            has_bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            has_bf16=computes_bfloat16(),
             memory_bytes=properties.total_memory,
         )
-    # No public query exists: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/cpu/__init__.py
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=has_bf16, memory_bytes=_ram_bytes())
+    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=computes_bfloat16(), memory_bytes=_ram_bytes())
 
 
 def _cpu_name() -> str:
@@ -90,6 +90,20 @@ def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
     if machine.has_bf16:
         return Choice(True, f"{machine.name} computes it natively")
     return Choice(False, f"{machine.name} does not compute it natively")
+
+
+def dtype_choice(recipe: Recipe, machine: Machine) -> Choice[str] | None:
+    """The type of the base's weights and, for 4 bits, of the products; None where it is simply as the recipe says."""
+    written = recipe.model.dtype
+    if machine.has_bf16 or written == "float32":
+        return None
+    emulated = f"{machine.name} does not compute bfloat16 natively"
+    if machine.device == "cuda":
+        mend = "write training.fp16: true and model.dtype: float16" if written != "float16" else ""
+        return Choice(written, f"{emulated}; {mend}") if mend else None
+    if written == "auto":
+        return Choice("float32", emulated)
+    return Choice(written, f"model.dtype; {machine.name} emulates it, many times slower than float32: write auto")
 
 
 def checkpointing_choice(

@@ -49,6 +49,11 @@ class cuda:
 class cpu:
     _is_avx512_bf16_supported = staticmethod(lambda: {bf16})
     _is_amx_tile_supported = staticmethod(lambda: False)
+backends = types.SimpleNamespace(
+    cpu=types.SimpleNamespace(get_cpu_capability=lambda: "AVX512"),
+    mkldnn=types.SimpleNamespace(is_available=lambda: True),
+)
+ops = types.SimpleNamespace(mkldnn=types.SimpleNamespace(_is_mkldnn_bf16_supported=lambda: True))
 """
 BITSANDBYTES = """
 def quantize_4bit(ones, quant_type): return ones, None

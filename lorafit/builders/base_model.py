@@ -32,6 +32,7 @@ from lorafit.builders.model_files import (
 )
 from lorafit.builders.weight_files import TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
+from lorafit.precision import base_dtype, compute_dtype
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
 logger = logging.getLogger(__name__)
@@ -179,6 +180,7 @@ def load_base_model(
 ) -> PreTrainedModel:
     """The base model with every weight from its files. Raises ModelError where the files lack one or another shape.
 
+    `auto` is the type the weights were saved in, on a CPU without bfloat16 float32.
     transformers starts missing tensors at random and only logs it. Tensors that the architecture has no place for are
     logged: the model is whole without them.
     """
@@ -186,12 +188,12 @@ def load_base_model(
     fetch_weights(model, directory=directory)
     keys = {key: value for key, value in model.extra.items() if key not in WHERE_FILES_LIE} | _attention(model)
     if quantization is not None and "quantization_config" not in read_config(directory):
-        keys["quantization_config"] = bnb_config(quantization)
+        keys["quantization_config"] = bnb_config(_for_this_machine(quantization))
     with _kept_load_report() as report:
         try:
             base, loaded = AutoModelForCausalLM.from_pretrained(
                 directory,
-                dtype=dtype,
+                dtype=base_dtype(dtype) if isinstance(dtype, str) else dtype,
                 device_map=device_map,
                 trust_remote_code=model.trust_remote_code,
                 use_safetensors=True,
@@ -213,6 +215,10 @@ def load_base_model(
     if is_on_hub(model):  # an adapter records the name of its base, not a path of this machine's cache
         base.name_or_path = base.config.name_or_path = model.model_name_or_path
     return base
+
+
+def _for_this_machine(section: QuantizationSection) -> QuantizationSection:
+    return section.model_copy(update={"bnb_4bit_compute_dtype": compute_dtype(section.bnb_4bit_compute_dtype)})
 
 
 def _refuse_incomplete(loaded: Mapping[str, Any], *, depth: int, where: str) -> None:

@@ -120,8 +120,14 @@ def device_lines(torch: Answers, driver: Driver) -> Iterator[Line]:
         yield Line("bf16", torch.error("cpu"), REINSTALL_TORCH)
     else:
         has_bf16 = torch.stages["gpus" if devices else "cpu"].get("bf16")
-        yield Line("bf16", "computed natively" if has_bf16 else "not native here: bf16: auto trains in float32")
+        yield Line("bf16", "computed natively" if has_bf16 else _without_bfloat16(is_gpu=bool(devices)))
     yield _four_bit_line(torch)
+
+
+def _without_bfloat16(*, is_gpu: bool) -> str:
+    if is_gpu:
+        return "not native here: write training.fp16: true; a base saved in bfloat16 needs model.dtype: float16"
+    return "not native here: model.dtype: auto and bf16: auto train in float32"
 
 
 def _gpu_line(torch: Answers, driver: Driver, *, is_cpu_build: bool) -> Line:

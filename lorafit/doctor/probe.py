@@ -53,8 +53,8 @@ def _why_no_cuda(torch: Any) -> str:
 def cpu() -> Answer:
     """Cores, and whether bfloat16 is computed natively."""
     torch = importlib.import_module("torch")
-    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return {"bf16": bool(has_bf16), "threads": torch.get_num_threads()}
+    precision = importlib.import_module("lorafit.precision")
+    return {"bf16": precision.cpu_computes_bfloat16(), "threads": torch.get_num_threads()}
 
 
 def bitsandbytes() -> Answer:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorafit.planning.answer import Plan
 from lorafit.planning.for_training import PlanOfRun, planned_checkpointing
-from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, this_machine
+from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice, this_machine
 from lorafit.processes import join_processes
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.advice import advise
@@ -59,6 +59,8 @@ def find_ground(
     plan = planning.answer(say) if planning else None
     bf16 = bf16_choice(recipe.training, machine)
     checkpointing = checkpointing_choice(recipe.training, machine, planned=planned_checkpointing(plan))
+    if dtype := dtype_choice(recipe, machine):
+        say(f"base weights in {dtype.value}: {dtype.reason}")
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
     kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)

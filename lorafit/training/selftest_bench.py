@@ -18,6 +18,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.builders.sft_config import sft_config
+from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.run_dir import RunDir
 from lorafit.speed import varlen_attention
@@ -63,7 +64,7 @@ def tolerances(recipe: Recipe, *, dtype: torch.dtype, bf16: bool) -> tuple[float
     computed = [dtype, *([torch.bfloat16] if bf16 else []), *([torch.float16] if recipe.training.fp16 else [])]
     section = recipe.quantization
     if section is not None and section.load_in_4bit:
-        computed.append(getattr(torch, section.bnb_4bit_compute_dtype))
+        computed.append(getattr(torch, compute_dtype(section.bnb_4bit_compute_dtype)))
     elif section is not None:  # LLM.int8() chooses its 16-bit columns by the whole batch, and rounds the rest to 8 bits
         return 0.25, 0.1
     if torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32:

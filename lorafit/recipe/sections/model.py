@@ -18,8 +18,9 @@ class ModelSection(Section):
     """Branch, tag or commit of a Hub model. A commit hash pins the weights. Default: the Hub's own."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type the base weights are held in. `auto` is the type they were saved in (transformers' own meaning). 2 bytes a
-    parameter for the 16-bit types, 4 for float32."""
+    """Type the base weights are held in. `auto` is the type they were saved in (transformers' own meaning), and float32
+    on a CPU that does not compute bfloat16, where 16-bit types are emulated, many times slower. 2 bytes a parameter for
+    the 16-bit types, 4 for float32."""
 
     attn_implementation: Literal[
         "auto", "eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"

@@ -22,8 +22,9 @@ class QuantizationSection(Section):
     bnb_4bit_use_double_quant: bool = True
     """Quantise the quantisation state too: saves about 0.4 bit a parameter. Default true, as in the QLoRA paper."""
 
-    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type the 4-bit weights are unpacked to for the matrix product. Default bfloat16, as in the QLoRA paper."""
+    bnb_4bit_compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type the 4-bit weights are unpacked to for the matrix product. `auto` is bfloat16, as in the QLoRA paper; where
+    that would be emulated it is float16 on a GPU and float32 on a CPU."""
 
     bnb_4bit_quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """Type the packed bytes are stored as. FSDP shards only floating types: set it to `bfloat16` for `fsdp2`."""
