@@ -15,6 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from lorafit.recipe import Recipe
 from lorafit.report.model_card import model_card, sparkline
+from lorafit.report.seen import rows_seen
 from lorafit.report.tables import train_table
 
 HUB_BASE = {"model_name_or_path": "org/base"}
@@ -71,7 +72,7 @@ def test_the_card_of_a_run_holds_the_figures_of_its_manifest(tmp_path: Path, tin
     text = (Path(result.adapter) / "README.md").read_text(encoding="utf-8")
     manifest = json.loads((tmp_path / "run/manifest.json").read_text(encoding="utf-8"))
     train, held_out = manifest["data"]["train"], manifest["data"]["eval"]
-    assert f"on 24 rows: 5 steps, {manifest['tokens']:,} tokens, seed 42." in text
+    assert f"on about 20 of 24 rows (83 % of an epoch): 5 steps, {manifest['tokens']:,} tokens, seed 42." in text
     assert f"| before | {manifest['eval_loss_before']:.4f} |" in text
     assert f"| after | {manifest['eval_loss_after']:.4f} |" in text
     assert f"| train | 24 | 24 | {train['tokens']:,} | {train['trained_tokens']:,} | {train['longest']} | 0 |" in text
@@ -87,6 +88,30 @@ def test_every_step_is_counted_and_not_only_the_logged_ones(tmp_path: Path, tiny
     result, _ = run(small_recipe(tmp_path, tiny_base, training={"max_steps": 6, "logging_steps": 4}))
     manifest = json.loads((tmp_path / "run/manifest.json").read_text(encoding="utf-8"))
     assert result.tokens == manifest["data"]["train"]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("epochs", "said"),
+    [
+        (0.07, "about 518 of 7,398 rows (7 % of an epoch)"),
+        (0.0005, "about 4 of 7,398 rows (0.05 % of an epoch)"),
+        (1.0, "7,398 rows (1 epoch)"),
+        (0.9999, "7,398 rows (1 epoch)"),
+        (2.5, "7,398 rows (2.5 epochs)"),
+    ],
+)
+def test_only_rows_that_were_seen_count(epochs: float, said: str) -> None:
+    assert rows_seen(epochs, rows=7398) == said
+
+
+def test_card_and_result_name_the_step_whose_adapter_is_kept(tmp_path: Path, tiny_base: Path) -> None:
+    """A learning rate that overshoots: the loss falls, then rises."""
+    training = {"max_steps": 40, "learning_rate": 0.2, "eval_strategy": "steps", "eval_steps": 2}
+    result, _ = run(small_recipe(tmp_path, tiny_base, training=training, early_stopping={"patience": 2}))
+    assert result.adapter_step is not None and result.adapter_step < result.steps
+    text = (Path(result.adapter) / "README.md").read_text(encoding="utf-8")
+    assert f"This adapter is that of step {result.adapter_step}, the best on the held-out rows." in text
+    assert f" epochs; the adapter is that of step {result.adapter_step}, the best" in train_table(result)
 
 
 def test_the_card_loads_the_adapter_as_it_says(tmp_path: Path, tiny_base: Path) -> None:

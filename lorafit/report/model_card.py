@@ -11,6 +11,7 @@ from typing import Any
 
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.write import dump
+from lorafit.report.seen import rows_seen
 from lorafit.report.tables import perplexity
 
 CURVE_LENGTH = 40
@@ -81,12 +82,15 @@ def _kind(recipe: Recipe) -> str:
 
 
 def _summary(facts: dict[str, Any], history: Sequence[dict[str, Any]]) -> str:
-    rows, steps, planned = facts["data"]["train"]["rows"], facts["steps"], facts["planned_steps"]
+    data, steps, planned = facts["data"]["train"], facts["steps"], facts["planned_steps"]
     early = f" of the {planned:,} planned" if steps < planned else ""
+    seen = rows_seen(facts.get("epochs"), rows=data["rows"] - data["lost"])
     lines = [
-        f"Trained with lorafit {facts['lorafit']} on {rows:,} rows:"
+        f"Trained with lorafit {facts['lorafit']} on {seen}:"
         f" {steps:,} steps{early}, {facts['tokens']:,} tokens, seed {facts['seed']}."
     ]
+    if facts.get("adapter_step", steps) != steps:
+        lines.append(f"This adapter is that of step {facts['adapter_step']:,}, the best on the held-out rows.")
     losses = _held_out(history)
     if losses:
         lines.append(f"Held-out loss: {losses[0][1]:.4f} before, **{losses[-1][1]:.4f}** after.")

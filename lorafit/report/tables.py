@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.pulse import duration
+from lorafit.report.seen import epochs_seen
 
 MAX_EXPONENT = 700
 """exp of more is not a float."""
@@ -19,7 +20,7 @@ def train_table(result: Any) -> str:
     rows = [
         ("outcome", result.outcome),
         *_held_out(result.eval_loss_before, result.eval_loss_after),
-        ("steps", f"{result.steps:>11,}"),
+        ("steps", f"{result.steps:>11,}{_seen(result)}"),
         ("tokens", f"{result.tokens:>11,}   {result.tokens_per_second:,.0f} per second of training"),
         ("time", f"{duration(result.seconds):>11}"),
         ("peak memory", f"{result.peak_memory_bytes / 2**30:>7.2f} GiB"),
@@ -28,6 +29,13 @@ def train_table(result: Any) -> str:
     ]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def _seen(result: Any) -> str:
+    """How often the rows were seen, and which step's adapter is kept where it is not the last one's."""
+    share = "" if result.epochs is None else f"   {epochs_seen(result.epochs)}"
+    is_last = result.adapter_step in (None, result.steps)
+    return share if is_last else f"{share}; the adapter is that of step {result.adapter_step:,}, the best"
 
 
 def _held_out(before: float | None, after: float | None) -> list[tuple[str, str]]:

@@ -53,6 +53,10 @@ class TrainResult:
     peak_memory_bytes: int
     seconds: float
     outcome: str
+    epochs: float | None = None
+    """How often the rows were seen; None in runs of older versions."""
+    adapter_step: int | None = None
+    """The step whose adapter is kept: the last, or the best one on the held-out rows."""
 
 
 @dataclass(frozen=True)
@@ -230,7 +234,7 @@ def _verify_and_save(
         losses = _held_out_losses(trainer, setup.metrics)
     if trainer.is_world_process_zero():
         tokenizer.chat_template = saved_chat_template(loaded.recipe.data, tokenizer)
-        reached = {"steps": trainer.state.global_step, "tokens": setup.metrics.tokens}
+        reached = _reached(trainer, setup.metrics)
         with full_disk_is_said(run.path, writing="the adapter", needed=ground.space.adapter):
             write_adapter(
                 setup.model,
@@ -244,14 +248,25 @@ def _verify_and_save(
     return losses
 
 
+def _reached(trainer: LoraTrainer, metrics: MetricsFile) -> dict[str, Any]:
+    """How far the run came."""
+    state = trainer.state
+    is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
+    return {
+        "steps": state.global_step,
+        "tokens": metrics.tokens,
+        "epochs": round(state.epoch or 0.0, 4),
+        "adapter_step": state.best_global_step if is_best else state.global_step,
+    }
+
+
 def _result(
     run: RunDir, setup: Setup, *, losses: tuple[float | None, float | None], started: float, stopped_early: bool
 ) -> TrainResult:
     return TrainResult(
         run=str(run.path),
         adapter=str(run.adapter),
-        steps=setup.trainer.state.global_step,
-        tokens=setup.metrics.tokens,
+        **_reached(setup.trainer, setup.metrics),
         tokens_per_second=setup.metrics.tokens_per_second(),
         eval_loss_before=losses[0],
         eval_loss_after=losses[1],

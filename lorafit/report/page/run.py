@@ -11,6 +11,7 @@ from lorafit.report.page.contents import Contents, Examples, Facts
 from lorafit.report.page.html import Html, element, facts, is_number, joined, number, section, table
 from lorafit.report.page.plot import Plot, Point, Series, figure
 from lorafit.report.page.tokens import legend, token_row
+from lorafit.report.seen import epochs_seen
 
 CURVES = ("loss", "grad_norm", "learning_rate", "throughput")
 MOST_EVENTS = 100
@@ -44,7 +45,8 @@ def _tiles(manifest: Facts, metrics: Sequence[Facts]) -> Html:
     steps = manifest.get("steps", last.get("step"))
     planned = manifest.get("planned_steps")
     if steps is not None:
-        tiles.append(("Steps", number(steps), joined(["of ", number(planned)]) if planned is not None else ""))
+        share = f", {epochs_seen(manifest['epochs'])}" if is_number(manifest.get("epochs")) else ""
+        tiles.append(("Steps", number(steps), joined(["of ", number(planned), share]) if planned is not None else ""))
     tokens, rate = manifest.get("tokens", last.get("tokens")), manifest.get("tokens_per_second")
     if tokens is not None:
         tiles.append(("Tokens", number(tokens), joined([number(rate, ",.0f"), " per second"]) if rate else ""))
