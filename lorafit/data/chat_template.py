@@ -7,26 +7,38 @@ from typing import Any
 
 import jinja2
 import jinja2.meta
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _cached_compile_jinja_template
 
+from lorafit.data.jinja_bounds import LONGEST_TEXT, TooCostlyError, bound
 from lorafit.data.problems import RowProblem
 from lorafit.data.rows import Message
+from lorafit.errors import DataError
 
-LONGEST_TEXT = 10_000_000
-"""Characters one row may be rendered to: 2.5 M tokens, beyond any `max_length`."""
+CAUSED_BY_TEMPLATES = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RuntimeError,
+)
+LONGEST_MESSAGE = 300
 
 
 class ChatTemplate:
     """Renders conversations to text exactly as `apply_chat_template(tokenize=False)` does."""
 
     def __init__(self, text: str, variables: dict[str, Any]) -> None:
-        """Raises jinja2.TemplateSyntaxError."""
+        """Raises jinja2.TemplateSyntaxError, also for what is nested deeper than Python can follow."""
         # transformers makes an environment for every call of this function, so this one can be narrowed further; not
         # with the text itself, since compiling computes constants before they can be bounded.
         environment = _cached_compile_jinja_template("").environment
-        _bound(environment)
-        self._template = environment.from_string(text)
+        self._budget = bound(environment)
+        try:
+            self._template = environment.from_string(text)
+        except (RecursionError, MemoryError, SyntaxError):
+            raise jinja2.TemplateSyntaxError("it is nested too deeply", lineno=1) from None
         self._variables = {**self._template.globals, **variables, "documents": None}
         given = {"messages", "tools", "add_generation_prompt", *self._variables}
         self.reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)) - given)
@@ -41,8 +53,9 @@ class ChatTemplate:
     def render(self, messages: list[Message], tools: list[dict[str, Any]] | None, *, is_prompt: bool = False) -> str:
         """The conversation as text; as a prompt it ends where the assistant's answer begins.
 
-        Raises RowProblem with what the template says.
+        Raises RowProblem with what the template says, DataError for a template that does not end.
         """
+        self._budget.renew()
         try:
             pieces, length = [], 0
             row = {"messages": _alias_reasoning_fields(messages), "tools": tools, "add_generation_prompt": is_prompt}
@@ -53,32 +66,11 @@ class ChatTemplate:
                 length += len(piece)
                 if length > LONGEST_TEXT:
                     raise jinja2.TemplateRuntimeError(f"it writes more than {LONGEST_TEXT:,} characters")
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
-            raise RowProblem(f"the template refuses this row: {error}", kind="refused") from None
+        except TooCostlyError as error:
+            raise DataError(f"{error}; use another data.template", where="the chat template") from None
+        except (RecursionError, MemoryError):
+            raise RowProblem("the template refuses this row: it calls itself without end", kind="refused") from None
+        except CAUSED_BY_TEMPLATES as error:
+            message = " ".join(str(error).split())[:LONGEST_MESSAGE]
+            raise RowProblem(f"the template refuses this row: {message}", kind="refused") from None
         return "".join(pieces)
-
-
-def _bound(environment: ImmutableSandboxedEnvironment) -> None:
-    """Refuse what the sandbox allows but no template needs: `'a' * 10**9` took 18 s and a gigabyte."""
-
-    def call_binop(context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "*" and not (_is_number(left) and _is_number(right)):
-            size, times = (left, right) if hasattr(left, "__len__") else (right, left)
-            if hasattr(size, "__len__") and isinstance(times, int) and len(size) * times > LONGEST_TEXT:
-                raise jinja2.TemplateRuntimeError(f"it multiplies a text to {len(size) * times:,} characters")
-        if operator == "**" and _is_number(right) and abs(right) > 1000:
-            raise jinja2.TemplateRuntimeError(f"it raises a number to the power {right}")
-        return ImmutableSandboxedEnvironment.call_binop(environment, context, operator, left, right)
-
-    def call(context: Any, called: Any, *arguments: Any, **named: Any) -> Any:
-        if any(isinstance(argument, int) and argument > LONGEST_TEXT for argument in arguments):
-            raise jinja2.TemplateRuntimeError(f"it calls {called} with a number above {LONGEST_TEXT:,}")
-        return ImmutableSandboxedEnvironment.call(environment, context, called, *arguments, **named)
-
-    environment.intercepted_binops = frozenset(("*", "**"))
-    environment.call_binop = call_binop  # type: ignore[method-assign]
-    environment.call = call  # type: ignore[method-assign]
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
