@@ -176,3 +176,45 @@ def test_a_merged_system_text_moves_the_marks_and_the_first_answer() -> None:
     assert (merged.messages[0]["content"], merged.first_answer, merged.untrained) == ("Count on.\n\nOne?", 2, {1})
     assert system_merged(Chat((0, 1), TURNS, None, 0)) is None
     assert messages[1]["content"] == "One?"
+
+
+def test_an_answer_that_differs_in_its_closing_token_alone_has_its_own_sequence(tmp_path: Path) -> None:
+    trained, made = made_of(tmp_path, "harmony", {"messages": TURNS})
+    opening = "<|channel|>final<|message|>"
+    assert trained == [[f"{opening}Two.<|return|>"], [f"{opening}Three.<|return|>"]]
+    assert "2 answers in 2 sequences" in made.audit.warnings[0]
+    # One more token after the one that closes every turn changes nothing.
+    assert made_of(tmp_path, "phi3", {"messages": TURNS})[0] == [["Two.<|end|>", "Three.<|end|><|endoftext|>"]]
+
+
+def test_an_answer_stands_after_the_prompt_that_generation_sees(tmp_path: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    messages = [
+        user("Rome?"),
+        {"role": "assistant", "tool_calls": [call], "thinking": "Ask."},
+        {"role": "tool", "content": "blue"},
+        answer("Blue.", thinking="Tell."),
+    ]
+    (trained,), made = made_of(tmp_path, "harmony", {"messages": messages, "tools": [TOOL]})
+    thought = "<|channel|>analysis<|message|>{}<|end|><|start|>assistant"
+    assert trained == [
+        thought.format("Ask.") + ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}<|call|>',
+        thought.format("Tell.") + "<|channel|>final<|message|>Blue.<|return|>",
+    ]
+    tokenizer = FAMILIES["harmony"].tokenizer()
+    prompt = tokenizer.apply_chat_template(messages[:3], [TOOL], add_generation_prompt=True)["input_ids"]
+    assert made.train[0]["input_ids"][: len(prompt)] == prompt
+    assert "answers set after the prompt that generation sees" in made.audit.warnings[0]
+
+
+def test_the_marker_of_the_next_speaker_is_trained_where_generation_stops_on_it(tmp_path: Path) -> None:
+    assert made_of(tmp_path, "glm4", {"messages": TURNS})[0] == [["Two.<|user|>", "Three.<|user|>"]]
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    loop = [user("Rome?"), {"role": "assistant", "tool_calls": [call]}, {"role": "tool", "content": "blue"}]
+    weather = 'weather\n{"city": "Rome"}<|observation|>'
+    assert made_of(tmp_path, "glm4", {"messages": loop[:2]})[0] == [[weather]]
+    assert made_of(tmp_path, "glm4", {"messages": [*loop, *TURNS[1:]]})[0] == [
+        [weather, "Two.<|user|>", "Three.<|user|>"],
+    ]
+    (whole,), _ = made_of(tmp_path, "glm4", {"messages": TURNS}, train_on="all")
+    assert whole[0].endswith("Three.<|user|>")

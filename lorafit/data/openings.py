@@ -29,8 +29,8 @@ class Openings:
         """The finding about the rendered answer of message `index`, if any: its kind, and when it is new its words."""
         message = chat.messages[index]
         content = (message.get("content") or "").strip()
-        opening = answer.partition(content)[0] if content else ""
-        if not opening.strip() or opening == answer or reasoning(message):
+        opening = answer[: max(0, answer.find(content))] if content else ""
+        if not opening.strip() or reasoning(message):
             return None
         kind = self._known.get(opening)
         if kind is None and len(self._known) < KNOWN_AT_MOST:

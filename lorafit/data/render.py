@@ -60,7 +60,8 @@ class Renderer:
             return []
         for kind, message in notes:
             findings.add(kind, row.place, message)
-        self._warn_of_cost(made)
+        if len(made) > 1:
+            self._warn_of_cost(made)
         return made
 
     def _conversation(self, chat: Chat) -> tuple[list[Rendered], list[Note]]:

@@ -112,13 +112,13 @@ class TextTokenizer:
         first, end = _token_span(encoding, span, len(item.text))
         if item.is_whole or not span[0] or not _straddles(encoding, span):
             return first, end
-        is_special = encoding.ids[first] in self._added
-        findings.add(
-            "eaten_space" if is_special else "straddling",
-            item.place,
-            self._tokenizer.decode([encoding.ids[first]]) if is_special else "",
-        )
-        return first + is_special, end
+        if encoding.ids[first] not in self._added:
+            findings.add("straddling", item.place)
+            return first, end
+        if not item.text[span[0] : encoding.offsets[first][1]].isspace():
+            return first, end  # the answer's own, of which the prompt of generation has the same beginning
+        findings.add("eaten_space", item.place, self._tokenizer.decode([encoding.ids[first]]))
+        return first + 1, end
 
     def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:
         if limits.stop_token_ids.isdisjoint(end):

@@ -23,6 +23,9 @@ Span = tuple[int, int]
 OPENING = 64
 """Characters before an answer that may already hold its beginning: some prompts of generation end with `<think>`."""
 
+TAIL = 100
+"""Characters at the end of a text that hold its last token and the white space after it."""
+
 
 class Rendered(NamedTuple):
     """The text of one sequence."""
@@ -49,19 +52,18 @@ class Turns:
         """Sequences in which every wanted answer is trained once. Raises RowProblem for a row that is lost."""
         opened: list[tuple[str, list[Span]]] = []
         for index in reversed(wanted):
-            prompt = self._render(index, is_prompt=True)
-            answered = self._render(index + 1)
-            found = ((sequence, self._span_in(sequence[0], prompt, answered)) for sequence in opened)
-            home = next(((sequence, span) for sequence, span in found if span), None)
+            text, start = self._as_last(index)
+            ends = ((sequence, self._end_in(sequence[0], text)) for sequence in opened)
+            home = next(((sequence, end) for sequence, end in ends if end is not None and end > start), None)
             if home is None:
-                text, last = self._as_last(index, prompt, answered)
-                home = (text, []), last
+                text = self._stopped(index, text)
+                home = (text, []), len(text)
                 opened.append(home[0])
                 if len(opened) == 1:
                     self._look_at_context(set(range(index)) - set(wanted), text, count=index + 1)
-            (text, spans), span = home
-            self._look_at_answer(index, text, span)
-            spans.append(span)
+            (text, spans), end = home
+            self._look_at_answer(index, text, (start, end))
+            spans.append((start, end))
         made = [Rendered(self._chat.place, text, tuple(spans[::-1]), False) for text, spans in reversed(opened)]
         if len(made) > 1:
             times = f"{times_the_text(made):.2g} times the text"
@@ -82,11 +84,6 @@ class Turns:
     def _render(self, count: int, *, is_prompt: bool = False) -> str:
         return self._template.render(self._chat.messages[:count], self._chat.tools, is_prompt=is_prompt)
 
-    def _span_in(self, text: str, prompt: str, answered: str) -> Span | None:
-        """Where an answer before the last stands; None when it, or what is before it, is rendered differently there."""
-        end = self._end_in(text, answered) if text.startswith(prompt) and answered.startswith(prompt) else None
-        return None if end is None or end <= len(prompt) else (len(prompt), end)
-
     def _end_in(self, text: str, earlier: str) -> int | None:
         """Where an earlier rendering ends in the text; None when the text goes another way, or closes it otherwise."""
         if text.startswith(earlier):
@@ -95,14 +92,10 @@ class Turns:
         closed = earlier.removesuffix(self._eos)
         return len(closed) if self._is_stopped(closed) and text.startswith(closed) else None
 
-    def _as_last(self, index: int, prompt: str, answered: str) -> tuple[str, Span]:
-        """The text that ends with the answer, and where the answer stands in it. Raises RowProblem."""
-        if answered.startswith(prompt):
-            text, start = answered, len(prompt)
-        else:
-            text, start = self._parted(index, prompt, answered)
-        text = self._stopped(index, text)
-        return text, (start, len(text))
+    def _as_last(self, index: int) -> tuple[str, int]:
+        """The text that ends with the answer, and where the answer starts in it. Raises RowProblem."""
+        prompt, answered = self._render(index, is_prompt=True), self._render(index + 1)
+        return (answered, len(prompt)) if answered.startswith(prompt) else self._parted(index, prompt, answered)
 
     def _parted(self, index: int, prompt: str, answered: str) -> tuple[str, int]:
         """The same for an answer whose prompt changes once it is answered."""
@@ -147,7 +140,7 @@ class Turns:
         return next((start + len(stop) - len(earlier) for stop in self._stops if text.startswith(stop, start)), 0)
 
     def _is_stopped(self, text: str) -> bool:
-        return text.rstrip().endswith(self._stops)
+        return text[-TAIL:].rstrip().endswith(self._stops)
 
     def _left_out(self, index: int, text: str) -> Span:
         """Where a message that is not to be trained stands in the text. Raises RowProblem."""
@@ -203,5 +196,12 @@ def times_the_text(made: list[Rendered]) -> float:
 
 
 def _shared_length(one: str, other: str) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
+    """How many characters both begin with, by halving: a loop over the characters of a long chat takes its time."""
+    same, most = 0, min(len(one), len(other))
+    while same < most:
+        middle = (same + most + 1) // 2
+        if one.startswith(other[same:middle], same):
+            same = middle
+        else:
+            most = middle - 1
+    return same
