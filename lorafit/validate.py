@@ -18,7 +18,7 @@ from lorafit.recipe.arithmetic import (
 )
 from lorafit.recipe.load import read
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.rules.run import too_long_for
+from lorafit.recipe.rules.run import WITHOUT_WARM_UP, too_long_for
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _numbers(recipe: Recipe, data: DataScan, processes: int) -> dict[str, Number
     if has_counted_rows or training.max_steps is not None:
         steps = total_steps(recipe, data.train_rows, processes=processes)
         numbers["steps"] = steps
-        if training.lr_scheduler_type not in ("constant", "reduce_lr_on_plateau"):
+        if training.lr_scheduler_type not in WITHOUT_WARM_UP:
             numbers["warmup_steps"] = share_of(steps.value, training.warmup_steps)
         if interval := checkpoint_interval(recipe, steps.value):
             numbers["checkpoint_steps"] = interval

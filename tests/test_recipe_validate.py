@@ -62,7 +62,8 @@ def test_planned_steps_are_the_trainers(
     from accelerate.data_loader import prepare_data_loader
     from torch.utils.data import DataLoader
 
-    text = f"{SMALLEST}training: {{per_device_train_batch_size: {batch}, gradient_accumulation_steps: {accumulated}}}\n"
+    sizes = f"per_device_train_batch_size: {batch}, gradient_accumulation_steps: {accumulated}"
+    text = f"{SMALLEST}training: {{{sizes}, warmup_steps: 0}}\n"
     rows(tmp_path, rows_)
     recipe = validate(written(tmp_path, text)).loaded.recipe
     loader = prepare_data_loader(DataLoader(range(rows_), batch_size=batch), num_processes=processes, process_index=0)

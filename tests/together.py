@@ -151,7 +151,7 @@ def main(directory: Path, base: Path) -> None:
     fully_shard(sharded)
     step_by_hand(sharded, process=process, processes=2)
     gathered = gathered_adapter(sharded)
-    planned = {"steps_done": STEPS, "steps_planned": STEPS, "stopped_early": False}
+    planned = {"steps_done": STEPS, "steps_planned": STEPS, "stopped_early": False, "updates": STEPS}
     verify_result(sharded, before=before, gathered=gathered, **planned)
     if state.is_main_process:
         target = directory / "sharded"

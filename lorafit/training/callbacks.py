@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import broadcast
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -83,6 +84,30 @@ class MetricsFile(TrainerCallback, ExportableState):
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(entry) + "\n"
+
+
+class Updates(TrainerCallback, ExportableState):
+    """Counts the steps that could move a weight: at a rate above 0, and not skipped by the loss scale of fp16."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def state(self) -> dict[str, Any]:
+        """What the library puts into a checkpoint; the trainer sets the attributes of a run that goes on."""
+        return {"attributes": {"count": self.count}}
+
+    def on_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        optimizer: AcceleratedOptimizer,
+        **_: Any,
+    ) -> None:
+        """One more; the schedule sets the next rate only after this."""
+        if not optimizer.step_was_skipped and any(group["lr"] > 0 for group in optimizer.param_groups):
+            self.count += 1
 
 
 class CheckpointInterval(TrainerCallback):

@@ -86,11 +86,13 @@ def verify_result(
     steps_done: int,
     steps_planned: int,
     stopped_early: bool,
+    updates: int,
 ) -> None:
     """After training: as many steps as planned, every trainable tensor whole, moved and finite, the base as it was.
 
-    `gathered` is the adapter of a model that is spread over processes: whole in the first, empty in the others, which
-    only take part. Raises VerificationError naming what failed.
+    `updates` is how many of the steps could move a weight. `gathered` is the adapter of a model that is spread over
+    processes: whole in the first, empty in the others, which only take part. Raises VerificationError naming what
+    failed.
     """
     if steps_done == 0 or (steps_done != steps_planned and not stopped_early):
         raise VerificationError(f"{steps_done} of {steps_planned} planned steps were done", where="training")
@@ -110,6 +112,8 @@ def verify_result(
         elif torch.equal(end.cpu(), start.to(end.dtype)):  # a spread adapter may have been widened
             still.append(name)
     still = _without_pruned(still, before)
+    if updates == 1:
+        still = _without_waiting(still, before)
     if broken:
         raise VerificationError(f"{_listed(broken)} not finite; the adapter was not saved", where="adapter")
     if changed:
@@ -128,6 +132,17 @@ def _without_pruned(still: list[str], before: Before) -> list[str]:
     values = [name for name in before.moving if "lora_E" in name]
     pruned = {name for name in still if "lora_E" in name}
     return still if len(pruned) == len(values) else [name for name in still if name not in pruned]
+
+
+def _without_waiting(still: list[str], before: Before) -> list[str]:
+    """Without those that one update cannot move: A has no gradient while B is zero, nor A and B while AdaLoRA's E is.
+    The one that began at zero has moved, or none of them may stay behind."""
+    moved = {_module_of(name) for name, start in before.moving.items() if name not in still and not start.any()}
+    return [name for name in still if _module_of(name) not in moved or not before.moving[name].any()]
+
+
+def _module_of(name: str) -> str:
+    return name.partition(".lora_")[0]
 
 
 def _refuse_partial(before: Before, gathered: dict[str, torch.Tensor] | None) -> None:

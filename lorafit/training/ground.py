@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.errors import RecipeError
 from lorafit.planning.answer import Plan
 from lorafit.planning.for_training import PlanOfRun, planned_checkpointing
 from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice, this_machine
 from lorafit.processes import join_processes
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.advice import advise
+from lorafit.recipe.arithmetic import total_steps
+from lorafit.recipe.rules.run import too_long_for
 from lorafit.run_dir import RunDir
 from lorafit.training.announce import Say, say_data
 from lorafit.training.disk import Space, refuse_too_little_space, space_needed
@@ -53,6 +56,8 @@ def find_ground(
     planning = None if is_loaded else PlanOfRun(loaded, machine, state=state)
     with state.main_process_first():  # the others find the rows in the cache
         inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, begun=begun)
+    if not recipe.training.packing:  # else the trainer, which fills the rows, knows the steps
+        refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
     say_data(inputs.data, say)
     for advice in advise(recipe, train_rows=len(inputs.data.train)):
         say(f"advice: {advice}")
@@ -70,3 +75,10 @@ def find_ground(
     if state.is_main_process:
         refuse_too_little_space(space, run)
     return Ground(machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)
+
+
+def refuse_what_outlasts(loaded: LoadedRecipe, steps: int) -> None:
+    """A warm-up, an evaluation interval or an AdaLoRA schedule that does not fit into the run. Raises RecipeError."""
+    problems = [loaded.problem(broken.key, broken.message) for broken in too_long_for(loaded.recipe, steps)]
+    if problems:
+        raise RecipeError(problems)

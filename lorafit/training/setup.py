@@ -15,17 +15,16 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 from lorafit import launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, set_total_steps
 from lorafit.builders.sft_config import sft_config
-from lorafit.errors import LorafitError, RecipeError
+from lorafit.errors import LorafitError
 from lorafit.processes import refuse_other_distribution
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.recipe.rules.run import too_long_for
 from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
 from lorafit.training.announce import Say, say_adapter, say_steps
-from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation
+from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
 from lorafit.training.checks import refuse_wrong_trainable_set
-from lorafit.training.ground import Ground
+from lorafit.training.ground import Ground, refuse_what_outlasts
 from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.model import model_with_adapter
@@ -43,6 +42,7 @@ class Setup:
     table: tuple[AdaptedModule, ...]
     trainer: LoraTrainer
     metrics: MetricsFile
+    updates: Updates
     halving: HalveBatch | None
     levers: Levers
     steps: int
@@ -87,7 +87,8 @@ def set_up(
     metrics = MetricsFile(run.metrics)
     health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
-    own = [*_callbacks(loaded, metrics, progress=progress), health, *([halving] if halving else [])]
+    updates = Updates()
+    own = [*_callbacks(loaded, metrics, progress=progress), updates, health, *([halving] if halving else [])]
     trainer = LoraTrainer(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
@@ -106,12 +107,12 @@ def set_up(
     trainer.remove_callback(PrinterCallback)
     refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
     steps = planned_steps(trainer)
-    _refuse_too_long(loaded, steps)
+    refuse_what_outlasts(loaded, steps)
     set_total_steps(model, steps)
     say_steps(loaded, trainer, steps, say)
     for line in levers.lines:
         say(line)
-    return Setup(model, table, trainer, metrics, halving, levers, steps)
+    return Setup(model, table, trainer, metrics, updates, halving, levers, steps)
 
 
 @contextmanager
@@ -138,13 +139,6 @@ def _callbacks(loaded: LoadedRecipe, metrics: MetricsFile, *, progress: Progress
     if recipe.adalora is not None:
         callbacks.append(RankAllocation())
     return callbacks
-
-
-def _refuse_too_long(loaded: LoadedRecipe, steps: int) -> None:
-    """A warm-up, an evaluation interval or an AdaLoRA schedule that does not fit into the run. Raises RecipeError."""
-    problems = [loaded.problem(broken.key, broken.message) for broken in too_long_for(loaded.recipe, steps)]
-    if problems:
-        raise RecipeError(problems)
 
 
 def base_name(recipe: Recipe) -> str | None:

@@ -229,6 +229,7 @@ def _verify_and_save(
         steps_done=trainer.state.global_step,
         steps_planned=setup.steps,
         stopped_early=stopped_early,
+        updates=setup.updates.count,
     )
     with out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=ground.checkpointing):
         losses = _held_out_losses(trainer, setup.metrics)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorafit.recipe.advice import ADVICE_NAMES
+from lorafit.recipe.arithmetic import share_of
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
@@ -30,6 +31,7 @@ SCHEDULE_KEYS = {
     ),
 }
 """Arguments of each schedule of transformers.optimization; a test compares them."""
+WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau")
 
 
 def one_half_precision(recipe: Recipe) -> Iterator[Broken]:
@@ -57,21 +59,28 @@ def too_long_for(recipe: Recipe, steps: int) -> Iterator[Broken]:
     """What does not fit into a run of so many optimizer steps; also for runs whose steps follow from their rows."""
     training, adalora, others = recipe.training, recipe.adalora, ("training.max_steps",)
     run = f"the run's {steps:,} step{'s' * (steps != 1)}"
-    if 1 <= training.warmup_steps >= steps:
-        message = f"{training.warmup_steps:g} steps of warm-up do not end within {run}; lower it"
+    warm_up, written = share_of(steps, training.warmup_steps).value, training.warmup_steps
+    if warm_up >= steps and training.lr_scheduler_type not in WITHOUT_WARM_UP:
+        if written >= 1:
+            message = f"{written:g} steps of warm-up do not end within {run}; lower it"
+        else:
+            message = f"{written:g} of {run}, rounded up, is all of it, and warm-up begins at the rate 0; write 0"
         yield Broken("training.warmup_steps", message, others)
     if training.eval_steps is not None and training.eval_steps > steps:
         yield Broken("training.eval_steps", f"{training.eval_steps:g} is more than {run}; lower it", others)
     if adalora is not None and adalora.tinit + adalora.tfinal >= steps:
         message = f"tinit {adalora.tinit} + tfinal {adalora.tfinal} leave none of {run} to prune in; lower them"
         yield Broken("adalora", message, ("adalora.tinit", "adalora.tfinal", *others))
+    elif adalora is not None and adalora.tfinal + 1 >= steps:
+        message = f"needs a step before those that it ends with to see what matters, and {run} leaves none"
+        yield Broken("adalora", f"{message}; train longer, or lower tfinal", ("adalora.tfinal", *others))
 
 
 def schedule_uses_its_warm_up(recipe: Recipe) -> Iterator[Broken]:
     """`constant` and `reduce_lr_on_plateau` ignore a warm-up."""
     training = recipe.training
     is_written = "warmup_steps" in training.model_fields_set and training.warmup_steps > 0
-    if is_written and training.lr_scheduler_type in ("constant", "reduce_lr_on_plateau"):
+    if is_written and training.lr_scheduler_type in WITHOUT_WARM_UP:
         mend = "constant_with_warmup" if training.lr_scheduler_type == "constant" else "cosine"
         message = (
             f"is ignored with lr_scheduler_type: {training.lr_scheduler_type}; leave it out, or write {mend} there"
