@@ -1,10 +1,14 @@
 """Names of elsewhere, and near misses."""
 
+import time
+from pathlib import Path
+
 import pytest
 
 from lorafit.recipe import fields, suggest
 from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
-from lorafit.recipe.suggest import extra_key, nearest, unknown_key
+from lorafit.recipe.suggest import GUESSES, extra_key, nearest, unknown_key
+from recipes import SMALLEST, problems
 
 
 def test_no_name_that_is_said_to_be_gone_is_a_key() -> None:
@@ -125,3 +129,21 @@ def test_the_nearest_key_is_found(word: str, choice: str | None) -> None:
 )
 def test_extra_takes_what_the_library_takes_and_the_section_lacks(section: str, name: str, said: str | None) -> None:
     assert extra_key(section, name) == said
+
+
+@pytest.mark.parametrize("section", ["", "training.extra"])
+def test_a_thousand_unknown_keys_are_named_at_once_and_the_first_of_them_compared(tmp_path: Path, section: str) -> None:
+    """Each guess compares a word with every key that there is: 23 s for a thousand."""
+    keys = [f"lora_alhpa{number}" for number in range(1000)]
+    written = {
+        "": "".join(f"{key}: 1\n" for key in keys),
+        "training.extra": f"training: {{extra: {{{': 1, '.join(keys)}: 1}}}}",
+    }
+    started = time.process_time()
+    said = problems(tmp_path, SMALLEST + written[section])
+    assert time.process_time() - started < 3
+    assert len(said) == 1000
+    assert sum(";" in line for line in said) == GUESSES
+    assert said[-1].rpartition(": ")[2] == {"": "not a key of a recipe"}.get(
+        section, "trl.SFTConfig has no such argument"
+    )

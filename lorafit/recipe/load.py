@@ -103,34 +103,38 @@ def _without(tree: dict[str, Any], wrong: Iterable[Wrong]) -> dict[str, Any]:
     for key in sorted((one.meant or one.key for one in wrong), key=len):
         if key in _STAND_INS:
             tree = _changed(tree, key, _STAND_INS[key])
-    for one in wrong:
-        if one.key in _STAND_INS:
-            continue
-        key = one.key
+    dropped = set()
+    for key in (one.key for one in wrong if one.key not in _STAND_INS):
         if key[:2] in (("data", "train"), ("data", "eval"), ("eval", "general")) and len(key) == 3:
             tree = _changed(tree, key, {"path": "stand-in"})
             continue
         while key and isinstance(key[-1], int):
             key = key[:-1]
-        tree = _changed(tree, key, None, drop=True)
-    return tree
+        dropped.add(key)
+    return {} if () in dropped else _pruned(tree, (), dropped)
 
 
-def _changed(tree: Any, key: KeyPath, value: Any, *, drop: bool = False) -> Any:
-    """A copy of `tree` with `value` at `key`, or without it; as it was where there is no such place."""
+def _pruned(tree: Any, at: KeyPath, dropped: Collection[KeyPath]) -> Any:
+    """A copy of `tree`, which stands at `at`, without the keys to be dropped."""
+    if isinstance(tree, list):
+        return [_pruned(entry, (*at, index), dropped) for index, entry in enumerate(tree)]
+    if not isinstance(tree, dict):
+        return tree
+    return {key: _pruned(entry, (*at, key), dropped) for key, entry in tree.items() if (*at, key) not in dropped}
+
+
+def _changed(tree: Any, key: KeyPath, value: Any) -> Any:
+    """A copy of `tree` with `value` at `key`; as it was where there is no such place."""
     if not key:
-        return {} if drop else value
+        return value
     step = key[0]
     if isinstance(tree, list):
-        return [
-            _changed(entry, key[1:], value, drop=drop) if index == step else entry for index, entry in enumerate(tree)
-        ]
+        return [_changed(entry, key[1:], value) if index == step else entry for index, entry in enumerate(tree)]
     if not isinstance(tree, dict):
         return tree
     if len(key) == 1:
-        kept = {name: entry for name, entry in tree.items() if name != step}
-        return kept if drop else {**kept, step: value}
-    return {**tree, step: _changed(tree.get(step), key[1:], value, drop=drop)} if step in tree else tree
+        return {**tree, step: value}
+    return {**tree, step: _changed(tree.get(step), key[1:], value)} if step in tree else tree
 
 
 def _hangs_on(broken: Broken, wrong: Collection[Wrong]) -> bool:

@@ -138,20 +138,27 @@ _RENAMED_IN_SECTION = {
 }
 
 
+GUESSES = 20
+"""So many unknown keys of a recipe are compared with all that there are: no one reads more, and each takes 10 ms."""
+
+
 def nearest(word: str, choices: Iterable[str], *, share: int = 3) -> str | None:
     """The choice that is at most a third (one in `share`) of its letters away from `word`, if any is."""
     plain = _plain(word)
-    ranked = sorted((_edits(plain, choice.lower()), -_common_start(plain, choice), choice) for choice in choices)
-    if not ranked:
-        return None
-    edits, _, choice = ranked[0]
-    return choice if edits <= max(1, min(len(choice), len(plain)) // share) else None
+    ranked = []
+    for choice in choices:
+        allowed = max(1, min(len(choice), len(plain)) // share)
+        if abs(len(choice) - len(plain)) <= allowed and (edits := _edits(plain, choice.lower())) <= allowed:
+            ranked.append((edits, -_common_start(plain, choice), choice))
+    return min(ranked)[2] if ranked else None
 
 
-def unknown_key(key: KeyPath) -> tuple[str, KeyPath | None]:
+def unknown_key(key: KeyPath, *, guesses: bool = True) -> tuple[str, KeyPath | None]:
     """What to say about a key the schema does not have, and the key it is taken for where it is a misspelling."""
     name, section = str(key[-1]), section_at(key[:-1])
     here = f"not a key of {_named(key[:-1])}"
+    if not guesses:
+        return here, None
     if instead := _replacement(name, key):
         return f"{here}; {instead}", None
     elsewhere = [place for place in places() if place[-1] == name]
@@ -170,7 +177,7 @@ def unknown_key(key: KeyPath) -> tuple[str, KeyPath | None]:
     return f"{here}; its keys are {', '.join(own)}", None
 
 
-def extra_key(section: str, name: str) -> str | None:
+def extra_key(section: str, name: str, *, guesses: bool = True) -> str | None:
     """What is wrong with a key under `extra`; None if the library takes it from there."""
     own = keys_of(section_at((section,)))
     if name in own:
@@ -181,6 +188,8 @@ def extra_key(section: str, name: str) -> str | None:
     if name in known:
         return None
     said = f"{LIBRARY_OBJECT[section]} has no such argument"
+    if not guesses:
+        return said
     if instead := _replacement(name, (section, name)):
         return f"{said}; {instead}"
     if others := [f"{other}.extra" for other, keys in LIBRARY_KEYS.items() if name in keys]:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from lorafit.recipe.example import example
 from lorafit.recipe.fields import field_at, section_in
-from lorafit.recipe.suggest import nearest, unknown_key
+from lorafit.recipe.suggest import GUESSES, nearest, unknown_key
 from lorafit.recipe.yaml_reader import FLOAT, KeyPath
 
 _NEEDED: dict[KeyPath, str] = {
@@ -48,8 +48,10 @@ def in_our_words(error: ValidationError, tree: dict[str, Any]) -> list[Wrong]:
     found: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False):
         found.setdefault(_key_of(detail["loc"], tree, detail["type"]), []).append(detail)
-    leaves = [key for key in found if not any(key != other and other[: len(key)] == key for other in found)]
-    unknown = {key: unknown_key(key) for key in leaves if found[key][0]["type"] == "extra_forbidden"}
+    above = {key[:length] for key in found for length in range(len(key))}
+    leaves = [key for key in found if key not in above]
+    foreign = [key for key in leaves if found[key][0]["type"] == "extra_forbidden"]
+    unknown = {key: unknown_key(key, guesses=number < GUESSES) for number, key in enumerate(foreign)}
     misspelt = {guess for _, guess in unknown.values()}  # not missing, too
     return [
         Wrong(key, *unknown[key]) if key in unknown else _wrong(key, found[key], tree)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
-from lorafit.recipe.suggest import extra_key
+from lorafit.recipe.suggest import GUESSES, extra_key
 
 
 def extra_keys_reach_the_library(recipe: Recipe) -> Iterator[Broken]:
@@ -12,9 +12,11 @@ def extra_keys_reach_the_library(recipe: Recipe) -> Iterator[Broken]:
     extras = {"model": recipe.model.extra, "lora": recipe.lora.extra, "training": recipe.training.extra}
     if recipe.quantization is not None:
         extras["quantization"] = recipe.quantization.extra
+    wrong = 0
     for section, extra in extras.items():
         for key in extra:
-            if message := extra_key(section, key):
+            if message := extra_key(section, key, guesses=wrong < GUESSES):
+                wrong += 1
                 yield Broken(f"{section}.extra.{key}", message)
 
 
