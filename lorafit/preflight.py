@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ from huggingface_hub.constants import HF_HOME
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
 from lorafit.precision import computes_bfloat16
+from lorafit.packages import missing_packages
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
@@ -121,12 +120,11 @@ def checkpointing_choice(
 
 def refuse_what_this_machine_lacks(loaded: LoadedRecipe, machine: Machine) -> None:
     """Everything the recipe asks for that this machine does not have. Raises MachineError with all of it."""
-    problems = tuple(_missing_here(loaded, machine))
+    here = tuple(_missing_here(loaded, machine))
+    named = {problem.where for problem in here}  # ZeRO without a GPU needs no deepspeed, but another strategy
+    problems = (*here, *(problem for problem in missing_packages(loaded) if problem.where not in named))
     if problems:
         raise MachineError(problems)
-
-
-_LOGGER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio", "mlflow": "mlflow"}
 
 
 def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
@@ -138,8 +136,6 @@ def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
         yield loaded.problem("launch.num_processes", message)
     if strategy in ("fsdp2", "zero2", "zero3") and not machine.gpus:
         yield loaded.problem("launch.strategy", f"{strategy} splits the model over GPUs, there is none; write ddp")
-    elif strategy in ("zero2", "zero3") and not _has_package("deepspeed"):
-        yield loaded.problem("launch.strategy", f"{strategy} needs the package deepspeed; install it, or write fsdp2")
     if recipe.training.fp16 and machine.device == "cpu":
         yield loaded.problem("training.fp16", "needs a GPU; leave it out and let bf16 be auto")
     if recipe.training.optim.startswith("paged_") and machine.device == "cpu":
@@ -148,13 +144,3 @@ def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
         )
     if recipe.lora.init_lora_weights == "loftq" and machine.device == "cpu":
         yield loaded.problem("lora.init_lora_weights", "loftq needs a GPU: peft fits its factors with CUDA code")
-    if recipe.model.attn_implementation == "flash_attention_2" and not _has_package("flash_attn"):
-        yield loaded.problem("model.attn_implementation", "needs the package flash_attn; install it, or write sdpa")
-    for logger in recipe.training.report_to:
-        package = _LOGGER_PACKAGES.get(logger)
-        if package and not _has_package(package):
-            yield loaded.problem("training.report_to", f"{logger} is not installed; pip install {package}")
-
-
-def _has_package(name: str) -> bool:
-    return name in sys.modules or importlib.util.find_spec(name) is not None

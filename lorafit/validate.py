@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.data import DataScan, scan
-from lorafit.errors import DataError, LorafitError, ModelError, Problem, RecipeError
+from lorafit.errors import DataError, LorafitError, MachineError, ModelError, Problem, RecipeError
+from lorafit.packages import missing_packages
 from lorafit.recipe import Advice, LoadedRecipe, advise
 from lorafit.recipe.arithmetic import (
     Number,
@@ -48,7 +49,7 @@ class Validation:
 
 def validate(path: Path, *, overrides: Sequence[str] = ()) -> Validation:
     """The recipe and its data, checked. Raises with every problem of both: RecipeError if the recipe has one, else
-    ModelError (no such base directory) or DataError."""
+    ModelError (no such base directory), MachineError (a package is not installed) or DataError."""
     reading = read(path, overrides=overrides)
     problems: list[Problem] = list(reading.problems)
     error: type[LorafitError] = RecipeError
@@ -57,6 +58,9 @@ def validate(path: Path, *, overrides: Sequence[str] = ()) -> Validation:
         if missing := _missing_base(reading.loaded):
             error = error if problems else ModelError
             problems.append(missing)
+        if lacking := list(missing_packages(reading.loaded)):
+            error = error if problems else MachineError
+            problems += lacking
         if reading.has_whole_data_section:
             recipe = reading.loaded.recipe
             try:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.errors import DataError, ModelError, RecipeError
+from lorafit.errors import DataError, MachineError, ModelError, RecipeError
 from lorafit.recipe.arithmetic import sequences_per_step, share_of, steps_per_epoch, total_steps
 from lorafit.report.validation import validation_text
 from lorafit.validate import validate
@@ -159,3 +159,30 @@ def test_a_wrong_command_line_is_one_line_and_exit_2(
     captured = capsys.readouterr()
     assert captured.err.startswith(said) and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_packages_that_are_not_installed_are_named_in_the_words_of_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lorafit.preflight import Machine, refuse_what_this_machine_lacks
+    from lorafit.recipe import load
+
+    rows(tmp_path, 10)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("wandb", "deepspeed", "flash_attn"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    text = (
+        f"{SMALLEST.replace('gpt2', 'gpt2, attn_implementation: flash_attention_2')}training: {{report_to: [wandb]}}\n"
+    )
+    path = written(tmp_path, f"{text}launch: {{strategy: zero2}}\n")
+    with pytest.raises(MachineError) as said:
+        validate(path)
+    assert [str(problem).replace(f"{tmp_path}/", "") for problem in said.value.problems] == [
+        "x.yaml:4: launch.strategy: zero2 needs the package deepspeed; install it, or write fsdp2",
+        "x.yaml:1: model.attn_implementation: needs the package flash_attn; install it, or write sdpa",
+        "x.yaml:3: training.report_to: wandb is not installed; pip install wandb",
+    ]
+    gpu = Machine(device="cuda", name="a GPU", gpus=1, has_bf16=True, memory_bytes=2**34)
+    with pytest.raises(MachineError) as refused:
+        refuse_what_this_machine_lacks(load(path), gpu)
+    assert refused.value.problems == said.value.problems
