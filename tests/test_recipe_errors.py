@@ -26,7 +26,14 @@ GOLDEN = {
     "extends",
     "lora: {lora_alpha: 0}": "lora.lora_alpha: 0 is not a whole number of at least 1 or null",
     "training: {max_steps: 0}": "training.max_steps: 0 is not a whole number of at least 1 or null",
-    "training: {learning_rate: 0}": "training.learning_rate: 0 is not a number above 0",
+    "training: {learning_rate: 0}": "training.learning_rate: 0 is not a number above 0 and at most 10",
+    "training: {learning_rate: 1e6}": "training.learning_rate: 1000000.0 is not a number above 0 and at most 10",
+    "training: {weight_decay: 1e4}": "training.weight_decay: 10000 x learning_rate 0.0002 = 2 is the share that every "
+    "step takes from each weight, all of it and more; usual are 0 to 0.1",
+    "training: {neftune_noise_alpha: 5e6}": "training.neftune_noise_alpha: 5000000.0 is not a number above 0 and at "
+    "most 1000 or null",
+    "optimizer: {loraplus_lr_ratio: 16e4}": "optimizer.loraplus_lr_ratio: 160000 makes the rate of B 0.0002 x 160000 = "
+    "32, no run bears it; usual is 16",
     "lora: {use_dora: yes}": 'lora.use_dora: "yes" is not true or false; write true',
     "lora: {r: true}": "lora.r: true is not a whole number of at least 1",
     "lora:": "lora: null is not a mapping (`key: value`); write its keys beneath it, or leave it out",

@@ -134,8 +134,14 @@ BROKEN = {
     ],
     "max_steps_leave_room": [
         (f"{SMALLEST}training: {{warmup_steps: 100, max_steps: 100}}", "training.warmup_steps"),
+        (f"{SMALLEST}training: {{max_steps: 1}}", "training.warmup_steps"),
+        (f"{SMALLEST}adalora: {{tfinal: 9}}\ntraining: {{max_steps: 10}}", "adalora"),
         (f"{EVAL}training: {{eval_strategy: steps, eval_steps: 20, max_steps: 10}}", "training.eval_steps"),
         (f"{SMALLEST}adalora: {{tinit: 60, tfinal: 40}}\ntraining: {{max_steps: 100}}", "adalora"),
+    ],
+    "rates_stay_below_what_any_run_bears": [
+        (f"{SMALLEST}optimizer: {{loraplus_lr_ratio: 1e5}}", "optimizer.loraplus_lr_ratio"),
+        (f"{SMALLEST}training: {{weight_decay: 0.5, learning_rate: 2}}", "training.weight_decay"),
     ],
     "schedule_uses_its_warm_up": [
         (f"{SMALLEST}training: {{warmup_steps: 100, lr_scheduler_type: constant}}", "training.warmup_steps"),

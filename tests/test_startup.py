@@ -29,7 +29,7 @@ def heavy_modules(directory: Path, source: str, *arguments: str) -> str:
 )
 def test_what_must_answer_at_once_imports_nothing_heavy(tmp_path: Path, arguments: list[str]) -> None:
     written(tmp_path, SMALLEST)
-    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 40, encoding="utf-8")
     assert heavy_modules(tmp_path, RUN, *arguments) == "[]"
 
 

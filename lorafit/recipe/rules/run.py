@@ -76,6 +76,27 @@ def too_long_for(recipe: Recipe, steps: int) -> Iterator[Broken]:
         yield Broken("adalora", f"{message}; train longer, or lower tfinal", ("adalora.tfinal", *others))
 
 
+HIGHEST_RATE = 10.0
+"""Of A, and so of B: `training.learning_rate` says why."""
+
+
+def rates_stay_below_what_any_run_bears(recipe: Recipe) -> Iterator[Broken]:
+    """A slip of the pen (`16e4` for 16) would train for hours before health stops the run."""
+    training, ratio = recipe.training, recipe.optimizer.loraplus_lr_ratio
+    rate = training.learning_rate
+    if ratio is not None and rate * ratio > HIGHEST_RATE:
+        message = (
+            f"{ratio:g} makes the rate of B {rate:g} x {ratio:g} = {rate * ratio:.3g}, no run bears it; usual is 16"
+        )
+        yield Broken("optimizer.loraplus_lr_ratio", message, ("training.learning_rate",))
+    if rate * training.weight_decay >= 1:
+        message = (
+            f"{training.weight_decay:g} x learning_rate {rate:g} = {rate * training.weight_decay:.3g} is the share"
+        )
+        message = f"{message} that every step takes from each weight, all of it and more; usual are 0 to 0.1"
+        yield Broken("training.weight_decay", message, ("training.learning_rate",))
+
+
 def schedule_uses_its_warm_up(recipe: Recipe) -> Iterator[Broken]:
     """`constant` and `reduce_lr_on_plateau` ignore a warm-up."""
     training = recipe.training
@@ -216,6 +237,7 @@ RULES: tuple[Rule, ...] = (
     one_half_precision,
     step_counts_are_whole,
     max_steps_leave_room,
+    rates_stay_below_what_any_run_bears,
     schedule_uses_its_warm_up,
     schedule_knows_its_arguments,
     evaluation_has_rows,

@@ -69,8 +69,9 @@ class TrainingSection(Section):
     gradient_accumulation_steps: int = Field(default=4, ge=1)
     """Forward passes per optimizer step; raises the global batch without memory."""
 
-    learning_rate: float = Field(default=2e-4, gt=0)
-    """Peak learning rate. Default 2e-4 (QLoRA paper, 7B-13B); LoRA wants about ten times full fine-tuning's."""
+    learning_rate: float = Field(default=2e-4, gt=0, le=10)
+    """Peak learning rate. Default 2e-4 (QLoRA paper, 7B-13B); LoRA wants about ten times full fine-tuning's. At most
+    10: Adam moves every entry of A and B by about the rate in a step, and weights are of the size of 0.01."""
 
     lr_scheduler_type: Scheduler = "cosine"
     """Shape of the learning rate after warm-up."""
@@ -102,8 +103,9 @@ class TrainingSection(Section):
     on a GPU off where `lorafit plan` finds that the peak stays under 85 % of its memory without it, else on; off on
     CPU. The choice is printed with its reason."""
 
-    neftune_noise_alpha: float | None = Field(default=None, gt=0)
-    """Noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual). null means none."""
+    neftune_noise_alpha: float | None = Field(default=None, gt=0, le=1000)
+    """Noise on the embeddings in training (NEFTune, arXiv 2310.05914; 5 is usual, 15 the paper's most). null means
+    none."""
 
     eval_strategy: Literal["no", "steps", "epoch"] = "no"
     """When the held-out loss is measured during training; it always is before and after when there are eval rows."""
