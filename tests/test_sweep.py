@@ -389,9 +389,8 @@ def test_too_few_steps_to_judge_by_are_refused(base: Path, tmp_path: Path) -> No
 
 
 def test_the_largest_rank_must_train(base: Path, tmp_path: Path) -> None:
-    # Adam's step is the rate whatever the gradient: B then makes activations that float32 does not hold.
-    never = {"learning_rate": 10.0, "lr_scheduler_type": "constant"}
-    loaded = recipe(tmp_path, base, lora={"lora_alpha": 10**38}, training=never)
+    broken = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 10.0}
+    loaded = recipe(tmp_path, base, lora={"lora_alpha": 10**18}, training=broken, rank_sweep={"alpha": "fixed"})
     with pytest.raises(LorafitError) as caught:
         sweep(loaded)
     assert caught.value.exit_code == 6

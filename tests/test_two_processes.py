@@ -113,9 +113,9 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
 
 
 def test_a_loss_that_breaks_in_one_process_is_reported_once(tmp_path: Path, tiny_base: Path) -> None:
-    halves = {"per_device_train_batch_size": 2}
-    broken = {"lora_alpha": 10**38}  # float32 ends at 3.4e38
-    loaded = small_recipe(tmp_path, tiny_base, lora=broken, training=halves, launch={"num_processes": 2})
+    broken = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 10.0, "per_device_train_batch_size": 2}
+    steep = {"lora_alpha": 10**18}
+    loaded = small_recipe(tmp_path, tiny_base, lora=steep, training=broken, launch={"num_processes": 2})
     code, out, err = finished(command(tmp_path, "lorafit", "train", str(loaded.path), "--quiet"))
     assert (code, out) == (6, "")
     assert len(err.splitlines()) == 1, err
