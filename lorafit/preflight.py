@@ -13,8 +13,8 @@ from huggingface_hub.constants import HF_HOME
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
-from lorafit.precision import computes_bfloat16
 from lorafit.packages import missing_packages
+from lorafit.precision import computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
