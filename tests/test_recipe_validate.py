@@ -144,7 +144,7 @@ def test_the_command_exits_2_with_a_line_per_problem_and_creates_nothing(tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["validat"], "error: No such command 'validat'. Did you mean 'validate'? (see `lorafit --help`)"),
+        (["validat"], "error: validat: no such command; did you mean validate?"),
         (["validate"], "error: Missing argument 'RECIPE'. (see `lorafit validate --help`)"),
         (["validate", "x.yaml", "--sett"], "error: No such option: --sett"),
         (["init", "--preset", "x"], "error: Invalid value for '--preset': 'x' is not one of 'lora', 'qlora', 'dora'."),
