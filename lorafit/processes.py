@@ -18,6 +18,7 @@ from lorafit.errors import MachineError, StopRequested
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
+from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
 from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
@@ -115,6 +116,7 @@ def refuse_other_distribution(loaded: LoadedRecipe, accelerator: Accelerator, *,
         adapter_can_be_sharded,
         halving_needs_whole_gradients,
         optimizer_takes_sharded_weights,
+        rows_of_added_tokens_can_be_trained,
     )
     broken = [problem for rule in rules for problem in rule(as_started)]
     if broken:

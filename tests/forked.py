@@ -77,6 +77,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "embedding": {"lora": {"r": 4, "target_modules": ["q_proj", "embed_tokens"]}},
     "trained head": {"lora": {"r": 4, "modules_to_save": ["lm_head"]}},
     "trained tokens": {"lora": {"r": 4, "trainable_token_indices": [1, 2]}},
+    "added tokens": {"model": {"add_tokens": ["What is", *(f"<{number}>" for number in range(8))]}},
     "two processes": {"training": {"per_device_train_batch_size": 1}, "launch": {"num_processes": 2}},
 }
 """What a checkpoint has to hold differs from one to the next."""
@@ -95,7 +96,7 @@ def recipe(directory: Path, base: Path, *, every: int | str = 2, **sections: Any
     write_jsonl(directory / "eval.jsonl", [row | {"completion": "No # | ~"} for row in sums(4, first=100)])
     whole: dict[str, Any] = {
         "output_dir": str(directory / "run"),
-        "model": {"model_name_or_path": str(base)},
+        "model": {"model_name_or_path": str(base)} | sections.pop("model", {}),
         "lora": {"r": 4},
         "data": {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}]},
         "checkpoints": {"every": every},

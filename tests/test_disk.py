@@ -17,7 +17,10 @@ from peft import PeftModel
 from runs import run, small_recipe
 from tiny import build_base, llama_config
 
+from lorafit.builders.base_model import check_base_model
+from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
+from lorafit.recipe import LoadedRecipe
 from lorafit.training import checkpoints, disk
 from lorafit.training import model as model_module
 from lorafit.training.disk import BESIDES, NO_ROOM, space_needed
@@ -28,12 +31,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"r": 32, "init_lora_weights": "pissa"}},
     "saved modules": {"lora": {"r": 8, "modules_to_save": ["lm_head"]}},
     "embeddings": {"lora": {"r": 8, "target_modules": ["embed_tokens", "q_proj"]}},
+    "added tokens": {"model": {"add_tokens": ["What is", "It is", "<never>"]}, "lora": {"r": 8}},
     "qlora": {"quantization": {"load_in_4bit": True}, "lora": {"r": 32}},
     "adalora": {"lora": None, "adalora": {"init_r": 12, "target_r": 8, "tinit": 1, "tfinal": 1, "delta_t": 1}},
     "sgd": {"training": {"optim": "sgd"}, "lora": {"r": 32}},
     "adafactor": {"training": {"optim": "adafactor"}, "lora": {"r": 32}},
 }
 BY_DEFAULT = ("plain", "embeddings", "qlora")
+
+
+def files_of(loaded: LoadedRecipe) -> BaseModelFiles:
+    return check_base_model(loaded.recipe.model, quantization=loaded.recipe.quantization)
 
 
 def size(directory: Path) -> int:
@@ -44,7 +52,6 @@ def committed(directory: Path) -> list[Path]:
     return sorted((directory / "run" / "checkpoints").glob("checkpoint-*"))
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
 @pytest.mark.parametrize(
     "method", [pytest.param(name, marks=[] if name in BY_DEFAULT else pytest.mark.slow) for name in METHODS]
 )
@@ -53,7 +60,7 @@ def test_what_a_run_writes_is_what_was_reckoned_from_the_settings(
 ) -> None:
     base = build_base(tmp_path / "base", config=llama_config(hidden_size=256, intermediate_size=512))
     loaded = small_recipe(tmp_path, base, checkpoints={"every": 1}, **METHODS[method])
-    space = space_needed(loaded, base)
+    space = space_needed(loaded, files_of(loaded))
     assert space.checkpoints == 3
     run(loaded)
     for reckoned, written in ((space.adapter, tmp_path / "run/adapter"), (space.checkpoint, committed(tmp_path)[-1])):
@@ -66,7 +73,7 @@ def test_too_little_space_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(model_module, "load_base_model", None)  # calling it would be a TypeError
     loaded = small_recipe(tmp_path, tiny_base)
-    space = space_needed(loaded, tiny_base)
+    space = space_needed(loaded, files_of(loaded))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=space.whole - 1))
     expected = f"the run needs {space.whole:,} bytes .* {space.whole - 1:,} are free on its disk; make room"
@@ -80,7 +87,7 @@ def test_checkpoints_that_are_there_need_no_more_space(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = small_recipe(tmp_path, tiny_base)
-    space, usage = space_needed(loaded, tiny_base), shutil.disk_usage(tmp_path)
+    space, usage = space_needed(loaded, files_of(loaded)), shutil.disk_usage(tmp_path)
     there = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     there.mkdir(parents=True)
     (there / "optimizer.pt").write_bytes(bytes(1000))
@@ -104,7 +111,7 @@ def test_a_write_that_fails_in_a_checkpoint_keeps_the_one_before(
 
     monkeypatch.setattr(checkpoints, "commit", failing)
     loaded = small_recipe(tmp_path, tiny_base, checkpoints={"every": 1})
-    needed = space_needed(loaded, tiny_base).checkpoint
+    needed = space_needed(loaded, files_of(loaded)).checkpoint
     expected = f"{os.strerror(number)}: a checkpoint needs {needed:,} bytes, .* are free"
     with pytest.raises(DiskError if number in NO_ROOM else OSError, match=expected if number in NO_ROOM else None):
         run(loaded)

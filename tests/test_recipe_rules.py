@@ -9,6 +9,7 @@ from recipes import SMALLEST, loaded, problems, written
 
 Q4, Q8 = "quantization: {load_in_4bit: true}\n", "quantization: {load_in_8bit: true}\n"
 ADALORA = "adalora: {}\n"
+ADDED = SMALLEST.replace("gpt2}", 'gpt2, add_tokens: ["<a>"]}')
 EVAL = SMALLEST.replace("]}", "], eval_fraction: 0.1}")
 
 
@@ -97,6 +98,13 @@ BROKEN = {
         (f"{SMALLEST}{Q4}lora: {{init_lora_weights: orthogonal}}", "lora.init_lora_weights"),
         (f"{SMALLEST}lora: {{init_lora_weights: loftq}}", "lora.init_lora_weights"),
         (f"{SMALLEST}{Q8}lora: {{init_lora_weights: loftq}}", "lora.init_lora_weights"),
+    ],
+    "start_goes_with_what_else_is_trained": [
+        (f"{SMALLEST}lora: {{init_lora_weights: pissa, use_dora: true}}", "lora.use_dora"),
+        (f"{SMALLEST}lora: {{init_lora_weights: olora, modules_to_save: [lm_head]}}", "lora.modules_to_save"),
+        (f"{SMALLEST}lora: {{init_lora_weights: corda, bias: all}}", "lora.bias"),
+        (f"{SMALLEST}lora: {{init_lora_weights: eva, trainable_token_indices: [1]}}", "lora.trainable_token_indices"),
+        (f"{ADDED}lora: {{init_lora_weights: eva}}", "model.add_tokens"),
     ],
     "orthogonal_ranks_are_even": [
         (f"{SMALLEST}lora: {{init_lora_weights: orthogonal, r: 3}}", "lora.r"),
@@ -265,6 +273,19 @@ BROKEN = {
         (f"{EVAL}lora: {{rank_pattern: {{q_proj: 8}}}}\nrank_sweep: {{}}", "rank_sweep"),
     ],
     "one_process_a_trial": [(f"{EVAL}rank_sweep: {{}}\nlaunch: {{strategy: fsdp2}}", "rank_sweep")],
+    "added_tokens_are_written_once": [
+        (ADDED.replace("<a>", ""), "model.add_tokens"),
+        (ADDED.replace("<a>", "  "), "model.add_tokens"),
+        (ADDED.replace("<a>", "<a> "), "model.add_tokens"),
+        (ADDED.replace('"<a>"', '"<a>", "<a>"'), "model.add_tokens"),
+    ],
+    "rows_of_added_tokens_can_be_trained": [
+        (f"{ADDED}launch: {{strategy: fsdp2}}", "model.add_tokens"),
+        (f"{ADDED}launch: {{strategy: zero3}}", "model.add_tokens"),
+        (f"{ADDED}lora: {{modules_to_save: [lm_head]}}", "model.add_tokens"),
+        (f"{ADDED}lora: {{target_modules: [q_proj, embed_tokens]}}", "model.add_tokens"),
+        (f"{ADDED}{Q4[:-2]}, llm_int8_skip_modules: [q_proj]}}", "quantization.llm_int8_skip_modules"),
+    ],
 }
 
 
@@ -286,7 +307,8 @@ def test_a_broken_rule_is_said_once_at_its_key(tmp_path: Path, text: str, key: s
 @pytest.mark.parametrize(
     "text",
     [
-        f"{SMALLEST}{Q4}lora: {{use_dora: true, init_lora_weights: olora}}",
+        f"{SMALLEST}{Q4}lora: {{use_dora: true}}",
+        f"{SMALLEST}{Q4}lora: {{init_lora_weights: olora}}",
         f"{SMALLEST}{Q4}lora: {{init_lora_weights: loftq}}",
         f"{SMALLEST}{Q4}lora: {{init_lora_weights: eva, eva_config: {{rho: 1.5}}}}",
         f"{SMALLEST}{Q4[:-2]}, bnb_4bit_quant_storage: bfloat16}}\nlaunch: {{strategy: fsdp2}}",

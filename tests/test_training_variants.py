@@ -82,7 +82,6 @@ def _quick() -> dict[str, Any]:
     return dict(QUICK)
 
 
-@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # in the trainer's checkpoints
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_reloaded_adapter_gives_the_trained_logits_bit_for_bit(
     variant: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ from peft import (
 )
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
@@ -78,7 +79,20 @@ def attach_adapter(
             replace_lora_weights_loftq(adapted, model_path=base_directory)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterError(f"peft refuses this adapter on this model: {error}", where="lora") from error
+    head = adapted.get_base_model().get_output_embeddings()
+    if type(head) is TrainableTokensWrapper:
+        head.__class__ = HeadWithTrainedRows
     return adapted
+
+
+class HeadWithTrainedRows(TrainableTokensWrapper):
+    """An output head some of whose rows are trained.
+
+    TRL's loss reads weight and bias of a head; peft's wrapper answers for the weight alone (peft 0.21,
+    `TrainableTokensWrapper._hasattr_wrapped`). Heads with a bias are refused: the wrapper leaves it out.
+    """
+
+    bias = None
 
 
 def keep_backward_on_cpu(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from lorafit.builders.added_tokens import AddedTokens, added_tokens, begin_rows
 from lorafit.builders.bnb_config import bnb_config
 from lorafit.builders.model_files import (
     BaseModelFiles,
@@ -30,6 +31,7 @@ from lorafit.builders.model_files import (
     stop_token_ids,
     weight_problems,
 )
+from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.builders.weight_files import TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
 from lorafit.precision import base_dtype, compute_dtype
@@ -69,7 +71,12 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     if problems := list(_extra_problems(section, config=known)):
         raise ModelError(problems)
     where = str(directory / "config.json")
-    vocab_size = _rows_of_embedding(section, config=known, where=where)
+    outline = _outline(section, config=known, where=where)
+    vocab_size = int(outline.get_input_embeddings().weight.shape[0])
+    added = tokens_added(section, directory=directory, rows=vocab_size)
+    if added is not None:
+        _refuse_head(outline, where=where)
+        vocab_size = added.rows_needed
     if outside := sorted(token for token in stops if token >= vocab_size):
         message = f"eos_token_id {outside[0]} has no row in the embedding of {vocab_size:,}: correct it"
         raise ModelError(f"{message} there and in generation_config.json", where=where)
@@ -82,7 +89,25 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
         tensors=tensors,
         stop_token_ids=stops,
         vocab_size=vocab_size,
+        trained_token_ids=() if added is None else added.trained,
     )
+
+
+def tokens_added(section: ModelSection, *, directory: Path, rows: int) -> AddedTokens | None:
+    """What `model.add_tokens` adds to a base whose embedding has so many rows; None where it adds nothing."""
+    if not section.add_tokens:
+        return None
+    tokenizer = read_tokenizer(directory, trust_remote_code=section.trust_remote_code)
+    return added_tokens(tokenizer, section.add_tokens, rows=rows)
+
+
+def _refuse_head(outline: PreTrainedModel, *, where: str) -> None:
+    """Heads whose rows peft cannot train."""
+    head = outline.get_output_embeddings()
+    if head is None or head.bias is not None:
+        what = "no output head" if head is None else "a bias in its output head, which peft would leave out"
+        message = f"has {what}: model.add_tokens cannot train rows of it; use tokens that the base knows"
+        raise ModelError(message, where=where)
 
 
 def whole_tensors(section: ModelSection, *, directory: Path, config: Mapping[str, Any]) -> dict[str, TensorInfo]:
@@ -94,16 +119,15 @@ def whole_tensors(section: ModelSection, *, directory: Path, config: Mapping[str
     return tensors
 
 
-def _rows_of_embedding(section: ModelSection, *, config: PreTrainedConfig, where: str) -> int:
-    """Of the model that config.json describes, built without memory: what keeps it from being built shows here."""
+def _outline(section: ModelSection, *, config: PreTrainedConfig, where: str) -> PreTrainedModel:
+    """The model that config.json describes, built without memory: what keeps it from being built shows here."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            return AutoModelForCausalLM.from_config(
                 config, trust_remote_code=section.trust_remote_code, **_attention(section)
             )
     except (*CONFIG_ERRORS, ImportError, RuntimeError) as error:
         raise ModelError(f"transformers cannot build it: {_one_line(error)}{_mend(section)}", where=where) from error
-    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def _attention(section: ModelSection) -> dict[str, str]:
@@ -182,7 +206,7 @@ def load_base_model(
 
     `auto` is the type the weights were saved in, on a CPU without bfloat16 float32.
     transformers starts missing tensors at random and only logs it. Tensors that the architecture has no place for are
-    logged: the model is whole without them.
+    logged: the model is whole without them. Tokens of `model.add_tokens` have their rows, as they begin.
     """
     directory = model_directory(model)
     fetch_weights(model, directory=directory)
@@ -212,6 +236,9 @@ def load_base_model(
             details = _one_line(report[-1] if report else error)
             raise ModelError(f"its weights do not fit config.json: {details}", where=str(directory)) from error
     _refuse_incomplete(loaded, depth=base.config.get_text_config().num_hidden_layers, where=str(directory))
+    added = tokens_added(model, directory=directory, rows=int(base.get_input_embeddings().weight.shape[0]))
+    if added is not None:
+        begin_rows(base, added)
     if is_on_hub(model):  # an adapter records the name of its base, not a path of this machine's cache
         base.name_or_path = base.config.name_or_path = model.model_name_or_path
     return base

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
@@ -19,12 +19,18 @@ _UNKNOWN_TOTAL_STEPS = 2**31
 
 
 def lora_config(
-    lora: LoraSection, *, adalora: AdaLoraSection | None, model: PreTrainedModel, where: Where, by_fsdp: bool = False
+    lora: LoraSection,
+    *,
+    adalora: AdaLoraSection | None,
+    model: PreTrainedModel,
+    where: Where,
+    by_fsdp: bool = False,
+    token_ids: Sequence[int] = (),
 ) -> LoraConfig:
     """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a causal language model; `by_fsdp` where FSDP shards it.
 
-    `where(key, message)` places a problem in the recipe. Raises AdapterError when a listed name matches nothing, or
-    FSDP would train something else.
+    The rows of `token_ids` are trained in embedding and head. `where(key, message)` places a problem in the recipe.
+    Raises AdapterError when a listed name matches nothing, or FSDP would train something else.
     """
     problems = list(_names_without_match(lora, model, where))
     if by_fsdp and (key := trains_a_tied_embedding(lora, model.config)):
@@ -51,7 +57,7 @@ def lora_config(
         "layers_to_transform": _as_list(lora.layers_to_transform),
         "layers_pattern": _as_list(lora.layers_pattern),
         "modules_to_save": _as_list(lora.modules_to_save),
-        "trainable_token_indices": _token_indices(lora),
+        "trainable_token_indices": _token_indices(lora, model, token_ids),
         "bias": lora.bias,
         "lora_bias": lora.lora_bias,
         "fan_in_fan_out": _has_conv1d(model),
@@ -105,11 +111,29 @@ def _init_method(lora: LoraSection) -> bool | str:
     return True if lora.init_lora_weights == "loftq" else lora.init_lora_weights
 
 
-def _token_indices(lora: LoraSection) -> list[int] | dict[str, list[int]] | None:
+def _token_indices(
+    lora: LoraSection, model: PreTrainedModel, added: Sequence[int]
+) -> list[int] | dict[str, list[int]] | None:
+    """What the section says, and `added` in embedding and head: alone, peft trains the rows of the embedding."""
     indices = lora.trainable_token_indices
     if isinstance(indices, dict):
-        return {name: list(ids) for name, ids in indices.items()}
-    return None if indices is None else list(indices)
+        chosen = {name: list(ids) for name, ids in indices.items()}
+    elif not added:
+        return None if indices is None else list(indices)
+    else:
+        chosen = {} if indices is None else {_short_name(model, model.get_input_embeddings()): list(indices)}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    matrices = [embedding] if head.weight is embedding.weight else [embedding, head]
+    for name in (_short_name(model, matrix) for matrix in matrices if added):
+        chosen[name] = sorted({*chosen.get(name, ()), *added})
+    return chosen
+
+
+def _short_name(model: PreTrainedModel, module: nn.Module) -> str:
+    """`embed_tokens`; the whole name where another module is called so, too."""
+    name = next(name for name, one in model.named_modules() if one is module)
+    last = name.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other, _ in model.named_modules()) == 1 else name
 
 
 def _has_conv1d(model: nn.Module) -> bool:

@@ -36,7 +36,9 @@ class BaseModelFiles:
     stop_token_ids: frozenset[int]
     """What generation stops on: `eos_token_id` of generation_config.json, else of config.json."""
     vocab_size: int
-    """Rows of the embedding."""
+    """Rows of the embedding, those of added tokens among them."""
+    trained_token_ids: tuple[int, ...] = ()
+    """Ids of `model.add_tokens`, and of the rows that fill up the embedding below them: trained and saved."""
 
     @property
     def total_bytes(self) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from lorafit.builders.added_tokens import add_to
 from lorafit.builders.base_model import load_config
-from lorafit.builders.model_files import TOKENIZER_FILES, model_directory, read_json
+from lorafit.builders.model_files import model_directory
+from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.errors import ModelError
 from lorafit.recipe.sections import ModelSection
 
@@ -22,19 +23,20 @@ PADDING_NAMES = (
 
 
 def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer, with a token for padding. Raises ModelError.
+    """The base model's tokenizer, with the tokens of `model.add_tokens` and one for padding. Raises ModelError.
 
     Padding is the tokenizer's own choice, else the first of PADDING_NAMES that it has, else the end-of-text token
     (logged): padded positions are masked by position, so that costs nothing in training.
     """
     directory = model_directory(section)
-    tokenizer = _read_tokenizer(directory, trust_remote_code=section.trust_remote_code)
+    tokenizer = read_tokenizer(directory, trust_remote_code=section.trust_remote_code)
     if tokenizer.eos_token_id is None:
         raise ModelError(
             'the tokenizer has no end-of-text token: write "eos_token": "..." in tokenizer_config.json',
             where=str(directory),
         )
     vocab_size = load_config(section, directory=directory).get_text_config().vocab_size
+    add_to(tokenizer, section.add_tokens)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(tokenizer, vocab_size=vocab_size)
         if tokenizer.pad_token == tokenizer.eos_token:
@@ -47,24 +49,6 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     _refuse_foreign(tokenizer, vocab_size=vocab_size, where=str(directory))
     return tokenizer
-
-
-def _read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
-    if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        raise ModelError(
-            "has no tokenizer: copy its files there (tokenizer.json, tokenizer_config.json)", where=str(directory)
-        )
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (directory / name).is_file():
-            read_json(directory / name)
-    try:
-        return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # The tokenizers library raises plain Exception for a file it cannot use; anything rarer is a bug and is kept.
-        if type(error) not in (Exception, OSError, ValueError, KeyError, TypeError, ImportError):
-            raise
-        message = " ".join(str(error).split())[:300]
-        raise ModelError(f"its tokenizer cannot be read: {message}", where=str(directory)) from error
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> str:

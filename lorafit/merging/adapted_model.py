@@ -140,8 +140,9 @@ def _fit_to_adapter(config: PreTrainedConfig, adapter: Adapter, model: PreTraine
     ]
     text_config = config.get_text_config()
     changed = False
-    if rows and max(rows) != text_config.vocab_size:
-        text_config.vocab_size, changed = max(rows), True
+    wanted = max(rows or [text_config.vocab_size, adapter.rows_needed])
+    if wanted != text_config.vocab_size:
+        text_config.vocab_size, changed = wanted, True
     labels = [tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(LABEL_HEADS)]
     if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and labels and labels[0] != config.num_labels:
         config.num_labels, changed = labels[0], True

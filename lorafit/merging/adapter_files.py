@@ -38,6 +38,13 @@ class Adapter:
         return self.directory / WEIGHTS
 
     @property
+    def rows_needed(self) -> int:
+        """Rows of the embedding that hold every token it trains by itself; 0 where it trains none."""
+        indices = self.config.get("trainable_token_indices") or []
+        lists = indices.values() if isinstance(indices, dict) else [indices]
+        return 1 + max((id_ for ids in lists for id_ in ids), default=-1)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -52,7 +59,8 @@ def read_adapter(run_or_adapter: Path, *, base: str | None = None, overrides: Se
     if (run_or_adapter / "adapter" / CONFIG).is_file():
         run = RunDir(run_or_adapter)
         recipe = load(run.recipe, overrides=overrides)
-        named = recipe.recipe.model if base is None else ModelSection(model_name_or_path=base)
+        written = recipe.recipe.model
+        named = written if base is None else ModelSection(model_name_or_path=base, add_tokens=written.add_tokens)
         return _read(run.adapter, base=named, run_dir=run, recipe=recipe)
     if not (run_or_adapter / CONFIG).is_file():
         what = "holds no adapter" if run_or_adapter.is_dir() else "is not a directory"

@@ -17,7 +17,7 @@ from torch import Tensor
 from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.merging.verify_job import Difference, Job, load_model, logits, settle_process
-from lorafit.merging.verify_reference import untie
+from lorafit.merging.verify_reference import untie, with_rows
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 
 
@@ -36,12 +36,14 @@ def _quantized_logits(told: dict[str, Any], job: Job) -> Tensor:
         dtype=told["dtype"],
         device_map="cuda" if torch.cuda.is_available() else None,
     )
+    with_rows(model, job.rows)
     keep_backward_on_cpu(model)  # repacked, 4-bit weights are unpacked wrongly by peft's DoRA
     return logits(PeftModel.from_pretrained(model, job.adapter).eval(), job)
 
 
 def _merged_logits(job: Job) -> Tensor:
     model, _ = load_model(job, job.base)
+    with_rows(model, job.rows)
     adapted = PeftModel.from_pretrained(model, job.adapter)
     untie(adapted)
     merged = adapted.merge_and_unload()

@@ -157,6 +157,7 @@ def read_base(adapter: Adapter) -> BaseModelFiles:
     if problems:
         raise ModelError(problems)
     tensors = whole_tensors(section, directory=directory, config=config)
+    rows = load_config(section, directory=directory).get_text_config().vocab_size
     return BaseModelFiles(
         name=section.model_name_or_path,
         directory=directory,
@@ -164,7 +165,7 @@ def read_base(adapter: Adapter) -> BaseModelFiles:
         config=config,
         tensors=tensors,
         stop_token_ids=stop_token_ids(directory, config=config),
-        vocab_size=load_config(section, directory=directory).get_text_config().vocab_size,
+        vocab_size=max(rows, adapter.rows_needed),
     )
 
 

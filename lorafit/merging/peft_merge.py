@@ -16,6 +16,7 @@ from lorafit.errors import AdapterError
 from lorafit.merging.adapted_model import AUTO_CLASSES
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.verify_job import TYPES
+from lorafit.merging.verify_reference import with_rows
 from lorafit.recipe.sections import ModelSection
 
 
@@ -40,6 +41,7 @@ def merge_with_peft(
         model = load_base_model(base, None, dtype="float32", device_map=None)
     else:
         model = getattr(transformers, task).from_pretrained(base_files.directory, dtype="float32", use_safetensors=True)
+    with_rows(model, adapter.rows_needed)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

@@ -17,7 +17,7 @@ from lorafit.builders.weight_files import FLOATS, ITEM_BITS, WEIGHTS, TensorInfo
 from lorafit.errors import ModelError, Problem
 from lorafit.merging.adapted_model import AUTO_CLASSES, AdaptedModel, adapted_model
 from lorafit.merging.adapter_files import Adapter
-from lorafit.merging.deltas import AddLowRank, Change, is_same
+from lorafit.merging.deltas import AddLowRank, Change, ReplaceRows, is_same
 from lorafit.merging.disk_names import Slice
 
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -46,7 +46,7 @@ class OutputTensor:
     dtype: str
     shape: tuple[int, ...]
     source: TensorInfo | Tensor
-    """A tensor of the base, or one that the adapter holds whole."""
+    """A tensor of the base, which may have fewer rows, or one that the adapter holds whole."""
     pieces: tuple[Piece, ...] = ()
 
     @property
@@ -154,6 +154,8 @@ def _refuse_other_shapes(model: AdaptedModel, base_files: BaseModelFiles, touche
             continue
         shape, held = model.shapes[parameter], [base_files.tensors[slice_.tensor].shape for slice_ in slices]
         elements = sum(math.prod(one) for one in held)
+        if parameter in touched and _is_grown(model.changes.get(parameter), held, shape):
+            continue
         if elements != math.prod(shape) or (len(held) == 1 and held[0] != tuple(shape)):
             problems.append(
                 f"holds {slices[0].tensor} as {list(held[0])}, the model with this adapter has {parameter} as "
@@ -166,6 +168,13 @@ def _refuse_other_shapes(model: AdaptedModel, base_files: BaseModelFiles, touche
             problems.append(f"has no {parameter}, which the adapter changes: this is not the base it was trained on")
     if problems:
         raise ModelError(Problem(base_files.name, problem) for problem in problems)
+
+
+def _is_grown(change: Change | None, held: Sequence[tuple[int, ...]], shape: torch.Size) -> bool:
+    """Whether the adapter brings the rows that the base does not have: those of new tokens."""
+    if not isinstance(change, ReplaceRows) or len(held) != 1 or held[0][1:] != tuple(shape[1:]):
+        return False
+    return set(range(held[0][0], shape[0])) <= set(change.rows.tolist())
 
 
 def _slices(parameter: str, model: AdaptedModel) -> tuple[Slice, ...]:
@@ -205,6 +214,8 @@ def _changed(
         yield OutputTensor(name=parameter, dtype=stored, shape=tuple(value.shape), source=value)
     for slice_ in slices:
         tensor = _copied(slice_.tensor if is_own else parameter, base_files.tensors[slice_.tensor], dtype)
+        if isinstance(change, ReplaceRows):
+            tensor = replace(tensor, shape=tuple(model.shapes[parameter]))
         if value is not None:
             part = value if slice_.expert is None else value[slice_.expert]
             if len(slices) > 1:

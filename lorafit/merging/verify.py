@@ -173,6 +173,7 @@ def verification_job(
         work=str(work),
         task_type=task_type,
         labels=heads[0] if heads else None,
+        rows=adapter.rows_needed,
         trust_remote_code=adapter.base.trust_remote_code,
         dtype=dtype,
         types={name: TYPES[tensor.dtype] for name, tensor in base_files.tensors.items() if tensor.dtype in TYPES},

@@ -52,6 +52,8 @@ class Job:
     task_type: str
     labels: int | None
     """Classes of a classification head."""
+    rows: int
+    """Of the embedding that the tokens need which the adapter trains by themselves."""
     trust_remote_code: bool
     dtype: str | None
     """Type that was asked for; None for each tensor's own."""

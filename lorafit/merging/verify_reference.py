@@ -26,6 +26,7 @@ def reference(job: Job) -> None:
     )
     model, loaded = load_model(job, job.base, labels=job.labels)
     _fit_vocabulary(model, tensors)
+    with_rows(model, job.rows)
     before, base_logits = sketches(model), logits(model, job)
     for name in loaded["missing_keys"]:  # a classification head is the adapter's, as a whole
         before.pop(name, None)
@@ -54,6 +55,17 @@ def _fit_vocabulary(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
     embeddings = model.get_input_embeddings()
     if rows and max(rows) != embeddings.weight.shape[0]:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
+
+
+@torch.no_grad()
+def with_rows(model: PreTrainedModel, rows: int) -> None:
+    """At least so many rows in embedding and head; those of new tokens are zero until the adapter brings them."""
+    there = model.get_input_embeddings().weight.shape[0]
+    if rows > there:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if layer is not None:
+                layer.weight[there:] = 0
 
 
 def _is_vocabulary(name: str) -> bool:

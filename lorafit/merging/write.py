@@ -224,6 +224,11 @@ class _Blocks:
         if isinstance(held, Tensor):
             return block.copy_(held.reshape(-1, columns)[row : row + count])
         dtype = TORCH[held.dtype]
+        if (there := max(0, min(count, math.prod(held.shape) // columns - row))) < count:
+            # Rows of new tokens: the change fills them in.
+            block[there:] = 0
+            self._load(held, source, row=row, count=there, columns=columns)
+            return block
         nbytes = count * columns * dtype.itemsize
         into = self.stored[:nbytes] if dtype != torch.float32 else block.view(-1).view(torch.uint8)
         _read(source, into, held.start + row * columns * dtype.itemsize)

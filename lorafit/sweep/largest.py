@@ -60,7 +60,13 @@ def _at_rank(trained: Trained | None, trial: LoadedRecipe, bench: Bench) -> Peft
     base = bench.take_base()
     # What it starts from is overwritten, and some ways to start change the base.
     lora = trial.recipe.lora.model_copy(update={"init_lora_weights": True, "eva_config": None, "corda_config": None})
-    config: LoraConfig = lora_config(lora, adalora=None, model=base, where=trial.problem)
+    config: LoraConfig = lora_config(
+        lora,
+        adalora=None,
+        model=base,
+        where=trial.problem,
+        token_ids=bench.inputs.base_files.trained_token_ids,
+    )
     seed = trial.recipe.training.seed
     if trained is None:
         return attached(base, config, seed=seed)

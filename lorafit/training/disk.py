@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from peft import get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 
 from lorafit import launch
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.lora_config import lora_config
+from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
 from lorafit.planning.empty_base import empty_base
 from lorafit.planning.known_shapes import architecture
@@ -51,10 +51,13 @@ class Space:
         return self.adapter + self.checkpoints * self.checkpoint
 
 
-def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
+def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles) -> Space:
     """What a run of this recipe writes, from the model's settings alone. Raises ModelError and AdapterError."""
     recipe = loaded.recipe
-    base = empty_base(recipe.model, recipe.quantization, config=architecture(recipe.model))
+    of_base = architecture(recipe.model)
+    if base_files.trained_token_ids:
+        of_base.get_text_config().vocab_size = base_files.vocab_size
+    base = empty_base(recipe.model, recipe.quantization, config=of_base)
     # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
     plain = {"init_lora_weights": True, "eva_config": None, "corda_config": None}
     config = lora_config(
@@ -63,6 +66,7 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
         model=base,
         where=loaded.problem,
         by_fsdp=launch.shards_by_fsdp(recipe.launch),
+        token_ids=base_files.trained_token_ids,
     )
     with torch.device("meta"):
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
@@ -70,16 +74,13 @@ def space_needed(loaded: LoadedRecipe, base_directory: Path) -> Space:
     # TRL turns the adapter of a quantised model into bfloat16, and with fp16 it is turned back.
     value_bytes = 2 if recipe.quantization is not None and not recipe.training.fp16 else 4
     weights = value_bytes * sum(parameter.numel() for parameter in trained)
-    copied = {path for pattern in ("*token*", "vocab*", "merges*") for path in base_directory.glob(pattern)}
+    copied = {path for pattern in ("*token*", "vocab*", "merges*") for path in base_files.directory.glob(pattern)}
     files = BESIDES + sum(path.stat().st_size for path in copied)
     # What is saved in place of one that moved part of the base into itself has twice the rank.
     adapter = files + weights * (2 if recipe.lora.init_lora_weights in CHANGES_BASE_WEIGHTS else 1)
     checkpoint = files + weights + _optimizer_bytes(recipe.training.optim, trained, value_bytes=value_bytes)
     if recipe.adalora is not None:
         checkpoint += weights  # how much each value has mattered so far
-    for layer in (base.get_input_embeddings(), base.get_output_embeddings()):
-        if isinstance(layer, BaseTunerLayer):  # peft saves what is frozen under an adapter on an embedding
-            checkpoint += sum(parameter.nbytes for parameter in layer.get_base_layer().parameters())
     keeps_best = recipe.training.load_best_model_at_end or recipe.early_stopping is not None
     return Space(adapter, checkpoint, max(recipe.checkpoints.keep, KEPT_AT_LEAST) + keeps_best + 1)
 

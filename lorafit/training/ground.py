@@ -71,7 +71,7 @@ def find_ground(
     kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)
     if begun.checkpoint:
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
-    space = space_needed(loaded, inputs.base_files.directory)
+    space = space_needed(loaded, inputs.base_files)
     if state.is_main_process:
         refuse_too_little_space(space, run)
     return Ground(machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)

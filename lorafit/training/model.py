@@ -32,7 +32,14 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
     if base is None:
         base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
     by_fsdp = launch.shards_by_fsdp(recipe.launch)
-    config = lora_config(recipe.lora, adalora=recipe.adalora, model=base, where=loaded.problem, by_fsdp=by_fsdp)
+    config = lora_config(
+        recipe.lora,
+        adalora=recipe.adalora,
+        model=base,
+        where=loaded.problem,
+        by_fsdp=by_fsdp,
+        token_ids=inputs.base_files.trained_token_ids,
+    )
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
     size = recipe.training.per_device_train_batch_size
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer import TRAINING_ARGS_NAME
 
 from lorafit.speed.answer_head import use_answer_head
 from lorafit.speed.fixed_length import longest_held_out, with_fixed_length
@@ -135,12 +134,16 @@ class LoraTrainer(StoppableTrainer):
             super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """As the library saves, without its pickle of all arguments: nothing reads it, and it can hold a token."""
-        super()._save(output_dir, state_dict)
+        """Adapter and tokenizer. The library's own adds a pickle of all arguments, which nothing reads and which can
+        hold a token, and the whole embedding where tokens were added, of which their rows are enough."""
+        if not self.args.should_save:  # all processes come here, one writes
+            return
         directory = Path(output_dir or self.args.output_dir)
-        (directory / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if self.args.should_save:  # one process writes, all of them come here
-            settle_files(directory, base_name=self._base_name)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+            str(directory), state_dict=state_dict, save_embedding_layers=False
+        )
+        self.processing_class.save_pretrained(str(directory))
+        settle_files(directory, base_name=self._base_name)
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside checkpoints: the one card of a run is written with its adapter."""

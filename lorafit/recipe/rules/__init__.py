@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.rules import adapter, data, evaluation, extra, rank_sweep, run
+from lorafit.recipe.rules import adapter, data, evaluation, extra, rank_sweep, run, tokens
 from lorafit.recipe.rules.broken import Broken, Rule
 
 RULES: tuple[Rule, ...] = (
@@ -13,6 +13,7 @@ RULES: tuple[Rule, ...] = (
     *extra.RULES,
     *evaluation.RULES,
     *rank_sweep.RULES,
+    *tokens.RULES,
 )
 
 

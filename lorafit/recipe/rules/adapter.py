@@ -7,9 +7,9 @@ from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
 from lorafit.recipe.suggest import nearest
 
-_HEADS = ("lm_head", "embed_out")
+HEADS = ("lm_head", "embed_out")
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings")
-_SHARDED = ("fsdp2", "zero3")
+SHARDED = ("fsdp2", "zero3")
 
 
 def exactly_one_bit_width(recipe: Recipe) -> Iterator[Broken]:
@@ -40,7 +40,7 @@ def no_keys_of_the_other_bit_width(recipe: Recipe) -> Iterator[Broken]:
 def quantized_weights_can_be_sharded(recipe: Recipe) -> Iterator[Broken]:
     """FSDP2 and ZeRO-3 split parameters across GPUs; only floating-point storage can be split."""
     section, strategy = recipe.quantization, recipe.launch.strategy
-    if section is None or strategy not in _SHARDED:
+    if section is None or strategy not in SHARDED:
         return
     if section.load_in_8bit:
         message = (
@@ -59,7 +59,7 @@ _FROM_THE_WHOLE_BASE = ("pissa", "olora", "corda", "eva", "loftq")
 def adapter_can_be_sharded(recipe: Recipe) -> Iterator[Broken]:
     """What fails, or trains wrongly without a word, when no process holds a whole weight (tried with two processes)."""
     strategy, lora = recipe.launch.strategy, recipe.lora
-    if strategy not in _SHARDED:
+    if strategy not in SHARDED:
         return
     others, mend = ("launch.strategy",), "leave it out, or write launch.strategy: ddp"
     if lora.init_lora_weights in _FROM_THE_WHOLE_BASE:
@@ -72,7 +72,7 @@ def adapter_can_be_sharded(recipe: Recipe) -> Iterator[Broken]:
     if recipe.quantization is not None and lora.use_dora:
         message = f"with quantization trains tensors of two types, fsdp2 takes one; {mend}"
         yield Broken("lora.use_dora", message, (*others, "quantization"))
-    for head in {name.rpartition(".")[2] for name in lora.modules_to_save or ()} & {*_HEADS}:
+    for head in {name.rpartition(".")[2] for name in lora.modules_to_save or ()} & {*HEADS}:
         # trl 1.16, add_fused_lm_head: `full_tensor()` sends no gradient to the other processes.
         message = (
             f"{head}: the loss reads it around fsdp2, each process would train a part on its own rows only; {mend}"
@@ -84,9 +84,9 @@ def no_adapter_on_the_output_head(recipe: Recipe) -> Iterator[Broken]:
     """TRL computes the loss from `lm_head.weight`: an adapter there would never be trained."""
     targets = recipe.lora.target_modules
     if isinstance(targets, str):
-        named = [head for head in _HEADS if targets != "all-linear" and _matches(targets, head)][:1]
+        named = [head for head in HEADS if targets != "all-linear" and _matches(targets, head)][:1]
     else:
-        named = [target for target in targets if target.rpartition(".")[2] in _HEADS]
+        named = [target for target in targets if target.rpartition(".")[2] in HEADS]
     for head in named:
         message = f"{head}: the loss reads the head's weight directly, an adapter there would not be trained; "
         mend = f"leave it out, or train it whole with lora.modules_to_save: [{head}]"
@@ -194,6 +194,30 @@ def initialisation_fits_the_base_weights(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("lora.init_lora_weights", message, others)
 
 
+_CONVERTED = ("pissa", "olora", "corda")
+
+
+def start_goes_with_what_else_is_trained(recipe: Recipe) -> Iterator[Broken]:
+    """What such a start moved out of the base is taken out of the adapter again when it is saved, and peft saves
+    nothing but the factors then (peft 0.21, `subtract_mutated_init`); its EVA cannot read a layer of trained rows."""
+    lora, method = recipe.lora, recipe.lora.init_lora_weights
+    rows = {
+        "lora.trainable_token_indices": lora.trainable_token_indices is not None,
+        "model.add_tokens": bool(recipe.model.add_tokens),
+    }
+    besides = {
+        "lora.use_dora": lora.use_dora,
+        "lora.modules_to_save": bool(lora.modules_to_save),
+        "lora.bias": lora.bias != "none",
+    }
+    lost = rows | besides if method in _CONVERTED else rows if method == "eva" else {}
+    for key, is_trained in lost.items():
+        if is_trained:
+            what = "would not be saved" if method in _CONVERTED else "cannot be trained"
+            message = f"{what} with init_lora_weights: {method}; write true there, or leave this out"
+            yield Broken(key, message, ("lora.init_lora_weights",))
+
+
 def orthogonal_ranks_are_even(recipe: Recipe) -> Iterator[Broken]:
     """PEFT splits the rank in two halves."""
     lora = recipe.lora
@@ -286,6 +310,7 @@ RULES: tuple[Rule, ...] = (
     layer_choice_needs_listed_targets,
     initialisation_has_its_settings,
     initialisation_fits_the_base_weights,
+    start_goes_with_what_else_is_trained,
     orthogonal_ranks_are_even,
     lora_bias_stands_alone,
     parameters_take_plain_lora,

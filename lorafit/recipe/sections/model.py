@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from lorafit.recipe.sections.base import Extra, Section
+from lorafit.recipe.sections.base import Extra, Names, Section
 
 
 class ModelSection(Section):
@@ -30,6 +30,11 @@ class ModelSection(Section):
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Default false: the code of a model repository is a stranger's."""
+
+    add_tokens: Names = ()
+    """Tokens to add to the vocabulary, e.g. `["<tool>", "</tool>"]`: each gets a row of its own in embedding and output
+    head, which starts from the mean of the pieces it was cut into before, is trained whole and saved with the adapter.
+    A token the base has already is trained from where it stands, or anew where it never was."""
 
     extra: Extra = {}
     """Further arguments of `from_pretrained`, e.g. `subfolder`, `cache_dir`."""

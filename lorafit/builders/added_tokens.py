@@ -1,0 +1,114 @@
+"""The tokens of `model.add_tokens`: their ids, the pieces they were cut into before, and the rows they start from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from tokenizers import AddedToken, Tokenizer
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorafit.builders.untrained_rows import Matrix, never_trained
+from lorafit.errors import ModelError
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """What a recipe adds to the vocabulary of its base."""
+
+    ids: Mapping[str, int]
+    """Every token of `model.add_tokens`."""
+    pieces: Mapping[str, tuple[int, ...]]
+    """What each is cut into without it, of the rows there are; empty where nothing is known of its characters."""
+    known: frozenset[str]
+    """Those that the base's tokenizer has."""
+    rows: int
+    """Of the base's embedding, as it lies on disk."""
+
+    @property
+    def rows_needed(self) -> int:
+        """Of the embedding with all of them; spare rows, which many bases have, are used before it grows."""
+        return max(self.rows, 1 + max(self.ids.values(), default=-1))
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Ids of the rows that are trained and saved: all that the base does not have, or not for these tokens."""
+        return tuple(sorted({*self.ids.values(), *range(self.rows, self.rows_needed)}))
+
+
+def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
+    """Give `tokenizer` each of `tokens` that it does not have as one id.
+
+    Ordinary tokens, not special ones: a call or a tag that a model writes is part of its answer, and stays in it when
+    special tokens are left out.
+    """
+    missing = [token for token in tokens if not _is_one(tokenizer, token)]
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in missing])
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, rows: int) -> AddedTokens:
+    """What adding `tokens` to the base's own `tokenizer` comes to; `tokenizer` has them afterwards.
+
+    Raises ModelError for a tokenizer without a fast version.
+    """
+    if not tokenizer.is_fast:
+        message = f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which model.add_tokens needs"
+        raise ModelError(
+            f"{message}: convert it with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
+            where=tokenizer.name_or_path,
+        )
+    known = frozenset(token for token in tokens if _is_one(tokenizer, token))
+    without = _without(tokenizer, tokens)
+    add_to(tokenizer, tokens)
+    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+    unusable = {*ids.values(), tokenizer.unk_token_id}
+    cut = {token: without.encode(token, add_special_tokens=False).ids for token in tokens}
+    pieces = {token: tuple(id_ for id_ in cut[token] if id_ not in unusable and id_ < rows) for token in tokens}
+    return AddedTokens(ids, pieces, known, rows)
+
+
+def _is_one(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(token)]
+
+
+def _without(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer's core, to which `tokens` are text like any other."""
+    core = json.loads(tokenizer.backend_tokenizer.to_str())
+    core["added_tokens"] = [one for one in core["added_tokens"] if one["content"] not in tokens]
+    core["truncation"] = core["padding"] = None
+    return Tokenizer.from_str(json.dumps(core))
+
+
+@torch.no_grad()
+def begin_rows(model: PreTrainedModel, added: AddedTokens) -> None:
+    """Give the model a row for each token, in its embedding and in its output head where that has its own.
+
+    A new token begins as the mean of its pieces; so does one that the base has without ever having trained it. What is
+    only there to fill up the ids between begins as the mean of all rows.
+    """
+    if model.get_input_embeddings().weight.shape[0] < added.rows_needed:
+        model.resize_token_embeddings(added.rows_needed, mean_resizing=False)
+    matrices = [model.get_input_embeddings().weight]
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not matrices[0]:
+        matrices.append(head.weight)
+    token_of = {id_: token for token, id_ in added.ids.items()}
+    for matrix in matrices:
+        kept = _trained_before(matrix, added)
+        for id_ in added.trained:
+            pieces = added.pieces.get(token_of.get(id_, ""), ())
+            if id_ not in kept:
+                matrix[id_] = (matrix[list(pieces)] if pieces else matrix[: added.rows]).float().mean(dim=0)
+
+
+def _trained_before(matrix: Tensor, added: AddedTokens) -> set[int]:
+    known = sorted(added.ids[token] for token in added.known if added.ids[token] < added.rows)
+
+    def rows(ids: Sequence[int]) -> Matrix:
+        values: Matrix = matrix[list(ids)].float().cpu().numpy()
+        return values
+
+    return {*known} - never_trained(rows, known, ordinary=range(added.rows)).keys()

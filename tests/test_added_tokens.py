@@ -1,0 +1,216 @@
+"""Tokens added to a base: where their rows begin, that they are trained, and that plain PEFT and a merge have them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from merge_cases import choose
+from peft import PeftModel
+from random_adapters import merged
+from runs import cache_of, logits, small_recipe
+from tiny import build_base, byte_tokenizer, llama_config, write_jsonl
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from lorafit.builders.added_tokens import added_tokens, begin_rows
+from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.tokenizer import load_tokenizer
+from lorafit.errors import ModelError
+from lorafit.merging.adapter_files import read_adapter
+from lorafit.merging.merge import read_base
+from lorafit.merging.prompts import Prompts
+from lorafit.merging.verify import judge, verification_job
+from lorafit.merging.verify_reference import reference
+from lorafit.merging.verify_written import compare
+from lorafit.recipe.sections import ModelSection
+from lorafit.training.train import run_training
+from recipes import problems
+
+TOKENS = ["<tool>", "</tool>"]
+GROWN, SPARE = 259, 264
+"""Rows of the embedding: as many as the tokenizer has tokens, or five more."""
+
+
+def _calls(count: int) -> list[dict[str, str]]:
+    return [{"prompt": f"add {i} and {i % 5}", "completion": f"<tool>{i} {i % 5}</tool>"} for i in range(count)]
+
+
+def _section(base: Path, *tokens: str) -> ModelSection:
+    return ModelSection(model_name_or_path=str(base), add_tokens=tokens)
+
+
+def _trained(directory: Path, base: Path, **sections: Any) -> tuple[Path, PeftModel]:
+    """The run directory, and the model as it was trained."""
+    model = {"model_name_or_path": str(base), "add_tokens": TOKENS}
+    loaded = small_recipe(directory, base, **({"model": model} | sections))
+    for side in ("train", "eval"):
+        write_jsonl(directory / f"{side}.jsonl", _calls(24) if side == "train" else _calls(32)[24:])
+    trained = run_training(loaded, say=lambda line: None, show_progress=False, cache_dir=cache_of(directory))
+    return Path(trained.result.run), trained.model.eval()
+
+
+def _as_a_stranger_loads_it(base: Path, adapter: Path, *, rows: int | None, **keys: Any) -> PeftModel:
+    model = AutoModelForCausalLM.from_pretrained(base, **keys)
+    if rows is not None:
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+@pytest.mark.parametrize("rows", [GROWN, SPARE])
+@pytest.mark.parametrize("tied", [False, True])
+def test_plain_peft_and_the_merged_model_are_what_was_trained(tied: bool, rows: int, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(tie_word_embeddings=tied, vocab_size=rows))
+    run, model = _trained(tmp_path, base)
+    expected = logits(model)
+    grown = None if rows == SPARE else 261
+    assert torch.equal(logits(_as_a_stranger_loads_it(base, run / "adapter", rows=grown)), expected)
+    merged(run, tmp_path / "merged")
+    alone = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert (logits(alone) - expected).abs().max() < 1e-5
+    assert alone.config.vocab_size == max(rows, 261)
+    assert alone.config.tie_word_embeddings is tied
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert tokenizer("a<tool>b", add_special_tokens=False)["input_ids"] == [67, 259, 68]
+    assert tokenizer.decode([67, 259, 68], skip_special_tokens=True) == "a<tool>b"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_new_tokens_of_a_quantised_base_reload(tied: bool, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(tie_word_embeddings=tied, vocab_size=GROWN))
+    run, model = _trained(tmp_path, base, quantization={"load_in_4bit": True})
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    again = _as_a_stranger_loads_it(base, run / "adapter", rows=261, quantization_config=quantised)
+    there = dict(model.named_parameters())
+    rows = {name: tensor for name, tensor in again.named_parameters() if "trainable_tokens_delta" in name}
+    assert len(rows) == (1 if tied else 2)
+    for name, tensor in rows.items():
+        assert torch.equal(tensor.to(there[name].dtype), there[name])
+    merged(run, tmp_path / "merged")
+    table = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
+    assert torch.equal(table[259:], next(iter(rows.values())).float())
+
+
+def test_a_merge_with_a_larger_vocabulary_is_verified(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN), dtype=torch.bfloat16)
+    run, _ = _trained(tmp_path, base)
+    merged(run, tmp_path / "merged")
+    adapter = read_adapter(run)
+    files = read_base(adapter)
+    facts = {"directory": str(run), "base": None, "vocab_size": files.vocab_size}
+    ids, _ = choose(facts | {"stop_token_ids": [2], "cache_dir": None})
+    assert any(259 in row for row in ids)
+    (tmp_path / "work").mkdir()
+    prompts = Prompts(tuple(map(tuple, ids[:8])), "8 rows")
+    job = verification_job(
+        tmp_path / "merged", adapter=adapter, base_files=files, dtype=None, prompts=prompts, work=tmp_path / "work"
+    )
+    reference(job)
+    compare(job)
+    report = judge(json.loads(job.findings.read_text()), job=job, prompts=prompts, adapter=adapter, onto="original")
+    assert report.passed, report.wrong
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {module.name for module in report.modules}
+
+
+def test_a_new_row_begins_as_the_mean_of_its_pieces(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    model = load_base_model(_section(base, "<tool>"), None, dtype="auto", device_map=None)
+    pieces = byte_tokenizer()("<tool>", add_special_tokens=False)["input_ids"]
+    assert len(pieces) == 6
+    for begun, before in (
+        (model.get_input_embeddings().weight, plain.get_input_embeddings().weight),
+        (model.get_output_embeddings().weight, plain.get_output_embeddings().weight),
+    ):
+        assert begun.shape[0] == 260
+        assert torch.equal(begun[259], before[pieces].mean(dim=0))
+        assert torch.equal(begun[:259], before)
+
+
+def test_a_token_the_base_has_begins_anew_only_where_it_was_never_trained(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=SPARE))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    before = model.get_input_embeddings().weight.detach().clone()
+    with torch.no_grad():
+        model.get_output_embeddings().weight[2] = 0
+    added = added_tokens(byte_tokenizer(), ["<|im_end|>"], rows=SPARE)
+    assert added.known == {"<|im_end|>"}
+    assert added.trained == (2,)
+    begin_rows(model, added)
+    assert torch.equal(model.get_input_embeddings().weight, before)
+    head = model.get_output_embeddings().weight
+    assert torch.equal(head[2], head[list(added.pieces["<|im_end|>"])].mean(dim=0))
+    assert len(added.pieces["<|im_end|>"]) == len("<|im_end|>")
+
+
+def test_rows_between_the_embedding_and_a_new_token_are_trained_and_saved_too(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(base)
+    files = check_base_model(_section(base, "<tool>"))
+    assert (files.trained_token_ids, files.vocab_size) == ((259, 260), 261)
+    model = load_base_model(_section(base, "<tool>"), None, dtype="auto", device_map=None)
+    table = model.get_input_embeddings().weight
+    assert torch.allclose(table[259], table[:259].mean(dim=0), atol=1e-7)
+
+
+def test_a_word_of_the_vocabulary_cuts_other_text_as_before(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base")
+    tokenizer = load_tokenizer(_section(base, "a", "<tool>"))
+    assert len(tokenizer) == 260
+    assert "a" not in tokenizer.get_added_vocab()
+
+
+def test_a_head_with_a_bias_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
+    from transformers import PhiConfig
+
+    settings = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    base = build_base(tmp_path / "base", config=PhiConfig(**settings, num_attention_heads=4, eos_token_id=2))
+    check_base_model(_section(base))
+    with pytest.raises(ModelError, match="has a bias in its output head, which peft would leave out"):
+        check_base_model(_section(base, "<tool>"))
+
+
+SMALLEST = "model: {model_name_or_path: a/b, add_tokens: %s}\ndata: {train: [{path: a.jsonl}]}\n"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "more", "said"),
+    [
+        ('[""]', "", '"" is no token; write its text'),
+        ('["  "]', "", "is no token; write its text"),
+        ('["<a> "]', "", '"<a> " begins or ends with white space, which templates trim; write "<a>"'),
+        ('["<a>", "<a>"]', "", '"<a>" stands 2 times; write it once'),
+        ('["<a>"]', "launch: {strategy: fsdp2}", "fsdp2 spreads embedding and head over processes"),
+        ('["<a>"]', "launch: {strategy: zero3}", "zero3 spreads embedding and head over processes"),
+        ('["<a>"]', "lora: {modules_to_save: [lm_head]}", "trains rows of lm_head, which is also in lora.modules_to_"),
+        ('["<a>"]', "lora: {target_modules: [embed_tokens]}", "which is also in lora.target_modules"),
+        ('["<a>"]', "lora: {init_lora_weights: pissa}", "would not be saved with init_lora_weights: pissa"),
+        ('["<a>"]', "lora: {init_lora_weights: eva}", "cannot be trained with init_lora_weights: eva"),
+        (
+            '["<a>"]',
+            "quantization: {load_in_4bit: true, llm_int8_skip_modules: [q_proj]}",
+            "quantises the output head, whose rows model.add_tokens trains; name lm_head there",
+        ),
+    ],
+)
+def test_what_cannot_be_added_or_held_is_refused_with_its_line(
+    tokens: str, more: str, said: str, tmp_path: Path
+) -> None:
+    found = [str(problem) for problem in problems(tmp_path, SMALLEST % tokens + more + "\n")]
+    assert any(said in problem for problem in found), found
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora", "corda"])
+@pytest.mark.parametrize("besides", ["use_dora: true", "modules_to_save: [lm_head]", "bias: all"])
+def test_a_start_that_would_lose_what_else_is_trained_is_refused(start: str, besides: str, tmp_path: Path) -> None:
+    text = f"{SMALLEST % '[]'}lora: {{init_lora_weights: {start}, {besides}}}\n"
+    assert any("would not be saved with init_lora_weights" in str(problem) for problem in problems(tmp_path, text))
