@@ -50,6 +50,25 @@ def test_a_call_that_the_template_drops_is_lost_whatever_the_text_says(tmp_path:
     assert f"{DROPPED} (the tool call weather of message 2)" in prepare_problems(data, word_tokenizer(template))[1]
 
 
+def test_what_the_question_says_is_not_taken_for_the_answer(tmp_path: Path) -> None:
+    both = called()
+    both["tool_calls"] = [*both["tool_calls"], *called({"city": "Oslo"})["tool_calls"]]
+    row = {"messages": [user("Rome, Oslo?"), both, RESULT, RESULT, answer("Blue.")], "tools": [TOOL]}
+    # This template renders the first call alone.
+    assert f"{DROPPED} (the tool call weather of message 2)" in refused(tmp_path, "harmony", row)[1]
+    template = CHATML.replace("m.content", "('' if m.role == 'assistant' else m.content)")
+    data = section(write_jsonl(tmp_path / "a.jsonl", [{"messages": [user("Say blue."), answer("blue.")]}]))
+    assert f"{DROPPED} (the text of message 2)" in prepare_problems(data, word_tokenizer(template))[1]
+
+
+def test_an_answer_may_begin_in_the_prompt_of_generation(tmp_path: Path) -> None:
+    template = CHATML.replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
+    row = {"messages": [user("One?"), answer("<think>Next.</think>Two.")]}
+    tokenizer = word_tokenizer(template)
+    made = prepared(section(write_jsonl(tmp_path / "a.jsonl", [row])), tokenizer)
+    assert trained_texts(made, tokenizer) == [["Next.</think>Two.<|im_end|>\n"]] and made.audit.warnings == ()
+
+
 def test_a_call_of_which_the_template_drops_the_arguments_is_lost(tmp_path: Path) -> None:
     template = CHATML.replace("m.content", "(m.content or m.tool_calls[0].function.name)")
     data = section(write_jsonl(tmp_path / "a.jsonl", [{"messages": LOOP}]))

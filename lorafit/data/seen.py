@@ -13,13 +13,14 @@ from typing import Any
 from lorafit.data.rows import REASONING, Message
 
 
-def missing(message: Message, text: str, *, with_reasoning: bool) -> str | None:
+def missing(message: Message, text: str, *, with_reasoning: bool, before: str = "") -> str | None:
     """What of the message the rendered text does not hold: "text", "reasoning" or a tool call; None when all is there.
 
-    Templates strip the reasoning of earlier answers on purpose; it is looked for only where the answer is learnt.
+    Templates strip the reasoning of earlier answers on purpose; it is looked for only where the answer is learnt. What
+    stands before the answer may hold its beginning: some prompts of generation end with `<think>`.
     """
     content = (message.get("content") or "").strip()
-    if content and not holds(text, content):
+    if content and not holds(text, content, before=before):
         # What is left of an earlier answer once its inline reasoning is stripped.
         told = content if with_reasoning else content.rpartition("</think>")[2].strip()
         if told is content or not holds(text, told):
@@ -76,16 +77,18 @@ def _arguments(call: dict[str, Any]) -> dict[str, Any]:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def holds(text: str, part: str) -> bool:
-    """Whether the part is in the text, up to white space and JSON quoting."""
+def holds(text: str, part: str, *, before: str = "") -> bool:
+    """Whether the part is in the text, up to white space and JSON quoting, or begins before it and ends in it."""
     if part in text:
         return True
-    squeezed = "".join(text.split())
-    return any("".join(spelt.split()) in squeezed for spelt in _spellings(part))
+    start = len(_squeezed(before))
+    squeezed = _squeezed(before + text)
+    spellings = (part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1])
+    return any(squeezed.rfind(spelt) + len(spelt) > start for spelt in map(_squeezed, spellings) if spelt in squeezed)
 
 
-def _spellings(part: str) -> tuple[str, ...]:
-    return part, json.dumps(part)[1:-1], json.dumps(part, ensure_ascii=False)[1:-1]
+def _squeezed(text: str) -> str:
+    return "".join(text.split())
 
 
 def _holds_arguments(text: str, arguments: Any) -> bool:

@@ -21,7 +21,7 @@ from lorafit.data.seen import missing, missing_tool
 
 Span = tuple[int, int]
 OPENING = 64
-"""Characters before an answer that may already hold its beginning: some prompts of generation end with `<think>`."""
+"""Characters before an answer that may already hold its beginning."""
 
 TAIL = 100
 """Characters at the end of a text that hold its last token and the white space after it."""
@@ -166,7 +166,8 @@ class Turns:
         """Find what of an answer is missing, and what the template writes before it by itself. Raises RowProblem."""
         message = self._chat.messages[index]
         start, end = span
-        if lost := missing(message, text[max(0, start - OPENING) : end], with_reasoning=True):
+        before = text[max(0, start - OPENING) : start]
+        if lost := missing(message, text[start:end], with_reasoning=True, before=before):
             raise RowProblem(f"the {lost} of message {index + 1}", kind="answer_dropped")
         if note := self._openings.look(self._chat, index, text[start:end], template=self._template):
             self.notes.append(note)
