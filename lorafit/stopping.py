@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -42,6 +43,21 @@ def hold_back() -> None:
 def release() -> None:
     """Hear what was held back."""
     signal.pthread_sigmask(signal.SIG_UNBLOCK, REQUESTS)
+
+
+@contextmanager
+def ends_clean() -> Iterator[None]:
+    """In this block SIGTERM and SIGHUP raise KeyboardInterrupt, as Ctrl-C does, where nobody else listens to them."""
+    heard = [number for number in REQUESTS if signal.getsignal(number) == signal.SIG_DFL]
+    if threading.current_thread() is not threading.main_thread():
+        heard = []
+    for number in heard:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 class StopRequest:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -95,8 +96,14 @@ def manifest(steps: int, text: str) -> dict[str, Any]:
     """As training writes it."""
     findings = Findings()
     findings.add("empty_prompt", (0, 17))
-    side = side_audit(3, [20, 31, 44], [9, 12, 21], 0)
-    audit = Audit(side, side_audit(2, [18, 25], [8, 11], 1), findings, Findings(), (f"{text}.jsonl", "eval.jsonl"))
+    side = side_audit(3, Counter((20, 31, 44)), Counter((9, 12, 21)), 0)
+    audit = Audit(
+        side,
+        side_audit(2, Counter((18, 25)), Counter((8, 11)), 1),
+        findings,
+        Findings(),
+        (f"{text}.jsonl", "eval.jsonl"),
+    )
     module = {"kind": "Linear", "r": 16, "alpha": 32, "scale": 2.0}
     return {
         "lorafit": "0.1.0",

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lorafit.data import DataScan, scan
+from lorafit.data.listing import Side
 from lorafit.data.prepare import PreparedData, prepare
 from lorafit.errors import DataError
 from lorafit.recipe.sections import DataSection, Source
@@ -29,6 +30,11 @@ def scanned(path: Path, content: str | bytes, /, *, source: dict[str, Any] | Non
     """What `scan` makes of a file with this content."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return scan(section(path, source=source, **settings), seed=0)
+
+
+def rows_of(found: DataScan, side: Side = "train") -> list[Any]:
+    """The rows of one side, read again."""
+    return [row for own, row in found.rows() if own == side]
 
 
 def scan_problems(path: Path, content: str | bytes, /, **settings: Any) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sources import scanned, section
+from sources import rows_of, scanned, section
 
 from lorafit.data import scan
 from lorafit.data.arrow_rows import row_cleaner
@@ -31,7 +31,7 @@ def chat(name: str, arguments: Any) -> dict[str, Any]:
 def parquet_rows(path: Path, rows: list[dict[str, Any]], schema: pyarrow.Schema | None = None) -> list[Any]:
     """The rows as `scan` has them after they were a Parquet file."""
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema=schema), path)
-    return scan(section(path), seed=0).train
+    return rows_of(scan(section(path), seed=0))
 
 
 def test_keys_that_only_other_rows_have_are_no_part_of_a_row_at_any_depth(tmp_path: Path) -> None:
@@ -44,7 +44,7 @@ def test_keys_that_only_other_rows_have_are_no_part_of_a_row_at_any_depth(tmp_pa
 
 def test_a_null_that_the_user_wrote_stays(tmp_path: Path) -> None:
     row = chat("weather", {"city": None, "day": {"name": None}})
-    (found,) = scanned(tmp_path / "a.jsonl", json.dumps(row)).train
+    (found,) = rows_of(scanned(tmp_path / "a.jsonl", json.dumps(row)))
     assert isinstance(found, Chat) and found.messages == row["messages"]
 
 
@@ -79,7 +79,7 @@ def test_a_hub_data_set_has_no_padding_either(tmp_path: Path) -> None:
     rows = [chat("weather", {"city": "Rome"}), chat("sum", {"terms": "1 + 1"})]
     (tmp_path / "set").mkdir()
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / "train.parquet")
-    from lorafit.data.hub import hub_rows
+    from lorafit.data.hub import HubTables
     from lorafit.recipe.sections import Source
 
-    assert [row for _, row in hub_rows(Source(hub=str(tmp_path / "set")))] == rows
+    assert [row for _, row in HubTables().rows(Source(hub=str(tmp_path / "set")), list)] == rows

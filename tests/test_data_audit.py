@@ -1,10 +1,11 @@
 """What the audit counts, what it refuses, and what one epoch holds."""
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import PAIR, json_lines, prepare_problems, prepared, scanned, section, word_tokenizer
+from sources import PAIR, json_lines, prepare_problems, prepared, rows_of, scanned, section, word_tokenizer
 from test_data_labels import CHATML, TWO_TURNS
 from tiny import byte_tokenizer, write_jsonl
 
@@ -34,13 +35,13 @@ def test_a_clean_audit_is_one_line(tmp_path: Path) -> None:
 
 
 def test_large_counts_are_shortened() -> None:
-    assert side_audit(7473, [179] * 7473, [109] * 7473, 0).summary() == (
+    assert side_audit(7473, Counter({179: 7473}), Counter({109: 7473}), 0).summary() == (
         "7,473 rows, 1.34 M tokens, 61 % trained, longest 179, 0 lost"
     )
 
 
 def test_the_length_table_gives_what_shares_of_the_rows_stay_within() -> None:
-    side = side_audit(10, range(1, 11), [1] * 9 + [8], 0)
+    side = side_audit(10, Counter(range(1, 11)), Counter({1: 9, 8: 1}), 0)
     assert (side.lengths, side.trained_lengths) == ((5, 9, 10, 10), (1, 1, 8, 8))
 
 
@@ -190,9 +191,9 @@ def test_a_share_is_held_out_by_seed_with_duplicates_on_one_side(tmp_path: Path)
     data = section(write_jsonl(tmp_path / "a.jsonl", rows), eval_fraction=0.2)
     first, again, other = scan(data, seed=1), scan(data, seed=1), scan(data, seed=2)
     assert (first.train_rows, first.eval_rows) == (80, 20)
-    assert {row.prompt for row in first.train}.isdisjoint(row.prompt for row in first.eval)
-    assert (first.train, first.eval) == (again.train, again.eval)
-    assert first.eval != other.eval
+    assert {row.prompt for row in rows_of(first)}.isdisjoint(row.prompt for row in rows_of(first, "eval"))
+    assert list(first.rows()) == list(again.rows())
+    assert rows_of(first, "eval") != rows_of(other, "eval")
 
 
 def test_a_share_that_leaves_nothing_to_train_on_is_refused(tmp_path: Path) -> None:

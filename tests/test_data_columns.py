@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import yaml
-from sources import PAIR, json_lines, scan_problems, scanned, section
+from sources import PAIR, json_lines, rows_of, scan_problems, scanned, section
 
 from lorafit.data import scan
 from lorafit.data.columns import familiar_columns
@@ -61,13 +61,13 @@ def test_preference_data_is_named_and_its_advice_teaches_the_better_answer(tmp_p
         f"a.jsonl:1: {names[0]} and {names[1]} make this preference data (task: preference), which lorafit does not "
     )
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source=advice(problem))
-    assert learnt(found.train[0]) == ["4"]
+    assert learnt(rows_of(found)[0]) == ["4"]
     system = (
-        [m["content"] for m in found.train[0].messages if m["role"] == "system"]
-        if isinstance(found.train[0], Chat)
+        [m["content"] for m in rows_of(found)[0].messages if m["role"] == "system"]
+        if isinstance(rows_of(found)[0], Chat)
         else []
     )
-    asked = system or ([found.train[0].system] if isinstance(found.train[0], Pair) else [])
+    asked = system or ([rows_of(found)[0].system] if isinstance(rows_of(found)[0], Pair) else [])
     assert ("Count." in asked) == ("Count." in row.values())
 
 
@@ -96,7 +96,7 @@ def test_rows_for_training_beside_pairs_are_read_once_the_format_says_so(tmp_pat
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert "preference data" in problem
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source={"format": "messages"})
-    assert learnt(found.train[0]) == ["4"] and "(chosen, rejected)" in found.warnings[0]
+    assert learnt(rows_of(found)[0]) == ["4"] and "(chosen, rejected)" in found.warnings[0]
 
 
 @pytest.mark.parametrize("column", ["label", "kto_tag"])
@@ -155,7 +155,7 @@ def test_a_column_that_changes_nothing_is_no_error(tmp_path: Path, columns: dict
 def test_a_column_that_the_recipe_maps_is_no_mark(tmp_path: Path) -> None:
     row = {"prompt": "What is its weight?", "weight": "3 kg", "label": "3 kg"}
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source={"columns": {"completion": "label"}})
-    assert learnt(found.train[0]) == ["3 kg"]
+    assert learnt(rows_of(found)[0]) == ["3 kg"]
 
 
 def test_tokens_beside_the_text_are_left_out_once_the_format_says_so(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_picture_that_no_format_reads_is_named_with_what_to_write(tmp_path: Pa
     row = {"image": "a.png", "question": "What is it?", "answer": "A cat."}
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert "lorafit trains text: image would not be learnt; if the text is enough to learn from, write for" in problem
-    assert learnt(scanned(tmp_path / "a.jsonl", json_lines(row), source=advice(problem)).train[0]) == ["A cat."]
+    assert learnt(rows_of(scanned(tmp_path / "a.jsonl", json_lines(row), source=advice(problem)))[0]) == ["A cat."]
 
 
 WELL_KNOWN = {
@@ -208,8 +208,8 @@ WELL_KNOWN = {
 def test_the_columns_of_well_known_data_sets_are_mapped_with_nothing_left_out(tmp_path: Path, name: str) -> None:
     row, expected = WELL_KNOWN[name]
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source=familiar_columns(row))
-    assert learnt(found.train[0]) == expected
-    given = str(found.train[0])
+    assert learnt(rows_of(found)[0]) == expected
+    given = str(rows_of(found)[0])
     assert all(text in given for text in ("Add.", "2, 2", "Count.", "CREATE") if text in row.values())
     if name != "stanford_alpaca":  # which fits two formats
         (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
@@ -275,5 +275,5 @@ def test_a_picture_beside_text_that_does_not_speak_of_it_is_said_to_be_unused(tm
 
 
 def test_text_rows_are_no_conversation(tmp_path: Path) -> None:
-    (row,) = scanned(tmp_path / "a.jsonl", json_lines({"text": "a", "messages_of": 3})).train
+    (row,) = rows_of(scanned(tmp_path / "a.jsonl", json_lines({"text": "a", "messages_of": 3})))
     assert isinstance(row, Text)

@@ -8,7 +8,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sources import json_lines, scan_problems, scanned, section
+from sources import json_lines, rows_of, scan_problems, scanned, section
 
 from lorafit.data import scan
 from lorafit.data.conversation import OTHER_NAMES
@@ -26,7 +26,7 @@ TOOL = {"type": "function", "function": SCHEMA}
 
 def chat_of(path: Path, row: dict[str, Any], **settings: Any) -> Chat:
     """The row as the one row of a JSON Lines file."""
-    (found,) = scanned(path / "a.jsonl", json_lines(row), **settings).train
+    (found,) = rows_of(scanned(path / "a.jsonl", json_lines(row), **settings))
     assert isinstance(found, Chat)
     return found
 
@@ -89,7 +89,7 @@ def test_lists_that_are_stored_as_json_text_are_read(tmp_path: Path, name: str) 
         quoted = ",".join('"' + value.replace('"', '""') + '"' for value in row.values())
         content = f"messages,tools\n{quoted}\n" if name == "a.csv" else json_lines(row)
         found = scanned(tmp_path / name, content)
-    (chat,) = found.train
+    (chat,) = rows_of(found)
     assert isinstance(chat, Chat)
     assert (chat.messages, chat.tools) == ([USER, CALLING, RESULT, ASSISTANT], [TOOL])
 
@@ -106,7 +106,7 @@ def test_lists_that_are_stored_as_json_text_are_read(tmp_path: Path, name: str) 
 )
 def test_tool_schemas_are_read_in_any_spelling(tmp_path: Path, columns: dict[str, Any], expected: Any) -> None:
     found = scanned(tmp_path / "a.jsonl", json_lines({"messages": [USER, ASSISTANT]} | columns))
-    (chat,) = found.train
+    (chat,) = rows_of(found)
     assert isinstance(chat, Chat) and chat.tools == expected and found.warnings == ()
 
 
@@ -138,7 +138,7 @@ def test_thoughts_alone_are_an_answer(tmp_path: Path, key: str, content: dict[st
     row = {"messages": [USER, {"role": "assistant", key: "It is dry."} | content]}
     found = scanned(tmp_path / "a.jsonl", json_lines(row))
     assert found.train_rows == 1 and found.warnings == ()
-    (chat,) = found.train
+    (chat,) = rows_of(found)
     assert isinstance(chat, Chat) and answers(chat) == [1]
 
 
@@ -179,7 +179,7 @@ def test_the_history_of_an_alpaca_row_is_its_earlier_turns_and_trained(tmp_path:
 def test_an_alpaca_row_without_earlier_turns_stays_a_pair(tmp_path: Path, history: Any) -> None:
     row = {"instruction": "Add.", "output": "2"}
     files = [json_lines(row | {"history": history}), json_lines(row)]
-    with_history, without = (scanned(tmp_path / "a.jsonl", content).train for content in files)
+    with_history, without = (rows_of(scanned(tmp_path / "a.jsonl", content)) for content in files)
     assert with_history == without
 
 

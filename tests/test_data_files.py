@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sources import PAIR, json_lines, scan_problems, scanned, section
+from sources import PAIR, json_lines, rows_of, scan_problems, scanned, section
 
 from lorafit.data import scan
 from lorafit.errors import DataError
@@ -49,13 +49,15 @@ FIRST_LINES = {".jsonl": [1, 2, 3], ".json": [2, 6, 10], ".csv": [2, 4, 6], ".pa
 def test_every_kind_of_file_gives_its_rows_with_true_lines(tmp_path: Path, suffix: str, is_compressed: bool) -> None:
     content = gzip.compress(CONTENTS[suffix]) if is_compressed else CONTENTS[suffix]
     found = scanned(tmp_path / f"rows{suffix}{'.gz' if is_compressed else ''}", content)
-    assert [(row.prompt, row.completion) for row in found.train] == [(row["prompt"], row["completion"]) for row in ROWS]
-    assert [row.place for row in found.train] == [(0, line) for line in FIRST_LINES[suffix]]
+    assert [(row.prompt, row.completion) for row in rows_of(found)] == [
+        (row["prompt"], row["completion"]) for row in ROWS
+    ]
+    assert [row.place for row in rows_of(found)] == [(0, line) for line in FIRST_LINES[suffix]]
 
 
 def test_a_text_file_is_one_row_a_line_without_blank_ones(tmp_path: Path) -> None:
     found = scanned(tmp_path / "rows.txt", "first\n\n  \nfourth, with \u2028 inside\n")
-    assert [(row.text, row.place[1]) for row in found.train] == [("first", 1), ("fourth, with \u2028 inside", 4)]
+    assert [(row.text, row.place[1]) for row in rows_of(found)] == [("first", 1), ("fourth, with \u2028 inside", 4)]
 
 
 def test_a_directory_is_read_in_order_and_what_is_no_data_is_named(tmp_path: Path) -> None:
@@ -65,7 +67,7 @@ def test_a_directory_is_read_in_order_and_what_is_no_data_is_named(tmp_path: Pat
         content = json_lines({"prompt": name, "completion": "x"}).encode()
         path.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
     found = scan(section(tmp_path), seed=0)
-    assert [row.prompt for row in found.train] == ["a/10.jsonl", "b/2.jsonl", "c.jsonl.gz"]
+    assert [row.prompt for row in rows_of(found)] == ["a/10.jsonl", "b/2.jsonl", "c.jsonl.gz"]
     assert len(found.warnings) == 1 and "README.md" in found.warnings[0]
 
 
@@ -73,7 +75,7 @@ def test_a_glob_takes_the_files_it_matches_sorted(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.csv"):
         (tmp_path / name).write_text(json_lines({"prompt": name, "completion": "x"}))
     found = scan(section(tmp_path / "*.jsonl"), seed=0)
-    assert [row.prompt for row in found.train] == ["a.jsonl", "b.jsonl"]
+    assert [row.prompt for row in rows_of(found)] == ["a.jsonl", "b.jsonl"]
 
 
 def test_a_glob_that_matches_nothing_is_refused(tmp_path: Path) -> None:
@@ -87,18 +89,18 @@ def test_a_directory_without_data_is_refused(tmp_path: Path) -> None:
 
 
 def test_json_lines_named_json_and_an_array_named_jsonl_are_read_as_what_they_are(tmp_path: Path) -> None:
-    assert len(scanned(tmp_path / "rows.json", CONTENTS[".jsonl"]).train) == 3
-    assert len(scanned(tmp_path / "rows.jsonl", CONTENTS[".json"]).train) == 3
+    assert len(rows_of(scanned(tmp_path / "rows.json", CONTENTS[".jsonl"]))) == 3
+    assert len(rows_of(scanned(tmp_path / "rows.jsonl", CONTENTS[".json"]))) == 3
 
 
 def test_csv_fields_stay_text(tmp_path: Path) -> None:
     found = scanned(tmp_path / "rows.csv", 'prompt,completion\nNA,007\n"a ""b"", c",1e5\n')
-    assert [(row.prompt, row.completion) for row in found.train] == [("NA", "007"), ('a "b", c', "1e5")]
+    assert [(row.prompt, row.completion) for row in rows_of(found)] == [("NA", "007"), ('a "b", c', "1e5")]
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_no_part_of_the_rows(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbf" + json_lines(*ROWS).replace("\n", "\r\n").encode()
-    assert scanned(tmp_path / "rows.jsonl", content).train[0].prompt == "What is 0?"
+    assert rows_of(scanned(tmp_path / "rows.jsonl", content))[0].prompt == "What is 0?"
 
 
 def test_a_limit_reads_no_more_than_it_says_across_files(tmp_path: Path) -> None:
@@ -106,7 +108,7 @@ def test_a_limit_reads_no_more_than_it_says_across_files(tmp_path: Path) -> None
         (tmp_path / name).write_text(json_lines(*ROWS))
     (tmp_path / "c.jsonl").write_text("broken")
     found = scan(section(tmp_path, source={"limit": 4}), seed=0)
-    assert [row.place for row in found.train] == [(0, 1), (0, 2), (0, 3), (1, 1)]
+    assert [row.place for row in rows_of(found)] == [(0, 1), (0, 2), (0, 3), (1, 1)]
     assert len(found.files) == 3
 
 

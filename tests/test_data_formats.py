@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from sources import PAIR, json_lines, scan_problems, scanned, section
+from sources import PAIR, json_lines, rows_of, scan_problems, scanned, section
 
 from lorafit.data import scan
 from lorafit.data.formats import FORMATS
@@ -20,8 +20,8 @@ TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type
 
 def one_row(path: Path, row: Any, **settings: Any) -> Chat | Pair | Text:
     found = scanned(path / "rows.jsonl", json_lines(row), **settings)
-    assert len(found.train) == 1
-    return found.train[0]
+    (made,) = rows_of(found)
+    return made
 
 
 @pytest.mark.parametrize(
@@ -209,7 +209,7 @@ def test_nulls_that_parquet_fills_in_are_no_part_of_a_message(tmp_path: Path) ->
     path = tmp_path / "a.parquet"
     messages = [USER | {"name": None}, ASSISTANT | {"name": "Ada"}]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"messages": messages}]), path)
-    row = scan(section(path), seed=0).train[0]
+    row = rows_of(scan(section(path), seed=0))[0]
     assert isinstance(row, Chat)
     assert row.messages == [USER, ASSISTANT | {"name": "Ada"}]
 

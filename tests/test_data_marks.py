@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import json_lines, scan_problems, scanned
+from sources import json_lines, rows_of, scan_problems, scanned
 
 from lorafit.data.rows import Chat, answers
 
@@ -33,7 +33,7 @@ def test_a_message_marked_as_not_to_be_trained_is_left_out_of_every_format(
         {"prompt": turns[:1], "completion": turns[1:]},
     ):
         found = scanned(tmp_path / "a.jsonl", json_lines(row))
-        (chat,) = found.train
+        (chat,) = rows_of(found)
         assert isinstance(chat, Chat)
         assert chat.messages == [USER, WRONG, USER, RIGHT]
         assert (chat.untrained, answers(chat)) == ({1}, [3])
@@ -43,14 +43,14 @@ def test_a_message_marked_as_not_to_be_trained_is_left_out_of_every_format(
 
 def test_marks_follow_their_message_when_a_system_message_is_put_before_it(tmp_path: Path) -> None:
     row = {"system": "Be brief.", "conversations": [USER, WRONG | {"train": False}, USER, RIGHT]}
-    (chat,) = scanned(tmp_path / "a.jsonl", json_lines(row)).train
+    (chat,) = rows_of(scanned(tmp_path / "a.jsonl", json_lines(row)))
     assert isinstance(chat, Chat) and answers(chat) == [4]
 
 
 def test_a_mark_on_what_is_not_trained_anyway_changes_nothing(tmp_path: Path) -> None:
     row = {"messages": [USER | {"weight": 0}, RIGHT | {"weight": 1}]}
     found = scanned(tmp_path / "a.jsonl", json_lines(row, {"messages": [USER | {"weight": 1}, WRONG]}))
-    assert [answers(chat) for chat in found.train if isinstance(chat, Chat)] == [[1], [1]]
+    assert [answers(chat) for chat in rows_of(found) if isinstance(chat, Chat)] == [[1], [1]]
     assert found.warnings == ()
 
 
@@ -100,7 +100,7 @@ def test_an_answer_of_the_prompt_cannot_be_asked_for(tmp_path: Path) -> None:
 def test_where_every_word_is_trained_any_message_can_be_marked(tmp_path: Path) -> None:
     rows = [{"messages": [USER | {"train": mark}, RIGHT | {"train": not mark}]} for mark in (True, False)]
     found = scanned(tmp_path / "a.jsonl", json_lines(*rows), train_on="all")
-    assert [chat.untrained for chat in found.train if isinstance(chat, Chat)] == [{1}, {0}]
+    assert [chat.untrained for chat in rows_of(found) if isinstance(chat, Chat)] == [{1}, {0}]
     assert "answers left out of training by train: false or weight: 0: 2, at " in found.warnings[0]
     nothing = json_lines({"messages": [USER | {"weight": 0}, RIGHT | {"weight": 0}]})
     assert "none of the 1 rows can be trained on" in scan_problems(tmp_path / "a.jsonl", nothing, train_on="all")[0]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections import Counter
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from typing import Any
 
 from lorafit.data.findings import Findings
@@ -38,13 +40,13 @@ class SideAudit:
         )
 
 
-def side_audit(rows: int, lengths: Sequence[int], trained: Sequence[int], lost: int) -> SideAudit:
-    """The counts of one side from the token counts of its sequences."""
+def side_audit(rows: int, lengths: Counter[int], trained: Counter[int], lost: int) -> SideAudit:
+    """The counts of one side. `lengths`: how many sequences have so many tokens; `trained`: so many trained ones."""
     return SideAudit(
         rows=rows,
-        sequences=len(lengths),
-        tokens=sum(lengths),
-        trained_tokens=sum(trained),
+        sequences=lengths.total(),
+        tokens=sum(length * count for length, count in lengths.items()),
+        trained_tokens=sum(length * count for length, count in trained.items()),
         longest=max(lengths, default=0),
         lost=lost,
         lengths=_quantiles(lengths),
@@ -52,12 +54,14 @@ def side_audit(rows: int, lengths: Sequence[int], trained: Sequence[int], lost: 
     )
 
 
-def _quantiles(counts: Sequence[int]) -> tuple[int, ...]:
-    """The smallest count that at least each share of QUANTILES stays within."""
+def _quantiles(counts: Counter[int]) -> tuple[int, ...]:
+    """The smallest number that at least each share of QUANTILES stays within."""
     if not counts:
         return tuple(0 for _ in QUANTILES)
     ordered = sorted(counts)
-    return tuple(ordered[max(0, -int(-share * len(ordered) // 1) - 1)] for share, _ in QUANTILES)
+    up_to = list(accumulate(counts[number] for number in ordered))
+    total = up_to[-1]
+    return tuple(ordered[bisect_left(up_to, max(1, -int(-share * total // 1)))] for share, _ in QUANTILES)
 
 
 @dataclass(frozen=True)

@@ -4,56 +4,77 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import secrets
-import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-
-TABLES = ("train", "eval")
+from lorafit.durable import discard, remove_abandoned, staged, write_file
 
 
-def load(cache: Path, fingerprint: str) -> tuple[dict[str, Path], dict[str, Any]] | None:
-    """The table files and the audit stored under the fingerprint; None when there are none, or not whole."""
+@dataclass(frozen=True)
+class Entry:
+    """What is stored under one fingerprint."""
+
+    tables: dict[str, Path]
+    audit: dict[str, Any]
+    tokens: str
+    """The start of a hash of the tokens and labels."""
+
+
+def load(cache: Path, fingerprint: str) -> Entry | None:
+    """The entry; None when there is none, or when it is not whole.
+
+    A table is taken for what it was as long as its size and times are what they were when it was written; else it is
+    hashed, at about a second for each gigabyte.
+    """
     entry = cache / fingerprint
     try:
         facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
-        tables = {name: entry / f"{name}.arrow" for name in facts["sha256"]}
-        if all(_sha256(path) == facts["sha256"][name] for name, path in tables.items()):
-            return tables, facts["audit"]
+        tables = {name: entry / f"{name}.arrow" for name in facts["tables"]}
+        then, now = facts["tables"], {name: _identity(path) for name, path in tables.items()}
+        touched = [name for name in tables if then[name]["identity"] != now[name]]
+        if all(_sha256(tables[name]) == then[name]["sha256"] for name in touched):
+            if touched:  # copied to another disk, for one
+                with suppress(OSError):
+                    for name in touched:
+                        then[name]["identity"] = now[name]
+                    write_file(entry / "facts.json", json.dumps(facts))
+            return Entry(tables, facts["audit"], facts["tokens"])
     except OSError:
         if not entry.is_dir():
             return None
     except (ValueError, KeyError, TypeError):
         pass
     # Damaged: made again. Whoever still reads the old files keeps them open.
-    shutil.rmtree(entry, ignore_errors=True)
+    with suppress(OSError):
+        discard(entry)
     return None
 
 
-def store(cache: Path, fingerprint: str, tables: dict[str, pyarrow.Table], audit: dict[str, Any]) -> None:
-    """Write the entry in one step. When another process was faster its entry, equal by content, stays."""
+@contextmanager
+def new_entry(cache: Path, fingerprint: str) -> Iterator[Path]:
+    """A directory that becomes the entry when the block ends, and is gone when it raises.
+
+    When another process was faster its entry, equal by content, stays. What killed processes left goes.
+    """
     cache.mkdir(parents=True, exist_ok=True)
-    stage = cache / f"{fingerprint}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
-    stage.mkdir()
-    try:
-        digests = {}
-        for name, table in tables.items():
-            path = stage / f"{name}.arrow"
-            with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_stream(sink, table.schema) as writer:
-                writer.write_table(table)
-            digests[name] = _sha256(path)
-        facts = json.dumps({"sha256": digests, "audit": audit})
-        (stage / "facts.json").write_text(facts, encoding="utf-8")
-        try:
-            stage.rename(cache / fingerprint)
-        except OSError:
-            if not (cache / fingerprint).is_dir():
-                raise
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+    remove_abandoned(cache)
+    with suppress(FileExistsError), staged(cache / fingerprint) as stage:
+        yield stage
+
+
+def seal(stage: Path, tables: Mapping[str, Path], *, audit: dict[str, Any], tokens: str) -> None:
+    """Write down what the finished tables of a new entry are."""
+    known = {name: {"sha256": _sha256(path), "identity": _identity(path)} for name, path in tables.items()}
+    (stage / "facts.json").write_text(json.dumps({"tables": known, "audit": audit, "tokens": tokens}), encoding="utf-8")
+
+
+def _identity(path: Path) -> list[int]:
+    """Changes whenever the file is written to: nobody can set the last of the times back."""
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
 
 def _sha256(path: Path) -> str:

@@ -4,7 +4,7 @@ from itertools import islice
 from typing import Any
 
 from lorafit.data.columns import familiar_columns
-from lorafit.data.files import FileProblem, files_of, read_bytes, unpack
+from lorafit.data.files import FileProblem, files_of
 from lorafit.data.readers import read_rows
 
 
@@ -27,7 +27,7 @@ def first_rows(path: str, count: int) -> list[dict[str, Any]]:
     """The first rows of a data file that are objects; none where the file cannot be read."""
     try:
         files, _ = files_of(path)
-        rows = read_rows(files[0], unpack(files[0], read_bytes(files[0])), broken=lambda _line, _message: None)
+        rows = read_rows(files[0], broken=lambda _line, _message: None, needed=list)
         return [row for _, row in islice(rows, count) if isinstance(row, dict)]
     except (FileProblem, UnicodeError):
         return []

@@ -1,27 +1,63 @@
-"""Rows of a Hub data set, read by `datasets`; their "line" is the row number, from 1."""
+"""Rows of Hub data sets, read by `datasets`; their "line" is the row number, from 1."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import datasets
+import pyarrow
 
 from lorafit.data.arrow_rows import row_cleaner
 from lorafit.data.files import FileProblem
 from lorafit.recipe.sections import Source
 
+# What `datasets` raises for a missing data set, split, name or network shares no base class but these.
+FAILURES = (OSError, ValueError, TypeError, RuntimeError, pyarrow.ArrowException, datasets.exceptions.DatasetsError)
+ROWS_PER_BATCH = 1024
 
-def hub_rows(source: Source) -> Iterator[tuple[int, Any]]:
-    """The rows of one split. Data sets that bring code of their own cannot be loaded: `datasets` no longer runs any.
 
-    Raises FileProblem with what `datasets` says.
-    """
-    try:
-        table = datasets.load_dataset(source.hub, source.name, split=source.split, revision=source.revision)
-    # What it raises for a missing data set, split, name or network shares no base class but this one.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        said = " ".join(str(error).split())[:300]
-        raise FileProblem(f"cannot be loaded: {said}; check hub, name, split and revision, or the network") from None
-    clean = row_cleaner(table.features.arrow_schema)
-    return ((number, clean(row)) for number, row in enumerate(table, 1))
+class HubTables:
+    """The data sets of a recipe, each loaded once. Those that bring code of their own cannot be: it is not run."""
+
+    def __init__(self) -> None:
+        self._tables: dict[tuple[str | None, ...], datasets.Dataset] = {}
+
+    def rows(self, source: Source, needed: Callable[[Iterable[str]], list[str]]) -> Iterator[tuple[int, Any]]:
+        """The rows of one split; only the columns that are needed are read and decoded.
+
+        Raises FileProblem, at any row, with what `datasets` says.
+        """
+        table = self._table(source)
+        number = 0
+        try:
+            few = table.select_columns(needed(table.column_names))
+            clean = row_cleaner(few.features.arrow_schema)
+            for batch in few.iter(ROWS_PER_BATCH):
+                for values in zip(*batch.values(), strict=True):
+                    number += 1
+                    yield number, clean(dict(zip(batch, values, strict=True)))
+        except FAILURES as error:
+            raise FileProblem(f"cannot be read further: {_said(error)}", line=number + 1) from None
+
+    def identity(self, source: Source) -> str:
+        """What `datasets` knows the prepared split by: the name, the commit and the settings. Raises FileProblem."""
+        return str(self._table(source)._fingerprint)
+
+    def _table(self, source: Source) -> datasets.Dataset:
+        key = (source.hub, source.name, source.split, source.revision)
+        if key not in self._tables:
+            try:
+                self._tables[key] = datasets.load_dataset(
+                    source.hub, source.name, split=source.split, revision=source.revision
+                )
+            except FAILURES as error:
+                cause = error.__cause__ or error.__context__
+                because = f" ({_said(cause)})" if isinstance(cause, FAILURES) else ""
+                mend = "check hub, name, split and revision, or the network"
+                raise FileProblem(f"cannot be loaded: {_said(error)}{because}; {mend}") from None
+        return self._tables[key]
+
+
+def _said(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

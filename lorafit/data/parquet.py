@@ -2,37 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
 from lorafit.data.arrow_rows import row_cleaner
-from lorafit.data.files import FileProblem
+from lorafit.data.files import DataFile, FileProblem
+from lorafit.data.streams import CHUNK, content
+
+ROWS_PER_BATCH = 1024
+ROOM_LEFT = 1 << 30
+"""Bytes of the temporary directory that unpacking leaves free."""
 
 
-def parquet_rows(data: bytes) -> Iterator[tuple[int, Any]]:
-    """Every row as a mapping.
+def parquet_rows(file: DataFile, needed: Callable[[Iterable[str]], list[str]]) -> Iterator[tuple[int, Any]]:
+    """Every row as a mapping of the columns that are needed.
 
     Raises FileProblem.
     """
-    try:
-        table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, OSError) as error:
-        first = str(error).split("\n", 1)[0]
-        raise FileProblem(f"is not a whole Parquet file ({first}); download or write it again") from None
-    return _numbered(table)
-
-
-def _numbered(table: pyarrow.parquet.ParquetFile) -> Iterator[tuple[int, Any]]:
     number = 0
-    try:
-        clean = row_cleaner(table.schema_arrow)
-        for batch in table.iter_batches():
-            for row in batch.to_pylist():
-                number += 1
-                yield number, clean(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        first = str(error).split("\n", 1)[0]
-        raise FileProblem(f"cannot be read further ({first}); download or write it again", line=number + 1) from None
+    with _random_access(file) as source:
+        try:
+            # Without these a row group is held as a whole, and twice.
+            table = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise FileProblem(f"is not a whole Parquet file ({_said(error)}); download or write it again") from None
+        try:
+            names = needed(table.schema_arrow.names)
+            clean = row_cleaner(table.schema_arrow)
+            for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=names):
+                for row in batch.to_pylist() if names else [{}] * batch.num_rows:
+                    number += 1
+                    yield number, clean(row)
+        except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+            message = f"cannot be read further ({_said(error)}); download or write it again"
+            raise FileProblem(message, line=number + 1) from None
+
+
+@contextmanager
+def _random_access(file: DataFile) -> Iterator[Any]:
+    """What Parquet's footer needs: the file itself, or a temporary one of what its gzip holds."""
+    with content(file) as stream:
+        if not file.is_compressed:
+            yield pyarrow.PythonFile(stream, mode="r")
+            return
+        with tempfile.TemporaryFile() as unpacked:
+            while chunk := stream.read(CHUNK):
+                if shutil.disk_usage(tempfile.gettempdir()).free < ROOM_LEFT:
+                    raise FileProblem(f"unpacks to more than {Path(tempfile.gettempdir())} has room for; set TMPDIR")
+                unpacked.write(chunk)
+            unpacked.seek(0)
+            yield pyarrow.PythonFile(unpacked, mode="r")
+
+
+def _said(error: Exception) -> str:
+    return str(error).split("\n", 1)[0]

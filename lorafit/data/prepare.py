@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,29 +23,21 @@ from transformers import PreTrainedTokenizerBase
 
 import lorafit
 from lorafit.data import cache
-from lorafit.data.audit import Audit, SideAudit, side_audit
-from lorafit.data.digest import DATE, TOKENS, contents
-from lorafit.data.findings import Findings, refuse_too_many_lost
-from lorafit.data.hub import hub_rows
+from lorafit.data.audit import Audit
+from lorafit.data.digest import DATE, TOKENS, digests
+from lorafit.data.encode import encode
+from lorafit.data.hub import HubTables
+from lorafit.data.listing import listing
 from lorafit.data.render import Renderer
-from lorafit.data.rows import Row
-from lorafit.data.scan import DataScan, Side, epoch_rows, scan
-from lorafit.data.tokens import NOT_TRAINED, Limits, Sequence, TextTokenizer
-from lorafit.data.turns import Rendered
-from lorafit.errors import DataError, Problem
+from lorafit.data.scan import CHANGED, scan
+from lorafit.data.tokens import Limits, TextTokenizer
+from lorafit.durable import stage_beside
+from lorafit.errors import DataError, DiskError
 from lorafit.recipe.sections import DataSection
+from lorafit.stopping import ends_clean
 
 logger = logging.getLogger(__name__)
 
-SCHEMA = pyarrow.schema(
-    {
-        "input_ids": pyarrow.list_(pyarrow.int32()),
-        "labels": pyarrow.list_(pyarrow.int32()),
-        "file": pyarrow.int32(),
-        "line": pyarrow.int64(),
-    }
-)
-SEQUENCES_PER_BATCH = 10_000
 PARTS = {
     "data files": "data",
     "chat template": "template",
@@ -88,117 +82,74 @@ def prepare(
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer, adds_bos=renderer.adds_bos)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
-    now = contents(section, hub_rows=hub_rows)
-    facts = _facts(section, now.digests, tokenizer, text_tokenizer, renderer, limits, seed=seed)
+    hub, sources = HubTables(), listing(section)
+    now = digests(sources, section, hub=hub, cache_dir=cache_dir)
+    facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
     then = facts | {"date": as_of}
     if cache_dir and as_of and facts["date"] and cache.load(cache_dir, _hash(then)):
         facts = then
     fingerprint = _hash(facts)
-    parts = {name: _hash(facts[fact])[:12] for name, fact in PARTS.items()} | {DATE: str(facts["date"])}
-    stored = cache.load(cache_dir, fingerprint) if cache_dir else None
-    if stored:
-        tables, counts = stored
-        loaded = {name: datasets.Dataset.from_file(str(path)) for name, path in tables.items()}
-        audit = Audit.from_dict(counts, files=now.files)
-        parts |= {TOKENS: _tokens_hash(loaded)}
-        return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, parts, now.files)
-    scanned = scan(section, seed=seed, hub_rows=hub_rows)
-    if any(read not in (None, hashed) for read, hashed in zip(scanned.digests, now.digests, strict=True)):
-        raise DataError("the files changed while they were read; run again when they are written", where="data")
-    made, audit = _make(scanned, section, renderer, text_tokenizer, limits, seed=seed)
-    if cache_dir:
-        try:
-            cache.store(cache_dir, fingerprint, made, audit.as_dict())
-        except OSError as error:
-            logger.warning("%s: tokens are not kept for the next run: %s", cache_dir, error.strerror)
-    loaded = {name: datasets.Dataset(InMemoryTable(table)) for name, table in made.items()}
-    parts |= {TOKENS: _tokens_hash(loaded)}
-    return PreparedData(loaded["train"], loaded.get("eval"), audit, fingerprint, parts, now.files)
+
+    def prepared(tables: Mapping[str, datasets.Dataset], audit: Audit, tokens: str) -> PreparedData:
+        parts = {name: _hash(facts[fact])[:12] for name, fact in PARTS.items()}
+        parts |= {DATE: str(facts["date"]), TOKENS: tokens}
+        return PreparedData(tables["train"], tables.get("eval"), audit, fingerprint, parts, audit.files)
+
+    def stored() -> PreparedData | None:
+        entry = cache.load(cache_dir, fingerprint) if cache_dir else None
+        if entry is None:
+            return None
+        tables = {name: datasets.Dataset.from_file(str(path)) for name, path in entry.tables.items()}
+        files = tuple(name for listed in sources for name in listed.names)
+        return prepared(tables, Audit.from_dict(entry.audit, files=files), entry.tokens)
+
+    if found := stored():
+        return found
+    with ends_clean(), ExitStack() as made:
+        scanned = scan(section, seed=seed, hub_rows=hub.rows, listed=sources)
+        if any(now[number] != digest for number, digest in scanned.reading.digests.items()):
+            raise DataError(CHANGED, where="data")
+        stage = _new_entry(cache_dir, fingerprint, made)
+        into = stage or made.enter_context(stage_beside(Path(tempfile.gettempdir()) / "lorafit-tokens"))
+        with _full_disk_is_said(into):
+            encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
+            if stage is None:  # the files go, what is mapped of them stays
+                return prepared(_mapped(encoded.tables), encoded.audit, encoded.tokens)
+            cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), tokens=encoded.tokens)
+            tables = _mapped(encoded.tables)
+            made.close()
+    return stored() or prepared(tables, encoded.audit, encoded.tokens)
 
 
-def _make(
-    scanned: DataScan,
-    section: DataSection,
-    renderer: Renderer,
-    text_tokenizer: TextTokenizer,
-    limits: Limits,
-    *,
-    seed: int,
-) -> tuple[dict[str, pyarrow.Table], Audit]:
-    """The token tables of both sides and their audit.
-
-    Raises DataError.
-    """
-    sides: dict[Side, list[Row]] = {"train": scanned.train, "eval": scanned.eval}
-    sequences = {
-        side: list(text_tokenizer.sequences(_rendered(sides[side], renderer, findings), limits, findings))
-        for side, findings in scanned.findings.items()
-    }
-    problems = [p for findings in scanned.findings.values() for p in findings.problems("error", scanned.files)]
-    longest = max((len(sequence.input_ids) for made in sequences.values() for sequence in made), default=0)
-    if longest > limits.max_length:
-        mend = f"the longest row has {longest:,} tokens; raise it to that, or set data.over_length: drop or truncate"
-        problems.append(Problem("training.max_length", mend))
-    if problems:
-        raise DataError(problems)
-    tables, audits = {}, {}
-    for side, findings in scanned.findings.items():
-        if side == "train" or scanned.eval:
-            refuse_too_many_lost(
-                findings,
-                rows=len(sequences[side]) + findings.count("lost"),
-                allowed=section.max_lost_rows,
-                files=scanned.files,
-                side=side,
-            )
-            order = epoch_rows([sequence.place for sequence in sequences[side]], scanned, seed=seed)
-            kept = [sequences[side][index] for index in order]
-            tables[side] = _table(kept)
-            audits[side] = _audit_of(kept, findings)
-    audit = Audit(
-        audits["train"], audits.get("eval"), scanned.findings["train"], scanned.findings["eval"], scanned.files
-    )
-    return {str(side): table for side, table in tables.items()}, audit
+def _new_entry(cache_dir: Path | None, fingerprint: str, made: ExitStack) -> Path | None:
+    """Where the cache takes a new entry, until `made` is closed; None where there is no cache."""
+    if cache_dir is None:
+        return None
+    try:
+        return made.enter_context(cache.new_entry(cache_dir, fingerprint))
+    except OSError as error:
+        logger.warning("%s: tokens are not kept for the next run: %s", cache_dir, error.strerror)
+        return None
 
 
-def _rendered(rows: Iterable[Row], renderer: Renderer, findings: Findings) -> Iterator[Rendered]:
-    for row in rows:
-        yield from renderer.render(row, findings)
+@contextmanager
+def _full_disk_is_said(directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        message = f"{error.strerror} while the tokens are written; make room, or set LORAFIT_CACHE to another disk"
+        raise DiskError(message, where=str(directory.parent)) from None
 
 
-def _audit_of(sequences: list[Sequence], findings: Findings) -> SideAudit:
-    lengths = [len(sequence.input_ids) for sequence in sequences]
-    trained = [int((sequence.labels != NOT_TRAINED).sum()) for sequence in sequences]
-    rows = sum(1 for _ in groupby(sequences, key=lambda sequence: sequence.place))
-    return side_audit(rows, lengths, trained, findings.count("lost"))
-
-
-def _table(sequences: list[Sequence]) -> pyarrow.Table:
-    batches = []
-    for start in range(0, len(sequences), SEQUENCES_PER_BATCH):
-        some = sequences[start : start + SEQUENCES_PER_BATCH]
-        columns: list[list[Any]] = [
-            [sequence.input_ids for sequence in some],
-            [sequence.labels for sequence in some],
-            [sequence.place[0] for sequence in some],
-            [sequence.place[1] for sequence in some],
-        ]
-        arrays = [pyarrow.array(column, field.type) for column, field in zip(columns, SCHEMA, strict=True)]
-        batches.append(pyarrow.RecordBatch.from_arrays(arrays, schema=SCHEMA))
-    return pyarrow.Table.from_batches(batches, schema=SCHEMA)
-
-
-def _tokens_hash(sides: dict[str, datasets.Dataset]) -> str:
-    """Of what the model sees, whatever wrote it: about a second for a billion tokens."""
-    columns = [(name, column) for name in sorted(sides) for column in ("input_ids", "labels")]
-    hashes = []
-    for name, column in columns:
-        lengths, values = hashlib.sha256(), hashlib.sha256()
-        for chunk in sides[name].data.column(column).chunks:
-            lengths.update(chunk.value_lengths().to_numpy())
-            values.update(chunk.flatten().to_numpy())
-        hashes.append((name, column, lengths.hexdigest(), values.hexdigest()))
-    return _hash(hashes)[:12]
+def _mapped(tables: Mapping[str, Path]) -> dict[str, datasets.Dataset]:
+    """The tables as they are on disk, also when their names are gone."""
+    opened = {}
+    for name, path in tables.items():
+        with pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))) as stream:
+            opened[name] = datasets.Dataset(InMemoryTable(stream.read_all()))
+    return opened
 
 
 def _hash(facts: Any) -> str:
@@ -207,7 +158,7 @@ def _hash(facts: Any) -> str:
 
 def _facts(
     section: DataSection,
-    digests: tuple[str, ...],
+    data: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     text_tokenizer: TextTokenizer,
     renderer: Renderer,
@@ -225,7 +176,7 @@ def _facts(
     writes_date = "strftime_now" in str(template)
     return {
         "versions": (lorafit.__version__, transformers.__version__, tokenizers.__version__),
-        "data": digests,
+        "data": data,
         "settings": section.model_dump(exclude={"train", "eval"} | ({"template"} if template else set())),
         "sources": (len(section.train), sources),
         "template": template,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -14,15 +14,19 @@ from tokenizers.processors import Sequence as NoPostProcessing
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.data.findings import Findings
+from lorafit.data.listing import Side
 from lorafit.data.rows import Place
 from lorafit.data.turns import Rendered, Span
 from lorafit.errors import ModelError
 
+Batch = list[tuple[Side, Rendered]]
 TokenIds = npt.NDArray[np.int32]
 
 NOT_TRAINED = -100
 """Label of a token that is context only: the index torch's cross entropy ignores."""
 TEXTS_PER_BATCH = 1024
+CHARACTERS_PER_BATCH = 1 << 20
+"""An encoded token takes some two hundred bytes, as long as its batch is looked at."""
 TOKENS_AFTER_STOP = 4
 """How far before the end of an answer its stop token is looked for: templates write a newline or two after it."""
 
@@ -70,15 +74,33 @@ class TextTokenizer:
         self._bos: int | None = tokenizer.bos_token_id
         self._added = frozenset(tokenizer.added_tokens_decoder)
 
-    def sequences(self, rendered: Iterable[Rendered], limits: Limits, findings: Findings) -> Iterator[Sequence]:
-        """The sequences that can be trained on, in order."""
-        left = iter(rendered)
-        while batch := list(islice(left, TEXTS_PER_BATCH)):
-            encoded = self._core.encode_batch([item.text for item in batch], add_special_tokens=False)
-            for item, encoding in zip(batch, encoded, strict=True):
-                sequence = self._sequence(item, encoding, limits, findings)
-                if sequence is not None:
-                    yield sequence
+    def sequences(
+        self, rendered: Iterable[tuple[Side, Rendered]], limits: Limits, findings: Mapping[Side, Findings]
+    ) -> Iterator[tuple[Side, Sequence]]:
+        """The sequences that can be trained on, in order, each with its side.
+
+        While one batch is encoded, which leaves Python to others, the next is read and rendered.
+        """
+        with ThreadPoolExecutor(1) as encoder:
+            ahead: tuple[Batch, Future[list[Encoding]]] | None = None
+            for batch in _batches(rendered):
+                started = encoder.submit(self._encode, batch)
+                if ahead:
+                    yield from self._ended(*ahead, limits, findings)
+                ahead = batch, started
+            if ahead:
+                yield from self._ended(*ahead, limits, findings)
+
+    def _encode(self, batch: Batch) -> list[Encoding]:
+        return self._core.encode_batch([item.text for _, item in batch], add_special_tokens=False)
+
+    def _ended(
+        self, batch: Batch, encoded: Future[list[Encoding]], limits: Limits, findings: Mapping[Side, Findings]
+    ) -> Iterator[tuple[Side, Sequence]]:
+        for (side, item), encoding in zip(batch, encoded.result(), strict=True):
+            sequence = self._sequence(item, encoding, limits, findings[side])
+            if sequence is not None:
+                yield side, sequence
 
     def _sequence(self, item: Rendered, encoding: Encoding, limits: Limits, findings: Findings) -> Sequence | None:
         ids: list[int] = encoding.ids
@@ -136,6 +158,19 @@ class TextTokenizer:
             f"token {self._tokenizer.decode([token])!r} has id {token}, the base model has {vocab_size} embeddings; "
             "use the model's own tokenizer, or remove the token"
         )
+
+
+def _batches(rendered: Iterable[tuple[Side, Rendered]]) -> Iterator[Batch]:
+    batch: Batch = []
+    characters = 0
+    for side, item in rendered:
+        batch.append((side, item))
+        characters += len(item.text)
+        if len(batch) == TEXTS_PER_BATCH or characters >= CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
 def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

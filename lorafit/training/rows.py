@@ -5,25 +5,35 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from lorafit.data.prepare import PreparedData
 
 
 class RowFinder:
-    """Names (`file:line`) the rows of a batch. The index over all rows is built at the first question only."""
+    """Names (`file:line`) the rows of a batch. The tokens stay on disk: they are looked through for each question."""
 
     def __init__(self, data: PreparedData) -> None:
         self._data = data
-        self._index: dict[tuple[int, ...], str] | None = None
 
     def __call__(self, inputs: dict[str, Any]) -> list[str]:
         """The rows in `inputs`: input_ids [B, T] with an attention_mask, or one flattened row with cu_seq_lens_q."""
-        if self._index is None:
-            self._index = {
-                tuple(row["input_ids"]): f"{self._data.files[row['file']]}:{row['line']}" for row in self._data.train
-            }
-        return [self._index.get(tuple(row["input_ids"]), "a row that was cut") for row in rows_of(inputs)]
+        return self._where([np.array(row["input_ids"], np.int32) for row in rows_of(inputs)])
+
+    def _where(self, wanted: list[npt.NDArray[np.int32]]) -> list[str]:
+        found = ["a row that was cut"] * len(wanted)
+        for batch in self._data.train.data.to_batches():
+            tokens = batch.column("input_ids")
+            lengths, values = tokens.value_lengths().to_numpy(), tokens.flatten().to_numpy()
+            starts = np.cumsum(lengths, dtype=np.int64) - lengths
+            for number, ids in enumerate(wanted):
+                for row in np.flatnonzero(lengths == len(ids)):
+                    if np.array_equal(values[starts[row] : starts[row] + len(ids)], ids):
+                        file, line = (batch.column(name)[int(row)].as_py() for name in ("file", "line"))
+                        found[number] = f"{self._data.files[file]}:{line}"
+        return found
 
 
 def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:

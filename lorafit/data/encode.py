@@ -1,0 +1,110 @@
+"""The second pass: checked rows -> tables of tokens and labels on disk, and their audit."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.data.audit import Audit, side_audit
+from lorafit.data.findings import refuse_too_many_lost
+from lorafit.data.listing import Side
+from lorafit.data.render import Rendered, Renderer
+from lorafit.data.scan import DataScan
+from lorafit.data.tables import TableWriter
+from lorafit.data.tokens import Limits, TextTokenizer
+from lorafit.errors import DataError, Problem
+from lorafit.recipe.sections import DataSection
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What was written."""
+
+    tables: dict[str, Path]
+    audit: Audit
+    tokens: str
+    """The start of a hash of what the model sees, whatever wrote it."""
+
+
+def encode(
+    scanned: DataScan,
+    section: DataSection,
+    renderer: Renderer,
+    text_tokenizer: TextTokenizer,
+    limits: Limits,
+    *,
+    into: Path,
+    seed: int,
+) -> Encoded:
+    """Write `train.arrow`, and `eval.arrow` where rows are held out, into a directory.
+
+    Raises DataError with everything that is wrong with the tokens.
+    """
+    sides: tuple[Side, ...] = ("train", "eval") if scanned.eval_rows else ("train",)
+    weights = [source.weight for source in scanned.sources]
+    longest = 0
+    with ExitStack() as open_tables:
+        writers = {
+            side: open_tables.enter_context(
+                TableWriter(into / f"{side}.arrow", weights=weights, source_of_file=_source_of_file(scanned), seed=seed)
+            )
+            for side in sides
+        }
+        rendered = _rendered(scanned, renderer)
+        for side, sequence in text_tokenizer.sequences(rendered, limits, scanned.findings):
+            writers[side].add(sequence)
+            longest = max(longest, len(sequence.input_ids))
+    _refuse_errors(scanned, limits, longest)
+    for side, writer in writers.items():
+        findings = scanned.findings[side]
+        rows = writer.sequences + findings.count("lost")
+        refuse_too_many_lost(findings, rows=rows, allowed=section.max_lost_rows, files=scanned.files, side=side)
+    _refuse_sources_that_are_gone(scanned, writers)
+    audits = {
+        side: side_audit(writer.counts.rows, writer.counts.lengths, writer.counts.trained, _lost(scanned, side))
+        for side, writer in writers.items()
+    }
+    audit = Audit(
+        audits["train"], audits.get("eval"), scanned.findings["train"], scanned.findings["eval"], scanned.files
+    )
+    tables = {str(side): into / f"{side}.arrow" for side in sides}
+    hashes = [(side, *hashed) for side in sorted(writers) for hashed in writers[side].tokens_hashes()]
+    return Encoded(tables, audit, hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12])
+
+
+def _rendered(scanned: DataScan, renderer: Renderer) -> Iterator[tuple[Side, Rendered]]:
+    for side, row in scanned.rows():
+        for rendered in renderer.render(row, scanned.findings[side]):
+            yield side, rendered
+
+
+def _source_of_file(scanned: DataScan) -> list[int]:
+    return [number for number, listed in enumerate(scanned.listing) for _ in listed.names]
+
+
+def _lost(scanned: DataScan, side: Side) -> int:
+    return scanned.findings[side].count("lost")
+
+
+def _refuse_errors(scanned: DataScan, limits: Limits, longest: int) -> None:
+    problems = [p for findings in scanned.findings.values() for p in findings.problems("error", scanned.files)]
+    if longest > limits.max_length:
+        mend = f"the longest row has {longest:,} tokens; raise it to that, or set data.over_length: drop or truncate"
+        problems.append(Problem("training.max_length", mend))
+    if problems:
+        raise DataError(problems)
+
+
+def _refuse_sources_that_are_gone(scanned: DataScan, writers: dict[Side, TableWriter]) -> None:
+    """A source all of whose rows were lost on the way, while those of others hide it."""
+    gone = [
+        Problem(f"data.{source.side}", f"no row of {source.name} can be trained on; mend its rows, or take it out")
+        for number, source in enumerate(scanned.sources)
+        if source.rows > source.held_out and not writers[source.side].written[number]
+    ]
+    if gone:
+        raise DataError(gone)
