@@ -51,11 +51,13 @@ def advice(problem: str) -> dict[str, Any]:
         {"system_prompt": "Count.", "question": "2+2?", "chosen": "4", "rejected": "5"},
         {"instruction": "Add.", "input": "2, 2", "chosen": "4", "rejected": "5", "chosen_model": "a"},
         {"query": "2+2?", "chosen_response": "4", "rejected_response": "5"},
+        {"prompt": "2+2?", "accepted": "4", "rejected": "5"},
         {"chosen": "4", "rejected": "5"},
     ],
 )
 def test_preference_data_is_named_and_its_advice_teaches_the_better_answer(tmp_path: Path, row: dict[str, Any]) -> None:
-    names = [min((key for key in row if key.startswith(start)), key=len) for start in ("chosen", "reject")]
+    starts = (("chosen", "accepted"), "reject")
+    names = [min((key for key in row if key.startswith(start)), key=len) for start in starts]
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert problem.startswith(
         f"a.jsonl:1: {names[0]} and {names[1]} make this preference data (task: preference), which lorafit does not "
@@ -97,6 +99,22 @@ def test_rows_for_training_beside_pairs_are_read_once_the_format_says_so(tmp_pat
     assert "preference data" in problem
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source={"format": "messages"})
     assert learnt(rows_of(found)[0]) == ["4"] and "(chosen, rejected)" in found.warnings[0]
+
+
+def test_preference_data_is_named_even_where_a_format_is_given_that_it_does_not_have(tmp_path: Path) -> None:
+    rows = json_lines({"prompt": "2+2?", "chosen": "4", "rejected_completion": "5"})
+    (problem,) = scan_problems(tmp_path / "a.jsonl", rows, source={"format": "prompt_completion"})
+    assert "preference data" in problem and advice(problem)["columns"] == {"completion": "chosen"}
+
+
+def test_marks_of_rows_are_read_from_csv_files(tmp_path: Path) -> None:
+    for name, mark, fault in (("weight", "0.5", True), ("weight", "1.0", False), ("label", "False", True)):
+        content = f"prompt,completion,{name}\na,b,{mark}\n"
+        if fault:
+            (problem,) = scan_problems(tmp_path / "a.csv", content)
+            assert problem.startswith(f"a.csv:2: {name}: ")
+        else:
+            assert scanned(tmp_path / "a.csv", content).train_rows == 1
 
 
 @pytest.mark.parametrize("column", ["label", "kto_tag"])

@@ -150,6 +150,13 @@ def test_an_empty_answer_is_not_taken_for_a_greeting(tmp_path: Path) -> None:
     assert warning.startswith("rows with an empty answer, which is not trained: 1, at ")
 
 
+def test_a_sequence_of_objects_may_be_an_object_of_sequences(tmp_path: Path) -> None:
+    stored = {"from": ["human", "gpt"], "value": [USER["content"], ASSISTANT["content"]]}
+    assert chat_of(tmp_path, {"conversations": stored}).messages == [USER, ASSISTANT]
+    (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines({"conversations": stored | {"from": ["human"]}}))
+    assert problem.startswith("a.jsonl:1: conversations: an object (")
+
+
 @pytest.mark.parametrize("row", [{"messages": [USER, ASSISTANT]}, {"conversations": [USER, ASSISTANT]}])
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_system_column_is_the_first_message_and_may_say_the_same_as_one(
@@ -173,6 +180,15 @@ def test_the_history_of_an_alpaca_row_is_its_earlier_turns_and_trained(tmp_path:
     last = [{"role": "user", "content": "And in\n\nOslo?"}, {"role": "assistant", "content": "Yes."}]
     assert chat.messages == [{"role": "system", "content": "Be brief."}, USER, ASSISTANT, *last]
     assert (answers(chat), chat.tools) == ([2, 4], [TOOL])
+
+
+def test_a_prompt_may_have_earlier_turns_too(tmp_path: Path) -> None:
+    row = {"prompt": "And in Oslo?", "completion": "Yes.", "history": [[USER["content"], "No."]]}
+    last = [{"role": "user", "content": "And in Oslo?"}, {"role": "assistant", "content": "Yes."}]
+    assert chat_of(tmp_path, row).messages == [USER, ASSISTANT, *last]
+    assert scan_problems(tmp_path / "a.jsonl", json_lines(row | {"prompt": [USER]})) == [
+        "a.jsonl:1: history: stands beside a list of messages; write the earlier ones into it"
+    ]
 
 
 @pytest.mark.parametrize("history", [None, [], ""])
@@ -206,6 +222,9 @@ def test_an_alpaca_row_without_earlier_turns_stays_a_pair(tmp_path: Path, histor
         ({"content": "b", "value": "c"}, ": content and value differ; keep one of them"),
         ({"content": "b", "from": "gpt"}, ": role and from differ; keep one of them"),
         ({"content": "b", "reasoning_content": ["c"]}, '.reasoning_content: a list (["c"]) where text belongs'),
+        ({"content": "b", "name": 3}, ".name: a number (3) where text belongs; write it as text"),
+        ({"content": "b", "name": "\ud800"}, ".name: holds half of a surrogate pair"),
+        ({"tool_calls": [{"name": "\ud800"}]}, ".tool_calls[0]: holds half of a surrogate pair"),
         ({"content": "b", "images": ["a.png"]}, '.images: a list (["a.png"]); lorafit trains text'),
         ({"tool_calls": [3]}, ".tool_calls[0]: a number (3) where a call belongs; write {"),
         (

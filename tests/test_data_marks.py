@@ -47,6 +47,11 @@ def test_marks_follow_their_message_when_a_system_message_is_put_before_it(tmp_p
     assert isinstance(chat, Chat) and answers(chat) == [4]
 
 
+def test_a_greeting_that_is_marked_is_not_said_to_be_untrained(tmp_path: Path) -> None:
+    found = scanned(tmp_path / "a.jsonl", json_lines({"messages": [RIGHT | {"train": False}, USER, RIGHT]}))
+    assert not any("which is not trained" in warning for warning in found.warnings)
+
+
 def test_a_mark_on_what_is_not_trained_anyway_changes_nothing(tmp_path: Path) -> None:
     row = {"messages": [USER | {"weight": 0}, RIGHT | {"weight": 1}]}
     found = scanned(tmp_path / "a.jsonl", json_lines(row, {"messages": [USER | {"weight": 1}, WRONG]}))

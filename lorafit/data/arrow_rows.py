@@ -14,6 +14,13 @@ import pyarrow
 from lorafit.data.strict_json import DECODER
 
 Clean = Callable[[Any], Any]
+LISTS = (
+    pyarrow.ListType,
+    pyarrow.LargeListType,
+    pyarrow.FixedSizeListType,
+    pyarrow.ListViewType,
+    pyarrow.LargeListViewType,
+)
 
 
 def row_cleaner(schema: pyarrow.Schema) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -37,8 +44,7 @@ def _cleaner(kind: pyarrow.DataType) -> Clean | None:
         return _struct_cleaner({field.name: _cleaner(field.type) for field in kind.fields})
     if pyarrow.types.is_map(kind):
         return _map_cleaner(_cleaner(kind.item_type))
-    is_list = pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind) or pyarrow.types.is_fixed_size_list(kind)
-    clean_item = _cleaner(kind.value_type) if is_list else None
+    clean_item = _cleaner(kind.value_type) if isinstance(kind, LISTS) else None
     if clean_item is None:
         return None
     return lambda items: [item if item is None else clean_item(item) for item in items]

@@ -14,6 +14,7 @@ from lorafit.data.strict_json import DECODER
 PROMPTS = ("prompt", "instruction", "question", "query", "problem", "input", "user", "human")
 COMPLETIONS = ("completion", "response", "output", "answer", "solution", "target", "answers", "assistant")
 CONTEXTS = ("context", "input", "passage")
+BETTER, WORSE = ("chosen", "accepted", "preferred"), ("reject", "dispreferred")
 SYSTEMS = ("system_prompt", "system_message")
 """What well-known data sets call what our formats read; of each there is mostly one."""
 
@@ -27,8 +28,8 @@ class Fields(NamedTuple):
 
 FORMATS = {
     "messages": Fields(("messages",), ("system", "tools", "functions")),
-    "prompt_completion": Fields(("prompt", "completion"), ("system", "tools", "functions")),
-    "alpaca": Fields(("instruction", "output"), ("input", "system", "history", "tools")),
+    "prompt_completion": Fields(("prompt", "completion"), ("system", "history", "tools", "functions")),
+    "alpaca": Fields(("instruction", "output"), ("input", "system", "history", "tools", "functions")),
     "sharegpt": Fields(("conversations",), ("system", "tools", "functions")),
     "text": Fields(("text",), ()),
 }
@@ -47,7 +48,7 @@ def fitting_formats(keys: Collection[str], columns: dict[str, str]) -> list[str]
 
 def missing(field: str, column: str, keys: Collection[str]) -> str:
     """That the column is not there, and what to write."""
-    near = difflib.get_close_matches(column, list(keys), n=1)
+    near = difflib.get_close_matches(column, [key for key in keys if not key.startswith(WORSE)], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     name = f"column {column}" if field == column else f"column {column} (for {field})"
     return f"no {name} (there are {listed(keys)}); {hint}map it with columns: {{{field}: ...}}"
@@ -124,8 +125,8 @@ def in_recipe(mapping: dict[str, Any]) -> str:
 
 def pair_of_preference(keys: Collection[str]) -> tuple[str, str] | None:
     """The columns of the better and of the worse answer; None where the data is no preference data."""
-    chosen = min((key for key in keys if key.startswith("chosen")), key=len, default=None)
-    rejected = min((key for key in keys if key.startswith("reject")), key=len, default=None)
+    chosen = min((key for key in keys if key.startswith(BETTER)), key=len, default=None)
+    rejected = min((key for key in keys if key.startswith(WORSE)), key=len, default=None)
     return (chosen, rejected) if chosen and rejected else None
 
 

@@ -9,7 +9,9 @@ from typing import Any
 from lorafit.data.problems import RowProblem, listed, shown
 
 TEXT_PARTS = ("text", "input_text", "output_text")
-OTHER_THAN_TEXT = frozenset(("image", "images", "audio", "audios", "video", "videos"))
+OTHER_THAN_TEXT = frozenset(
+    ("image", "images", "image_path", "image_url", "img", "picture", "audio", "audios", "speech", "video", "videos")
+)
 """Columns, and keys of a message, that hold what is no text."""
 
 _MEDIA = re.compile(r"image|audio|video|picture|file", re.IGNORECASE)

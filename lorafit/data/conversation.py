@@ -76,12 +76,19 @@ def conversation(
 
 
 def listed_messages(messages: Any, column: str) -> list[Any]:
-    """The list, which CSV files and some data sets have as JSON text. Raises RowProblem."""
+    """The list, which CSV files and some data sets have as JSON text or as an object of lists. Raises RowProblem."""
     if isinstance(messages, str) and messages.lstrip().startswith("["):
         messages = parsed(messages, column)
+    if isinstance(messages, dict) and is_object_of_lists(messages):
+        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     if not isinstance(messages, list):
         raise RowProblem(f"{column}: {shown(messages)} where a list of messages belongs")
     return messages
+
+
+def is_object_of_lists(messages: dict[str, Any]) -> bool:
+    """How `datasets` stores a sequence of objects: `{"role": ["user", ...], "content": ["Hello", ...]}`."""
+    return all(isinstance(values, list) for values in messages.values()) and len({*map(len, messages.values())}) == 1
 
 
 def role_of(message: Message) -> Any:
@@ -112,7 +119,7 @@ def _message(message: Any, where: str) -> Message:
     kept: Message = {"role": known, "content": content, **given}
     if isinstance(role, str) and role.lower() in CALLS:
         kept["tool_calls"], content = function_calls(content, f"{where}.content"), None
-    else:
+    elif "tool_calls" in kept or "function_call" in kept:
         _read_calls(kept, where)
     if isinstance(content, list):
         kept["content"] = content = joined(content, f"{where}.content")
@@ -120,10 +127,10 @@ def _message(message: Any, where: str) -> Message:
         del kept["content"]
     else:
         _check_content(kept["content"], message, where)
-    for key in REASONING:
+    for key in (*REASONING, "name"):
         if key in kept:
             _check_content(kept[key], message, where, key=key)
-    media = next((key for key in OTHER_THAN_TEXT if kept.get(key)), None)
+    media = None if OTHER_THAN_TEXT.isdisjoint(kept) else next((key for key in OTHER_THAN_TEXT if kept.get(key)), None)
     if media:
         raise RowProblem(f"{where}.{media}: {shown(kept[media])}; {ONLY_TEXT}, so remove such rows", kind="not_text")
     return kept

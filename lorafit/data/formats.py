@@ -131,6 +131,9 @@ class Shaper:
             )
         self._format = fits[0]
         absent = [name for name in FORMATS[fits[0]].required if self._columns.get(name, name) not in keys]
+        pair = pair_of_preference(keys)
+        if absent and pair:
+            raise preference_problem(raw, *pair)
         if absent:
             raise RowProblem(missing(absent[0], self._columns.get(absent[0], absent[0]), keys))
         self._note_unused(keys, fits[0])
@@ -161,19 +164,20 @@ class Shaper:
         if row_format == "text":
             return Text(place, self._text(raw, "text"))
         if row_format == "alpaca":
-            return self._alpaca(raw, place)
+            return self._pair(raw, place, prompt="instruction", completion="output")
         if row_format == "prompt_completion":
             return self._prompt_completion(raw, place)
         field = "messages" if row_format == "messages" else "conversations"
         return self._chat(raw, place, self._column(raw, field), field)
 
-    def _alpaca(self, raw: dict[str, Any], place: Place) -> Row:
+    def _pair(self, raw: dict[str, Any], place: Place, *, prompt: str, completion: str) -> Row:
+        """A question and its answer; a conversation where there are earlier ones, or tools."""
         pair = Pair(
             place,
             self._optional_text(raw, "system"),
-            self._text(raw, "instruction"),
-            self._optional_text(raw, "input"),
-            self._text(raw, "output"),
+            self._text(raw, prompt),
+            self._optional_text(raw, "input") if prompt == "instruction" else "",
+            self._text(raw, completion),
         )
         earlier, tools = self._history(raw), self._tools(raw)
         if not earlier and tools is None:
@@ -183,7 +187,7 @@ class Shaper:
         return Chat(place, [*messages[:start], *earlier, *messages[start:]], tools, 0)
 
     def _history(self, raw: dict[str, Any]) -> list[Message]:
-        """The earlier turns of an Alpaca row: pairs of a question and its answer."""
+        """The earlier turns: pairs of a question and its answer."""
         column = self._columns.get("history", "history")
         history = raw.get(column)
         if isinstance(history, str):
@@ -209,11 +213,11 @@ class Shaper:
             for part in both:
                 if not isinstance(part, list):
                     raise RowProblem(f"{shown(part)} where text or a list of messages belongs")
+            if self._history(raw):
+                column = self._columns.get("history", "history")
+                raise RowProblem(f"{column}: stands beside a list of messages; write the earlier ones into it")
             return self._chat(raw, place, both[0] + both[1], "prompt", first_answer=len(both[0]))
-        system = self._optional_text(raw, "system")
-        tools = self._tools(raw)
-        pair = Pair(place, system, self._text(raw, "prompt"), "", self._text(raw, "completion"))
-        return pair if tools is None else as_chat(pair)._replace(tools=tools)
+        return self._pair(raw, place, prompt="prompt", completion="completion")
 
     def _chat(self, raw: dict[str, Any], place: Place, messages: Any, field: str, *, first_answer: int = 0) -> Chat:
         column = self._columns.get(field, field)

@@ -22,6 +22,7 @@ def refuse_mark(column: str, value: Any, *, template_kwargs: Mapping[str, Any], 
 
     `has_own_format`: the recipe says which columns are meant, so that tokens beside the text are left out on purpose.
     """
+    value = _as_meant(value)
     if column in WEIGHTS and isinstance(value, int | float) and not isinstance(value, bool) and value != 1:
         raise RowProblem(
             f"{column}: {shown(value)}, but sources have weights, not rows; put the rows of one weight into a file of "
@@ -31,7 +32,7 @@ def refuse_mark(column: str, value: Any, *, template_kwargs: Mapping[str, Any], 
     if column in TRAINED and value is False:
         message = f"{column}: {shown(value)} on a whole row; remove the row, or mark messages with train: false"
         raise RowProblem(message, kind="unobeyed")
-    if column in PREFERENCE and value is False:
+    if column in PREFERENCE and (value is False or (column == "kto_tag" and value == 0)):
         raise RowProblem(
             f"{column}: {shown(value)} marks an answer to avoid, which makes this preference data (task: preference), "
             f"which lorafit does not train; keep the rows with {column}: true",
@@ -45,6 +46,14 @@ def refuse_mark(column: str, value: Any, *, template_kwargs: Mapping[str, Any], 
             "and learns its answers, without messages marked train: false; say so with format:, or remove the column",
             kind="unobeyed",
         )
+
+
+def _as_meant(value: Any) -> Any:
+    """What a field of a CSV file says, which is always text."""
+    try:
+        return json.loads(value.lower()) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def _refuse_other_template_kwargs(column: str, value: Any, ours: Mapping[str, Any]) -> None:

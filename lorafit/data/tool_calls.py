@@ -88,6 +88,7 @@ def _tool_call(call: Any, where: str) -> ToolCall:
     other = next((key for key in OTHER_NAMES_OF_ARGUMENTS if call.get(key) and not call.get("arguments")), None)
     if other:
         raise RowProblem(f"{where}.{other}: {shown(call[other])}, which nothing reads; name it arguments")
+    _refuse_what_is_no_json({key: value for key, value in call.items() if key != "arguments"}, where)
     return call | {"arguments": _arguments(call.get("arguments"), f"{where}.arguments")}
 
 

@@ -6,14 +6,13 @@ from lorafit.data.findings import Findings
 from lorafit.data.rows import Chat, Pair, Row, Text, answers, possible_answers, says_something
 from lorafit.recipe.sections.data import TrainOn
 
-NOTHING_SAID = "the answer is empty"
+NOTHING_SAID = "it is empty"
 LEFT_OUT = "left out by train: false or weight: 0"
 
 
 def is_trainable(row: Row, findings: Findings, *, train_on: TrainOn) -> bool:
     """Whether something of the row can be trained on."""
     is_all_trained = train_on == "all"
-    reason = NOTHING_SAID
     if isinstance(row, Text):
         has_answer = has_prompt = bool(row.text) and not row.text.isspace()
     elif isinstance(row, Pair):
@@ -22,10 +21,9 @@ def is_trainable(row: Row, findings: Findings, *, train_on: TrainOn) -> bool:
     else:
         has_prompt = all(says_something(message) for message in row.messages if message["role"] != "assistant")
         has_answer = bool(answers(row, only_last=train_on == "last_answer"))
-        reason = _why_not(row)
         _look_for_untrained(row, findings, is_all_trained=is_all_trained)
     if not has_answer and not (is_all_trained and _says_anything(row)):
-        findings.add("no_answer", row.place, reason)
+        findings.add("no_answer", row.place, _why_not(row))
         return False
     if not has_prompt:
         findings.add("empty_prompt", row.place)
@@ -39,11 +37,13 @@ def _says_anything(row: Row) -> bool:
     return isinstance(row, Pair) and bool(row.prompt.strip())
 
 
-def _why_not(chat: Chat) -> str:
-    """Why the conversation has no answer, if it has none."""
-    if possible_answers(chat):
+def _why_not(row: Row) -> str:
+    """Why the row, which has no answer, has none."""
+    if not isinstance(row, Chat):
+        return NOTHING_SAID
+    if possible_answers(row):
         return LEFT_OUT
-    said = [message for message in chat.messages[chat.first_answer :] if message["role"] == "assistant"]
+    said = [message for message in row.messages[row.first_answer :] if message["role"] == "assistant"]
     if not said:
         return "no message of the assistant"
     return NOTHING_SAID if not any(says_something(message) for message in said) else "nothing is asked before it"
@@ -55,10 +55,11 @@ def _look_for_untrained(chat: Chat, findings: Findings, *, is_all_trained: bool)
         findings.add("left_out", chat.place)
     if is_all_trained:
         return
+    accounted = {*range(chat.first_answer), *possible, *chat.untrained}
     others = [
         message
         for index, message in enumerate(chat.messages)
-        if index >= chat.first_answer and message["role"] == "assistant" and index not in possible
+        if message["role"] == "assistant" and index not in accounted
     ]
     if possible and not all(says_something(message) for message in others):
         findings.add("empty_answer", chat.place)

@@ -11,8 +11,8 @@ from lorafit.recipe.suggest import nearest
 
 FORMAT_COLUMNS = {
     "messages": ("messages", "system", "tools", "functions"),
-    "prompt_completion": ("prompt", "completion", "system", "tools", "functions"),
-    "alpaca": ("instruction", "output", "input", "system", "history", "tools"),
+    "prompt_completion": ("prompt", "completion", "system", "history", "tools", "functions"),
+    "alpaca": ("instruction", "output", "input", "system", "history", "tools", "functions"),
     "sharegpt": ("conversations", "system", "tools", "functions"),
     "text": ("text",),
 }

@@ -30,7 +30,10 @@ class Source(Section):
     """Branch, tag or commit of the Hub data set."""
 
     format: Format | None = None
-    """Shape of a row. null means detected from the columns; a row that fits two formats is refused, never guessed."""
+    """Shape of a row. null means detected from the columns; a row that fits two formats is refused, never guessed.
+    `messages` and `sharegpt` (`conversations`) hold a list of messages, `prompt_completion` texts or lists of messages,
+    `alpaca` has `instruction`, `input` and `output`; beside these `system`, `tools`, `functions` and `history` are
+    read: pairs of an earlier question and its answer, which is trained as the answers of all turns are."""
 
     columns: Annotated[dict[str, str], Frozen] = {}
     """Names of the file's columns for the format's own: `{prompt: question, completion: answer}`."""
