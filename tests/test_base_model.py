@@ -31,6 +31,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from lorafit.builders.architectures import causal_model_types, model_types
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.weight_files import fingerprint, tensor_table
@@ -542,3 +543,11 @@ print(sorted({{"torch", "transformers", "peft", "trl", "datasets"}} & set(sys.mo
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_architectures_read_off_the_librarys_source_are_the_librarys() -> None:
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    assert model_types() == set(CONFIG_MAPPING_NAMES)
+    assert causal_model_types() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from lorafit.builders.added_tokens import AddedTokens, added_tokens, begin_rows
+from lorafit.builders.architectures import model_type_problems, task_problems
 from lorafit.builders.bnb_config import bnb_config
 from lorafit.builders.model_files import (
     BaseModelFiles,
@@ -154,34 +152,6 @@ def load_config(section: ModelSection, *, directory: Path) -> PreTrainedConfig:
     except (*CONFIG_ERRORS, ImportError, OSError) as error:
         where = str(directory / "config.json")
         raise ModelError(f"transformers cannot use it: {_one_line(error)}", where=where) from error
-
-
-def model_type_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:
-    """An architecture that transformers does not know needs its own code, and the recipe's consent to run it."""
-    where, kind = str(directory / "config.json"), config["model_type"]
-    if kind in CONFIG_MAPPING_NAMES or ("auto_map" in config and section.trust_remote_code):
-        return
-    if "auto_map" in config:
-        message = (
-            f"is a {kind!r}, which needs the Python code that comes with it: read {directory.name}/*.py, then set "
-            "model.trust_remote_code: true"
-        )
-    else:
-        nearest = difflib.get_close_matches(kind, CONFIG_MAPPING_NAMES, n=1)
-        guess = f"did you mean {nearest[0]}?" if nearest else "use a model of an architecture it knows"
-        message = f"transformers {transformers.__version__} knows no model_type {kind!r}; {guess}"
-    yield Problem(where, message)
-
-
-def task_problems(config: Mapping[str, Any], *, where: str) -> Iterator[Problem]:
-    """A model that sees the text on both sides learns nothing by predicting the next token."""
-    kind = config["model_type"]
-    if kind not in CONFIG_MAPPING_NAMES:
-        return
-    name = (config.get("architectures") or [kind])[0]
-    is_other_task = re.search(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering)$", name)
-    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or is_other_task or config.get("is_encoder_decoder"):
-        yield Problem(where, f"is a {name}, not a model that predicts the next token: name a causal language model")
 
 
 def _extra_problems(section: ModelSection, *, config: PreTrainedConfig) -> Iterator[Problem]:

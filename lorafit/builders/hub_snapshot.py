@@ -4,15 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+import huggingface_hub
+from huggingface_hub import constants
 
 from lorafit.errors import ModelError
 from lorafit.recipe.sections import ModelSection
@@ -32,33 +25,43 @@ def hub_snapshot(section: ModelSection, *, files: tuple[str, ...] = SMALL_FILES)
     patterns = [f"{subfolder}/{pattern}" if subfolder else pattern for pattern in files]
     page = f"{constants.ENDPOINT}/{name}"
     try:
-        snapshot = snapshot_download(
+        snapshot = huggingface_hub.snapshot_download(  # imported here: it takes 0.4 s
             name,
             revision=section.revision,
             allow_patterns=patterns,
             cache_dir=section.extra.get("cache_dir"),
             local_files_only=section.extra.get("local_files_only", False),
         )
-    except HFValidationError:
+    except huggingface_hub.errors.HFValidationError:
         message = f"{name!r} is neither a directory nor a Hub id (`name` or `organisation/name`)"
-    except GatedRepoError:
+    except huggingface_hub.errors.GatedRepoError:
         message = f"{name} is gated: accept its terms at {page}, then log in with `hf auth login`"
-    except RepositoryNotFoundError:
+    except huggingface_hub.errors.RepositoryNotFoundError:
         message = (
             f"{name} is not on the Hub, or is private: check the spelling at {page}, or log in with `hf auth login`; "
             f"a directory is written ./{name}"
         )
-    except RevisionNotFoundError:
+    except huggingface_hub.errors.RevisionNotFoundError:
         where = "model.revision"
         message = f"{name} has no branch, tag or commit {section.revision!r}: see {page}/commits"
-    except LocalEntryNotFoundError:
+    except huggingface_hub.errors.LocalEntryNotFoundError:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         message = (
             f"{name} is not whole in the cache ({constants.HF_HUB_CACHE}) and {reason}: run "
             f"`hf download {name}` where there is a network, or name a directory (./{name})"
         )
-    except HTTPError as error:
+    except huggingface_hub.errors.HTTPError as error:
         message = f"{name}: the Hub answered {type(error).__name__} ({str(error).splitlines()[0]}): try again later"
     else:
         return Path(snapshot)
     raise ModelError(message, where=where)
+
+
+def cached_snapshot(section: ModelSection) -> Path | None:
+    """Directory of the Hub model's files in the cache, whichever are there; None where none are. Never the network."""
+    cache = Path(section.extra.get("cache_dir") or constants.HF_HUB_CACHE)
+    model = cache / f"models--{section.model_name_or_path.replace('/', '--')}"
+    reference = model / "refs" / section.revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else section.revision
+    snapshot = model / "snapshots" / commit
+    return snapshot if snapshot.is_dir() else None

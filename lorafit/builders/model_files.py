@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.builders.hub_snapshot import hub_snapshot
+from lorafit.builders.hub_snapshot import cached_snapshot, hub_snapshot
 from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
 from lorafit.errors import ModelError, Problem
 from lorafit.recipe.paths import looks_local
@@ -60,17 +60,34 @@ def model_directory(section: ModelSection) -> Path:
 
     Raises ModelError when there is no such directory or Hub model.
     """
-    subfolder = section.extra.get("subfolder", "")
     if is_on_hub(section):
-        return hub_snapshot(section) / subfolder
+        return hub_snapshot(section) / section.extra.get("subfolder", "")
+    return _local_directory(section)
+
+
+def directory_at_hand(section: ModelSection) -> Path | None:
+    """As `model_directory`, without the network: None for a Hub model whose settings are not in the cache."""
+    if not is_on_hub(section):
+        return _local_directory(section)
+    snapshot = cached_snapshot(section)
+    directory = snapshot / section.extra.get("subfolder", "") if snapshot else None
+    return directory if directory and (directory / "config.json").is_file() else None
+
+
+def _local_directory(section: ModelSection) -> Path:
     directory = Path(section.model_name_or_path).expanduser()
-    if not directory.exists():
-        raise ModelError("there is no such directory: correct the path", where=section.model_name_or_path)
-    if not directory.is_dir():
-        raise ModelError("is a file: name the directory it lies in", where=section.model_name_or_path)
-    directory /= subfolder
-    if not directory.is_dir() or not any(directory.iterdir()):
-        raise ModelError("is empty or missing: copy the model there, or name another directory", where=str(directory))
+    try:
+        if not directory.exists():
+            raise ModelError("there is no such directory: correct the path", where=section.model_name_or_path)
+        if not directory.is_dir():
+            raise ModelError("is a file: name the directory it lies in", where=section.model_name_or_path)
+        directory /= section.extra.get("subfolder", "")
+        if not directory.is_dir() or not any(directory.iterdir()):
+            message = "is empty or missing: copy the model there, or name another directory"
+            raise ModelError(message, where=str(directory))
+    except OSError as error:
+        message = f"cannot be read ({error.strerror}): give your user the right to, or name another directory"
+        raise ModelError(message, where=str(directory)) from None
     return directory
 
 
@@ -86,7 +103,9 @@ def read_json(path: Path) -> dict[str, Any]:
         if is_lfs_pointer(path):
             raise ModelError("is a git-lfs pointer: run `git lfs pull` in that directory", where=str(path))
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror}): give your user the right to", where=str(path)) from None
+    except ValueError as error:
         raise ModelError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
     if not isinstance(value, dict):
         raise ModelError("is not a JSON object: copy the file again", where=str(path))

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorafit.builders.base_model import task_problems
+from lorafit.builders.architectures import task_problems
 from lorafit.errors import ModelError
 
 HIDDEN, HEAD = 128, 32  # widths are multiples of 64, the block size of 4-bit weights

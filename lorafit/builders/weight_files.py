@@ -116,6 +116,8 @@ def tensor_table(directory: Path) -> dict[str, TensorInfo]:
             table |= tensors_in(path)
         except ModelError as error:
             problems.extend(error.problems)
+        except OSError as error:
+            problems.append(Problem(str(path), f"cannot be read ({error.strerror}): give your user the right to"))
     if not problems and shards != (WEIGHTS,):
         missing = [name for name in _weight_map(directory) if name not in table]
         if missing:

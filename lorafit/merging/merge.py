@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.builders.base_model import commit_of, load_config, model_type_problems, whole_tensors
+from lorafit.builders.architectures import model_type_problems
+from lorafit.builders.base_model import commit_of, load_config, whole_tensors
 from lorafit.builders.model_files import (
     BaseModelFiles,
     config_problems,
