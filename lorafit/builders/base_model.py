@@ -41,6 +41,11 @@ OUT_OF_MEMORY = (
     "set quantization.load_in_4bit: true, train on more GPUs (launch.strategy: fsdp2), or name a smaller model"
 )
 
+OUT_OF_MEMORY_WORDS = re.compile(
+    r"out of memory|OutOfMemoryError|can(no|')t allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.I
+)
+"""As the allocators of torch, the CUDA driver, cuBLAS and the system call put it, inside a plain RuntimeError."""
+
 CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 WHERE_FILES_LIE = frozenset({"cache_dir", "local_files_only", "subfolder"})
 """Arguments used up in finding the model's directory."""
@@ -203,8 +208,13 @@ def load_base_model(
         except RuntimeError as error:
             if "conversion of the weights" not in str(error):
                 raise
-            details = _one_line(report[-1] if report else error)
-            raise ModelError(f"its weights do not fit config.json: {details}", where=str(directory)) from error
+            details = re.sub(r"\x1b\[[0-9;]*m", "", report[-1] if report else str(error))
+            # transformers catches what fails while a weight is quantised, a lack of memory too, and puts it in a table.
+            if OUT_OF_MEMORY_WORDS.search(details):
+                raise MachineError(f"the base model does not fit: {OUT_OF_MEMORY}", where=str(directory)) from error
+            raise ModelError(
+                f"its weights do not fit config.json: {_one_line(details)}", where=str(directory)
+            ) from error
     _refuse_incomplete(loaded, depth=base.config.get_text_config().num_hidden_layers, where=str(directory))
     added = tokens_added(model, directory=directory, rows=int(base.get_input_embeddings().weight.shape[0]))
     if added is not None:

@@ -196,7 +196,7 @@ def quantization_problems(
         yield Problem(where, f"is a bitsandbytes checkpoint: write `quantization: {{{bits}: true}}` in the recipe too")
         return
     for key, wanted in quantization.model_dump(exclude={"extra", "llm_int8_skip_modules"}).items():
-        if key in stored and stored[key] != wanted:
+        if key in stored and wanted not in ("auto", stored[key]):
             yield Problem(
                 f"quantization.{key}",
                 f"is {json.dumps(wanted)}, the checkpoint is quantised with {json.dumps(stored[key])} (config.json): "

@@ -81,4 +81,7 @@ def sft_config(
         "hub_private_repo": True,
         "trust_remote_code": recipe.model.trust_remote_code,
     }
-    return SFTConfig(**(settings | training.extra))
+    arguments = SFTConfig(**(settings | training.extra))
+    # A process without a launcher takes all GPUs that it sees, for nn.DataParallel, which SFTTrainer refuses.
+    arguments._n_gpu = min(arguments.n_gpu, 1)
+    return arguments

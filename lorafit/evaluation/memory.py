@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from transformers import PreTrainedModel
 
 SHARE = 0.03
 """Of the weights: what activations or cached keys and values may take beside them."""
+
+SHARE_OF_FREE = 0.4
+"""Of a GPU's free memory, which nothing else needs meanwhile: the rest is for what a batch makes beside it."""
 
 AT_LEAST = 32 * 2**20
 """Bytes of them that a small model may take all the same: less would be a row at a time."""
@@ -34,4 +38,6 @@ def generated_tokens(model: PreTrainedModel) -> int:
 
 def _budget(model: PreTrainedModel) -> int:
     weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    return max(AT_LEAST, int(SHARE * weights))
+    is_on_gpu = next(model.parameters()).is_cuda
+    free = int(SHARE_OF_FREE * torch.cuda.mem_get_info()[0]) if is_on_gpu else 0
+    return max(AT_LEAST, int(SHARE * weights), free)

@@ -7,6 +7,7 @@ CUDA; on a CPU each document goes through sdpa by itself. Whatever is not packed
 
 from __future__ import annotations
 
+import inspect
 from contextlib import nullcontext
 from itertools import pairwise
 from typing import Any
@@ -47,22 +48,43 @@ def packed_attention(
     if cu_seq_lens_q is None or max_length_q is None or attention_mask is not None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **named)
     if query.is_cuda:
-        by_token = [states[0].transpose(0, 1) for states in (query, key, value)]
-        out = varlen_attn(
-            by_token[0],
-            by_token[1],
-            by_token[2],
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scaling,
-            window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-        assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
-        return out[None], None
+        return _flash(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     return _document_by_document(query, key, value, cu_seq_lens_q.tolist(), scaling, sliding_window), None
+
+
+def _flash(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bounds: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    # The operator has no rule for autocast: after rotary positions queries and keys of a float32 base are float32.
+    if torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    by_token = [states[0].transpose(0, 1) for states in (query, key, value)]  # [T, heads, d]
+    out = varlen_attn(
+        by_token[0],
+        by_token[1],
+        by_token[2],
+        bounds,
+        bounds,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        **_GROUPED,
+    )
+    assert isinstance(out, torch.Tensor)  # a tuple only where auxiliary results are asked for
+    return out[None]
+
+
+_GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+"""torch 2.11 takes grouped queries without being told, and knows no such argument:
+https://github.com/pytorch/pytorch/pull/179468."""
 
 
 def _document_by_document(

@@ -75,7 +75,7 @@ def _hash(parameter: torch.Tensor) -> int:
     return int(torch.hash_tensor(flat.view(_INTEGER_OF_SIZE[flat.element_size()])).item())
 
 
-_INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def verify_result(

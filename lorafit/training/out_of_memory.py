@@ -11,15 +11,12 @@ from typing import Literal
 
 import torch
 
-from lorafit.builders.base_model import OUT_OF_MEMORY
+from lorafit.builders.base_model import OUT_OF_MEMORY, OUT_OF_MEMORY_WORDS
 from lorafit.errors import MachineError, ModelError
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 
 Doing = Literal["loading the base model", "training", "evaluating"]
-
-_WORDS = re.compile(r"out of memory|can(no|')t allocate memory|not enough memory|CUBLAS_STATUS_ALLOC_FAILED", re.I)
-"""As the allocators of torch, the CUDA driver, cuBLAS and the system call put it, inside a plain RuntimeError."""
 
 _ASKED = re.compile(r"tried to allocate ([\d.]+) (bytes|[KMGT]i?B)", re.I)
 _UNITS = {"bytes": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -33,7 +30,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    return (isinstance(error, RuntimeError) and bool(_WORDS.search(str(error)))) or is_out_of_memory(error.__cause__)
+    return (isinstance(error, RuntimeError) and bool(OUT_OF_MEMORY_WORDS.search(str(error)))) or is_out_of_memory(
+        error.__cause__
+    )
 
 
 def bytes_asked(error: BaseException | None) -> int | None:
@@ -51,6 +50,12 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def forget_peak() -> None:
+    """Measure from here: loading, the self-test and an initialisation by SVD are no part of training."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
 
 
 @contextmanager

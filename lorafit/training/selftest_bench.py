@@ -53,6 +53,10 @@ class Check:
         return self.difference <= self.tolerance
 
 
+LOWER_LOSS_SCALES = (2.0**8, 1.0)
+"""Tried after the scaler's own first one, 2**16."""
+
+
 def tolerances(recipe: Recipe, *, dtype: torch.dtype, bf16: bool) -> tuple[float, float]:
     """How far two orders of summation may differ: in a token's log-probability (root mean square, nats), and in the
     gradient (its norm, relative).
@@ -67,7 +71,7 @@ def tolerances(recipe: Recipe, *, dtype: torch.dtype, bf16: bool) -> tuple[float
         computed.append(getattr(torch, compute_dtype(section.bnb_4bit_compute_dtype)))
     elif section is not None:  # LLM.int8() chooses its 16-bit columns by the whole batch, and rounds the rest to 8 bits
         return 0.25, 0.1
-    if torch.cuda.is_available() and torch.backends.cuda.matmul.allow_tf32:
+    if torch.cuda.is_available() and torch.backends.cuda.matmul.fp32_precision == "tf32":
         computed.append(torch.float16)  # TF32 has its mantissa
     step = max(torch.finfo(kind).eps for kind in computed)
     return max(8 * step, 1e-4), max(8 * step, 1e-4)
@@ -150,7 +154,16 @@ class Bench:
         return str(self._model.get_base_model().config._attn_implementation)
 
     def _gradient(self, *, per_pass: int) -> _Step:
-        """Of one optimizer step over all rows, through the trainer's own loop."""
+        """Of one optimizer step over all rows. A loss scale at which it overflows is lowered, as training lowers it."""
+        step = self._step(per_pass=per_pass, loss_scale=None)
+        for loss_scale in LOWER_LOSS_SCALES:
+            if step.is_finite() or step.trainer.accelerator.scaler is None:
+                break
+            step = self._step(per_pass=per_pass, loss_scale=loss_scale)
+        return step
+
+    def _step(self, *, per_pass: int, loss_scale: float | None) -> _Step:
+        """Through the trainer's own loop."""
         arguments = sft_config(
             _one_step(self._loaded.recipe, per_pass=per_pass, steps=len(self._rows) // per_pass),
             output_dir=self._scratch,
@@ -179,6 +192,9 @@ class Bench:
             callbacks=[step],
         )
         step.trainer.remove_callback(PrinterCallback)
+        scaler = step.trainer.accelerator.scaler
+        if scaler is not None and loss_scale is not None:
+            scaler.load_state_dict(scaler.state_dict() | {"scale": loss_scale})
         step.loss = step.trainer.train().training_loss
         return step
 
@@ -193,11 +209,17 @@ class _Step(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
         """Take a copy, complete and before anything is done with it."""
+        scaler = self.trainer.accelerator.scaler
+        scale = 1.0 if scaler is None else scaler.get_scale()
         self.gradient = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach().clone()
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.detach() / scale
             for name, parameter in model.named_parameters()
             if parameter.requires_grad
         }
+
+    def is_finite(self) -> bool:
+        """Whether the gradient is: with fp16 it overflows until the loss scale is found."""
+        return all(bool(torch.isfinite(gradient).all()) for gradient in self.gradient.values())
 
     def distance(self, other: _Step) -> float:
         """The larger of the relative differences of the loss and of the gradient."""

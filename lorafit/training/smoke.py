@@ -180,7 +180,9 @@ def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> floa
     in_memory = dict(trained.model.named_parameters())
     for name, tensor in reloaded.named_parameters():  # the adapter of a quantised base is bfloat16, read back float32
         tensor.data = tensor.data.to(in_memory[name].dtype)
-    with torch.autocast(trained.model.device.type, torch.bfloat16, enabled=bf16):
+    # What the trainer wrapped around the trained model's forward stays there, and has to be around the other's, too.
+    dtype = autocast_type(recipe, bf16=bf16)
+    with torch.autocast(trained.model.device.type, dtype, enabled=dtype is not None):
         after, before = _logits(reloaded), _logits(trained.model.eval())
     difference = (after - before).abs().max().item()
     if difference != 0:
@@ -188,6 +190,11 @@ def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> floa
             f"the reloaded adapter differs from the trained one by {difference:.3g} in a logit", where="smoke"
         )
     return difference
+
+
+def autocast_type(recipe: Recipe, *, bf16: bool) -> torch.dtype | None:
+    """The type that a run computes in beside that of its weights; None where it is theirs alone."""
+    return torch.bfloat16 if bf16 else torch.float16 if recipe.training.fp16 else None
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from lorafit.training.facts import checkpoint_room, model_facts, run_facts
 from lorafit.training.gather import whole_adapter
 from lorafit.training.ground import Ground, find_ground
 from lorafit.training.inputs import RunInputs
-from lorafit.training.out_of_memory import out_of_memory_is_said, peak_memory_bytes
+from lorafit.training.out_of_memory import forget_peak, out_of_memory_is_said, peak_memory_bytes
 from lorafit.training.progress import Progress
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
 from lorafit.training.save import initial_adapter, write_adapter
@@ -171,6 +171,7 @@ def run_training(
     ):
         _open(loaded, run, ground, room=room, tested=tested, say=say)
         record(outcome="running")
+        forget_peak()
         stopped_early = _fit(loaded, run, ground, setup, room=room)
         losses = _verify_and_save(
             loaded, run, ground, setup, before=before, initial=initial, facts=facts, stopped_early=stopped_early

@@ -1,0 +1,160 @@
+"""What happens on a GPU alone, as far as a CPU can show it: only the device's answers are put in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import small_recipe
+from torch import nn
+from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.utils.import_utils import enable_tf32
+from trl import SFTConfig
+
+from lorafit.builders.base_model import load_base_model
+from lorafit.builders.sft_config import sft_config
+from lorafit.errors import MachineError
+from lorafit.evaluation import memory
+from lorafit.recipe.sections import ModelSection, QuantizationSection
+from lorafit.speed import varlen_attention
+from lorafit.training import checks, out_of_memory, smoke
+from lorafit.training.selftest_bench import tolerances
+from lorafit.training.selftest_only import self_test_only
+from lorafit.training.trainer import LoraTrainer
+
+
+def test_several_gpus_in_sight_of_one_process_are_not_taken_for_data_parallel(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    post_init = SFTConfig.__post_init__
+
+    def sees_two(arguments: SFTConfig) -> None:
+        post_init(arguments)
+        arguments._n_gpu = 2
+
+    monkeypatch.setattr(SFTConfig, "__post_init__", sees_two)
+    arguments = sft_config(
+        small_recipe(tmp_path, tiny_base).recipe,
+        output_dir=tmp_path,
+        run_name="run",
+        bf16=False,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        has_eval_rows=False,
+    )
+    assert arguments.n_gpu == 1
+
+
+@pytest.fixture
+def with_tf32(monkeypatch: pytest.MonkeyPatch) -> Any:
+    before = torch.backends.fp32_precision
+    enable_tf32(True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    yield
+    torch.backends.fp32_precision = before
+
+
+def test_tf32_widens_the_tolerances_of_the_self_test(with_tf32: None, tmp_path: Path, tiny_base: Path) -> None:
+    recipe = small_recipe(tmp_path, tiny_base).recipe
+    assert tolerances(recipe, dtype=torch.float32, bf16=False) == tolerances(recipe, dtype=torch.float16, bf16=False)
+
+
+def test_a_lack_of_memory_while_weights_are_quantised_is_not_called_damage(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacks_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(Bnb4bitQuantize, "convert", lacks_memory)
+    section = ModelSection(model_name_or_path=str(tiny_base))
+    with pytest.raises(MachineError, match="does not fit") as caught:
+        load_base_model(section, QuantizationSection(load_in_4bit=True), dtype="auto", device_map=None)
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("training", "expected"), [({}, None), ({"fp16": True}, torch.float16)])
+def test_the_reloaded_adapter_is_computed_in_the_type_of_the_run(
+    training: dict[str, Any], expected: torch.dtype | None, tmp_path: Path, tiny_base: Path
+) -> None:
+    recipe = small_recipe(tmp_path, tiny_base, training=training).recipe
+    assert smoke.autocast_type(recipe, bf16=False) == expected
+    assert smoke.autocast_type(recipe, bf16=True) == torch.bfloat16
+
+
+def test_a_loss_scale_that_overflows_is_lowered_by_the_self_test(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, scales = LoraTrainer.create_accelerator_and_postprocess, []
+
+    class Scaler(torch.amp.GradScaler):
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            scales.append(state_dict["scale"])
+            super().load_state_dict(state_dict)
+
+    def with_scaler(trainer: LoraTrainer) -> None:
+        make(trainer)
+        trainer.accelerator.scaler = Scaler("cpu", init_scale=2.0**127)
+
+    monkeypatch.setattr(LoraTrainer, "create_accelerator_and_postprocess", with_scaler)
+    tested = self_test_only(small_recipe(tmp_path, tiny_base), say=lambda line: None, cache_dir=None)
+    assert all(check.has_passed for check in tested.checks)
+    assert scales == [2.0**8, 2.0**8]
+
+
+class OnGpu(nn.Module):
+    """A model of a megabyte, on a GPU by its own account."""
+
+    config: Any
+
+    def parameters(self, recurse: bool = True) -> Any:
+        parameter = torch.zeros(2**18)
+
+        class Parameter:
+            is_cuda = True
+            numel, element_size = parameter.numel, parameter.element_size
+
+        return iter([Parameter()])
+
+
+def test_an_evaluation_uses_the_memory_that_the_gpu_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (100 * 2**30, 140 * 2**30))
+    assert memory._budget(OnGpu()) == 40 * 2**30  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**20, 140 * 2**30))
+    assert memory._budget(OnGpu()) == memory.AT_LEAST  # type: ignore[arg-type]
+
+
+def test_the_peak_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: asked.append("reset"))
+    out_of_memory.forget_peak()
+    assert asked == ["reset"]
+
+
+def test_bytes_of_4_bit_weights_are_hashed_in_a_signed_type() -> None:
+    assert not any(kind.is_floating_point or kind == torch.uint8 for kind in checks._INTEGER_OF_SIZE.values())
+    packed = torch.randint(0, 256, (1001,), dtype=torch.uint8)
+    changed = packed.clone()
+    changed[500] ^= 1
+    assert checks._hash(nn.Parameter(packed, requires_grad=False)) != checks._hash(
+        nn.Parameter(changed, requires_grad=False)
+    )
+
+
+def test_varlen_attention_gets_the_type_of_the_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.dtype] = []
+
+    def operator(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        seen.extend([query.dtype, key.dtype, value.dtype])
+        return query
+
+    monkeypatch.setattr(varlen_attention, "varlen_attn", operator)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: torch.bfloat16)
+    query, value = torch.zeros(1, 2, 5, 4), torch.zeros(1, 1, 5, 4, dtype=torch.bfloat16)
+    bounds = torch.tensor([0, 5], dtype=torch.int32)
+    out = varlen_attention._flash(query, query[:, :1], value, bounds, 5, None, None)
+    assert seen == [torch.bfloat16] * 3
+    assert out.shape == (1, 5, 2, 4)
