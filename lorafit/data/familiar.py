@@ -1,5 +1,6 @@
 """What `lorafit init` makes of a data file whose columns have names of their own."""
 
+from contextlib import closing
 from itertools import islice
 from typing import Any
 
@@ -27,7 +28,7 @@ def first_rows(path: str, count: int) -> list[dict[str, Any]]:
     """The first rows of a data file that are objects; none where the file cannot be read."""
     try:
         files, _ = files_of(path)
-        rows = read_rows(files[0], broken=lambda _line, _message: None, needed=list)
-        return [row for _, row in islice(rows, count) if isinstance(row, dict)]
+        with closing(read_rows(files[0], broken=lambda _line, _message: None, needed=list)) as rows:
+            return [row for _, row in islice(rows, count) if isinstance(row, dict)]
     except (FileProblem, UnicodeError):
         return []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import count
 from typing import Any
 
@@ -27,7 +27,9 @@ HubRows = Callable[[Source, Needed], Rows]
 BOM = "\ufeff"
 
 
-def read_rows(file: DataFile, *, broken: Broken, needed: Needed, hashed: Hash | None = None) -> Rows:
+def read_rows(
+    file: DataFile, *, broken: Broken, needed: Needed, hashed: Hash | None = None
+) -> Generator[tuple[int, Any], None, None]:
     """The rows of one file. Files that store columns apart are asked only for those that are `needed`.
 
     `hashed` takes the bytes of a file that is read from its beginning to its end. Raises FileProblem, at any row.
@@ -50,20 +52,22 @@ def _text_rows(file: DataFile, stream: io.BufferedReader[Any], broken: Broken) -
     refuse_what_is_no_text(head)
     opening = head.removeprefix(BOM.encode()).lstrip()[:1]
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if file.suffix == ".csv" else "\n")
-    if file.suffix == ".csv":
-        rows = csv_rows(text, broken=broken)
-    # What the file holds decides, not whether it is named .json or .jsonl: the two cannot be mistaken.
-    elif file.suffix != ".txt" and opening == b"[":
-        rows = json_array_rows(text, broken=broken)
-    else:
-        if b"\r" in head[:-1] and b"\n" not in head:
-            raise FileProblem("ends its lines with CR alone; convert it: `tr '\\r' '\\n' < FILE > NEW`")
-        if file.suffix == ".txt":
-            rows = text_rows(text, broken=broken)
+    try:
+        if file.suffix == ".csv":
+            rows = csv_rows(text, broken=broken)
+        # What the file holds decides, not whether it is named .json or .jsonl: the two cannot be mistaken.
+        elif file.suffix != ".txt" and opening == b"[":
+            rows = json_array_rows(text, broken=broken)
         else:
-            rows = json_lines_rows(text, broken=broken, file=file)
-    yield from rows
-    text.detach()
+            if b"\r" in head[:-1] and b"\n" not in head:
+                raise FileProblem("ends its lines with CR alone; convert it: `tr '\\r' '\\n' < FILE > NEW`")
+            if file.suffix == ".txt":
+                rows = text_rows(text, broken=broken)
+            else:
+                rows = json_lines_rows(text, broken=broken, file=file)
+        yield from rows
+    finally:
+        text.detach()  # a reader may stop early; the stream is closed by whoever opened it
 
 
 def numbered_lines(text: io.TextIOWrapper) -> Iterator[tuple[int, str]]:
