@@ -68,6 +68,7 @@ def test_a_marked_answer_is_no_part_of_the_labels_under_any_choice(tmp_path: Pat
     [
         ("chatml", 0, ["<|im_start|>assistant\nTwo.<|im_end|>\n<|im_start|>user\nAnd?<|im_end|>\n"]),
         ("phi3", 1, ["<|user|>\nOne?<|end|>\n<|assistant|>", "<|user|>\nAnd?<|end|>\n"]),
+        ("harmony", 1, ["One?<|end|><|start|>assistant", "<|end|><|start|>user<|message|>And?<|end|>"]),
         ("harmony", 3, ["<|start|>assistant<|channel|>final<|message|>Two.<|end|><|start|>user<|message|>And?<|end|>"]),
         ("glm4", 1, ["[gMASK]<sop><|user|>\nOne?<|assistant|>\n", "\nAnd?"]),
     ],

@@ -78,4 +78,4 @@ class DataSection(Section):
     """What happens to rows longer than `training.max_length`: refused, left out, or cut at the end; always counted."""
 
     max_lost_rows: float = Field(default=0.01, ge=0, le=1)
-    """Stop (exit 3) when more than this share of the rows has no trainable answer left."""
+    """Stop (exit 3) when more than this share of the rows has no trainable answer left, or cannot be rendered."""
