@@ -93,7 +93,7 @@ def test_the_stop_token_is_missing_when_generation_stops_on_another(tmp_path: Pa
     data = section(write_jsonl(tmp_path / "a.jsonl", [PAIR]))
     assert prepare_problems(data, tokenizer, stops=frozenset(tokenizer.convert_tokens_to_ids(["</s>"]))) == [
         "a.jsonl:1: the answer ends with 'o.<|im_end|>\\n', generation stops on '</s>'; use a template that ends "
-        "answers with it, or name the token in eos_token_id of generation_config.json"
+        "answers with it, or name the token that ends them: data.stop_token"
     ]
 
 

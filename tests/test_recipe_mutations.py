@@ -21,7 +21,11 @@ HELD_OUT = {**ROWS, "eval": [{"path": "eval.jsonl", "format": "text", "limit": 1
 RECIPES: list[dict[str, Any]] = [
     {"model": MODEL, "data": ROWS},
     {"model": {**MODEL, "revision": "abc", "dtype": "bfloat16", "attn_implementation": "sdpa"}, "data": HELD_OUT},
-    {"model": {**MODEL, "trust_remote_code": True, "extra": {"cache_dir": "c"}}, "data": ROWS, "output_dir": "runs/a"},
+    {
+        "model": {**MODEL, "trust_remote_code": True, "add_tokens": ["<a>"], "extra": {"cache_dir": "c"}},
+        "data": {**ROWS, "stop_token": "<a>"},
+        "output_dir": "runs/a",
+    },
     {"model": MODEL, "data": ROWS, "quantization": {"load_in_4bit": True, "bnb_4bit_quant_type": "fp4"}},
     {
         "model": MODEL,
@@ -52,7 +56,7 @@ RECIPES: list[dict[str, Any]] = [
     {
         "model": MODEL,
         "data": ROWS,
-        "lora": {"use_dora": True, "init_lora_weights": "olora", "modules_to_save": ["head"]},
+        "lora": {"use_dora": True, "init_lora_weights": "gaussian", "modules_to_save": ["head"]},
     },
     {"model": MODEL, "data": ROWS, "lora": {"target_parameters": ["experts.w"], "trainable_token_indices": [3, 4]}},
     {

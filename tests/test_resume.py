@@ -99,6 +99,7 @@ def broken_off(crashed: LoadedRecipe, room: Path) -> Iterator[LoadedRecipe]:
 
 STAYS = {
     *("task", "model.dtype", "model.attn_implementation", "model.trust_remote_code", "model.extra"),
+    *("model.add_tokens", "data.stop_token"),
     *("quantization.load_in_4bit", "quantization.load_in_8bit", "quantization.bnb_4bit_quant_type"),
     *("quantization.bnb_4bit_use_double_quant", "quantization.bnb_4bit_compute_dtype"),
     *("quantization.bnb_4bit_quant_storage", "quantization.llm_int8_threshold"),

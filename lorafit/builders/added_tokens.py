@@ -45,7 +45,7 @@ def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
     Ordinary tokens, not special ones: a call or a tag that a model writes is part of its answer, and stays in it when
     special tokens are left out.
     """
-    missing = [token for token in tokens if not _is_one(tokenizer, token)]
+    missing = [token for token in tokens if not is_one(tokenizer, token)]
     tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in missing])
 
 
@@ -60,7 +60,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, r
             f"{message}: convert it with `AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
             where=tokenizer.name_or_path,
         )
-    known = frozenset(token for token in tokens if _is_one(tokenizer, token))
+    known = frozenset(token for token in tokens if is_one(tokenizer, token))
     without = _without(tokenizer, tokens)
     add_to(tokenizer, tokens)
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
@@ -70,7 +70,8 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, r
     return AddedTokens(ids, pieces, known, rows)
 
 
-def _is_one(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+def is_one(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Whether `token` is one token by its own name."""
     return tokenizer.encode(token, add_special_tokens=False) == [tokenizer.convert_tokens_to_ids(token)]
 
 

@@ -19,6 +19,8 @@ TOKENIZER_FILES = (
     *("tekken.json", "qwen.tiktoken", "tiktoken.model", "sentencepiece.bpe.model"),
 )
 
+GENERATION = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class BaseModelFiles:
@@ -138,7 +140,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def stop_token_ids(directory: Path, *, config: Mapping[str, Any]) -> frozenset[int]:
     """Ids that generation stops on. Raises ModelError when generation_config.json cannot be read."""
-    path = directory / "generation_config.json"
+    path = directory / GENERATION
     value = read_json(path).get("eos_token_id") if path.is_file() else None
     if value is None:
         path = directory / "config.json"

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
 
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.builders.added_tokens import add_to
+from lorafit.builders.added_tokens import add_to, is_one
 from lorafit.builders.base_model import load_config
 from lorafit.builders.model_files import model_directory
 from lorafit.builders.tokenizer_files import read_tokenizer
@@ -22,8 +24,10 @@ PADDING_NAMES = (
 """Tokens that no text contains, in the order they are taken for padding where the tokenizer names none."""
 
 
-def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
+def load_tokenizer(section: ModelSection, *, stop_token: str | None = None) -> PreTrainedTokenizerBase:
     """The base model's tokenizer, with the tokens of `model.add_tokens` and one for padding. Raises ModelError.
+
+    `stop_token` takes the place of its end-of-text token.
 
     Padding is the tokenizer's own choice, else the first of PADDING_NAMES that it has, else the end-of-text token
     (logged): padded positions are masked by position, so that costs nothing in training.
@@ -37,6 +41,8 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
         )
     vocab_size = load_config(section, directory=directory).get_text_config().vocab_size
     add_to(tokenizer, section.add_tokens)
+    if stop_token is not None:
+        _end_with(tokenizer, stop_token)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = _padding_token(tokenizer, vocab_size=vocab_size)
         if tokenizer.pad_token == tokenizer.eos_token:
@@ -47,8 +53,20 @@ def load_tokenizer(section: ModelSection) -> PreTrainedTokenizerBase:
             "`AutoTokenizer.from_pretrained(DIRECTORY, fix_mistral_regex=True).save_pretrained(DIRECTORY)`",
             directory,
         )
-    _refuse_foreign(tokenizer, vocab_size=vocab_size, where=str(directory))
+    added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in section.add_tokens]
+    _refuse_foreign(tokenizer, vocab_size=max(vocab_size, *added, 0), where=str(directory))
     return tokenizer
+
+
+def _end_with(tokenizer: PreTrainedTokenizerBase, stop_token: str) -> None:
+    """Make `stop_token` the token that ends texts. Raises ModelError where it is not one token."""
+    if not is_one(tokenizer, stop_token):
+        known = [token.content for token in tokenizer.added_tokens_decoder.values()]
+        near = difflib.get_close_matches(stop_token, known, n=1)
+        mend = f"did you mean {near[0]}?" if near else "name one of its tokens, or add it with model.add_tokens"
+        count = len(tokenizer.encode(stop_token, add_special_tokens=False))
+        raise ModelError(f'"{stop_token}" is {count} tokens of the tokenizer, not one; {mend}', where="data.stop_token")
+    tokenizer.add_special_tokens({"eos_token": AddedToken(stop_token, normalized=False, special=True)})
 
 
 def _padding_token(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int) -> str:

@@ -79,6 +79,8 @@ def prepare(
 
     Raises DataError with every problem of the data, RecipeError or ModelError when there is no template.
     """
+    if section.stop_token is not None:
+        stop_token_ids |= {int(tokenizer.convert_tokens_to_ids(section.stop_token))}
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer, adds_bos=renderer.adds_bos)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)

@@ -70,15 +70,19 @@ def prepared_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> tu
     """The same, after the fingerprint of the prepared data."""
     directory = model_directory(recipe.model)
     config = read_config(directory)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
     stops = stop_token_ids(directory, config=config)
+    if recipe.data.stop_token is not None:
+        stops |= {int(tokenizer.eos_token_id)}
+    vocab_size = load_config(recipe.model, directory=directory).get_text_config().vocab_size
+    added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in recipe.model.add_tokens]
     data = prepare(
         recipe.data,
         tokenizer=tokenizer,
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,
         stop_token_ids=stops,
-        vocab_size=load_config(recipe.model, directory=directory).get_text_config().vocab_size,
+        vocab_size=max(vocab_size, *added, 0),
         cache_dir=cache_dir,
     )
     return data.fingerprint, preview(data, tokenizer, stop_token_ids=stops, rows=rows)

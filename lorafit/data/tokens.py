@@ -150,7 +150,7 @@ class TextTokenizer:
                 "no_stop",
                 item.place,
                 f"the answer ends with {self._tokenizer.decode(end)!r}, generation stops on {stops}; use a template "
-                "that ends answers with it, or name the token in eos_token_id of generation_config.json",
+                "that ends answers with it, or name the token that ends them: data.stop_token",
             )
 
     def _foreign(self, token: int, vocab_size: int) -> str:

@@ -70,7 +70,7 @@ def read_subject(
     recipe = loaded.recipe
     base_files = check_base_model(adapter.base, quantization=recipe.quantization)
     refuse_wrong_base(adapter, base_files, say=say, may_be_zero=True)
-    tokenizer = load_tokenizer(adapter.base)
+    tokenizer = load_tokenizer(adapter.base, stop_token=recipe.data.stop_token)
     _refuse_other_tokenizer(tokenizer, adapter.directory, base=base_files.name)
     merged = _merged_model(adapter, merged, say=say)
     if merged is not None:

@@ -70,7 +70,7 @@ def _eval_rows(
         return []
     data = prepare(
         recipe.data,
-        tokenizer=load_tokenizer(adapter.base),
+        tokenizer=load_tokenizer(adapter.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,
         stop_token_ids=base_files.stop_token_ids,

@@ -50,7 +50,7 @@ def _rows(job: dict[str, Any]) -> dict[str, datasets.Dataset]:
     recipe = adapter.recipe.recipe
     data = prepare(
         recipe.data,
-        tokenizer=load_tokenizer(adapter.base),
+        tokenizer=load_tokenizer(adapter.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,
         stop_token_ids=frozenset(job["stop_token_ids"]),

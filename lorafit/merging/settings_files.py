@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit import __version__
-from lorafit.builders.model_files import TOKENIZER_FILES, BaseModelFiles, is_on_hub
+from lorafit.builders.model_files import GENERATION, TOKENIZER_FILES, BaseModelFiles, is_on_hub
 from lorafit.merging.adapter_files import Adapter
 
 TOKENIZER = (
@@ -17,7 +17,7 @@ TOKENIZER = (
     *("special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
 BESIDES = (
-    *("generation_config.json", "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    *(GENERATION, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "NOTICE*"),
 )
 TEMPLATES = "additional_chat_templates"
@@ -36,6 +36,7 @@ def write_settings(
         shutil.copytree(source / TEMPLATES, directory / TEMPLATES, copy_function=shutil.copyfile)
     code = ("*.py",) if "auto_map" in base_files.config else ()
     _copy_all(base_files.directory, (*BESIDES, *code), directory)
+    _copy_all(adapter.directory, (GENERATION,), directory)  # where it names a stop token
     (directory / "README.md").write_text(_card(adapter, dtype=dtype), encoding="utf-8")
 
 

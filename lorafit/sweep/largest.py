@@ -19,7 +19,7 @@ from lorafit.report.model_card import model_card
 from lorafit.run_dir import RunDir
 from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import Trained, attached, read_trained, with_rank
-from lorafit.training.save import write_adapter
+from lorafit.training.save import generation_settings, write_adapter
 
 SPECTRUM = "singular_values.json"
 
@@ -98,6 +98,7 @@ def write_cut_run(
             state_dict=None,
             initial=None,
             card=model_card(recipe, facts=facts, history=[*history, {"step": facts["steps"], "eval_loss": loss}]),
+            generation=generation_settings(bench.inputs.base_files, tokenizer, stop_token=recipe.data.stop_token),
         )
         bench.give_back(model.unload())
         run.write_manifest(facts | {"adapter": run.adapter_hashes()})

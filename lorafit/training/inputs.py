@@ -45,7 +45,7 @@ def read_inputs(
     """
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
     with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
         data = prepare(
             recipe.data,

@@ -6,9 +6,10 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
+from lorafit.builders.model_files import GENERATION, BaseModelFiles, read_json
 from lorafit.durable import staged
 from lorafit.errors import VerificationError
 from lorafit.training.checkpoints import QUARANTINE, quarantine
@@ -51,12 +53,13 @@ def write_adapter(
     state_dict: dict[str, torch.Tensor] | None,
     initial: Path | None,
     card: str,
+    generation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a plain PEFT adapter with its tokenizer to `target`.
 
     `base_name` is a Hub id, or None for a base in a directory (no path of this machine is recorded). `state_dict` is
-    the gathered one of a sharded model, `card` the text of README.md. Raises VerificationError when the file is not
-    what is in memory.
+    the gathered one of a sharded model, `card` the text of README.md, `generation` what generation_config.json holds
+    where answers end otherwise than the base's. Raises VerificationError when the file is not what is in memory.
     """
     with _in_place_of(target) as stage:
         # Embeddings under an adapter stay frozen, so the base's own are the right ones to load.
@@ -73,6 +76,8 @@ def write_adapter(
         tokenizer.save_pretrained(str(stage))
         settle_files(stage, base_name=base_name)
         (stage / "README.md").write_text(card, encoding="utf-8")
+        if generation is not None:
+            (stage / GENERATION).write_text(json.dumps(generation, indent=2) + "\n", encoding="utf-8")
         if initial is None:
             _refuse_difference(model, stage / WEIGHTS, state_dict)
         _refuse_broken(stage)
@@ -85,6 +90,19 @@ def _in_place_of(target: Path) -> Iterator[Path]:
         yield stage
         if target.exists():  # of a run that was killed between writing it and saying so, most likely
             quarantine(target, target.parent / QUARANTINE)
+
+
+def generation_settings(
+    base_files: BaseModelFiles, tokenizer: PreTrainedTokenizerBase, *, stop_token: str | None
+) -> dict[str, Any] | None:
+    """generation_config.json of a base with the stop token that a recipe names before its own; None where it names
+    none, and the base's holds."""
+    if stop_token is None:
+        return None
+    path = base_files.directory / GENERATION
+    settings = read_json(path) if path.is_file() else {}
+    named = int(tokenizer.convert_tokens_to_ids(stop_token))
+    return settings | {"eos_token_id": [named, *sorted(base_files.stop_token_ids - {named})]}
 
 
 def _refuse_difference(model: PeftModel, file: Path, state_dict: dict[str, torch.Tensor] | None) -> None:

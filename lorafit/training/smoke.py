@@ -126,6 +126,9 @@ class _Changes:
             if recipe.lora.trainable_token_indices is not None:
                 lora["trainable_token_indices"] = None
                 self.said.append("no lora.trainable_token_indices: they are ids of the model's own tokenizer")
+            if recipe.data.stop_token is not None:
+                data["stop_token"] = None
+                self.said.append("no data.stop_token: it is a token of the model's own tokenizer")
         if self._on_cpu:
             if recipe.model.attn_implementation.startswith(("flash", "flex")):
                 model["attn_implementation"] = "sdpa"

@@ -32,7 +32,7 @@ from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import forget_peak, out_of_memory_is_said, peak_memory_bytes
 from lorafit.training.progress import Progress
 from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_changes, settle
-from lorafit.training.save import initial_adapter, write_adapter
+from lorafit.training.save import generation_settings, initial_adapter, write_adapter
 from lorafit.training.selftest import SelfTest, self_test_once
 from lorafit.training.setup import Setup, base_name, nothing_left_of, set_up
 from lorafit.training.stopping import ending_is_recorded
@@ -237,6 +237,8 @@ def _verify_and_save(
     if trainer.is_world_process_zero():
         tokenizer.chat_template = saved_chat_template(loaded.recipe.data, tokenizer)
         reached = _reached(trainer, setup.metrics)
+        stop_token = loaded.recipe.data.stop_token
+        generation = generation_settings(ground.inputs.base_files, tokenizer, stop_token=stop_token)
         with full_disk_is_said(run.path, writing="the adapter", needed=ground.space.adapter):
             write_adapter(
                 setup.model,
@@ -246,6 +248,7 @@ def _verify_and_save(
                 state_dict=gathered,
                 initial=initial,
                 card=model_card(loaded.recipe, facts=facts | reached, history=setup.metrics.history),
+                generation=generation,
             )
     return losses
 

@@ -74,6 +74,11 @@ class DataSection(Section):
     user's message, with a blank line between, for templates that know no system message (Gemma 2, Mistral 7B). Whoever
     uses the model must then do the same."""
 
+    stop_token: str | None = Field(default=None, min_length=1)
+    """Token that answers end with, for a base whose generation config does not name it: one token of the tokenizer or
+    of `model.add_tokens`. It is what `eos_token` means to templates, ends text where lorafit adds an end, counts as a
+    stop beside the base's own, and is saved with the adapter and merged. null: the tokenizer's own."""
+
     over_length: Literal["error", "drop", "truncate"] = "error"
     """What happens to rows longer than `training.max_length`: refused, left out, or cut at the end; always counted."""
 
