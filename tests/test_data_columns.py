@@ -218,6 +218,10 @@ WELL_KNOWN = {
     "dialogs": ({"dialog": [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]}, ["4"]),
     "stanford_alpaca": ({"instruction": "2+2?", "input": "", "output": "4", "text": "2+2? 4"}, ["4"]),
     "medical": ({"input": "2+2?", "output": "4"}, ["4"]),
+    "capitals": ({"Context": "2, 2", "Question": "Add.", "Response": "4", "#": 1}, ["4"]),
+    "odd_name": ({"conversation: all": [USER, GOOD]}, ["4"]),
+    "responses": ({"input": [USER], "output": [GOOD]}, ["4"]),
+    "stories": ({"story": "4"}, ["4"]),
     "instructions": ({"instruction": "Add.", "input": "2, 2", "response": "4"}, ["4"]),
 }
 
@@ -238,6 +242,8 @@ def test_the_columns_of_well_known_data_sets_are_mapped_with_nothing_left_out(tm
     "row",
     [
         {"question": "2+2?", "context": "a", "answers": {"text": ["4"]}},
+        {"question": "2+2?", "answer": 4},
+        {"dialog": [{"input": "2+2?", "output": "4"}]},
         {"problem": "2+2?", "solution": "Two and two", "answer": "4"},
         {"question": "2+2?", "prompt": "Think.", "answer": "4"},
         {"left": "a", "right": "b"},
@@ -251,6 +257,31 @@ def test_nothing_is_proposed_where_two_columns_could_be_meant(tmp_path: Path, ro
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert "fit no format" in problem
     assert problem.endswith(("columns: {prompt: ..., completion: ...}", "tokens are made of it here"))
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"question": "2+2?", "answer": 4}, ", and answer is a number (4) where text belongs; "),
+        (
+            {"question": "2+2?", "answers": {"text": []}},
+            ', and answers is an object ({"text": []}) where text belongs; ',
+        ),
+        (
+            {"dialog": [{"input": "2+2?", "output": "4"}]},
+            ", and the objects of dialog have no role and content (there ",
+        ),
+    ],
+)
+def test_what_stands_in_the_way_of_a_format_is_named(tmp_path: Path, row: dict[str, Any], reason: str) -> None:
+    (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
+    assert f"fit no format{reason}" in problem
+
+
+def test_a_given_format_without_its_columns_is_answered_with_those_that_are_meant(tmp_path: Path) -> None:
+    rows = json_lines({"question": "2+2?", "answer": "4"})
+    (problem,) = scan_problems(tmp_path / "a.jsonl", rows, source={"format": "prompt_completion"})
+    assert problem.endswith("(there are question, answer); write columns: {prompt: question, completion: answer}")
 
 
 def test_the_columns_that_a_reader_needs_are_those_that_are_read_or_checked() -> None:
@@ -282,6 +313,13 @@ def test_the_columns_that_a_reader_needs_are_those_that_are_read_or_checked() ->
 def test_what_has_no_plain_format_is_read_as_far_as_its_refusal_needs(names: list[str], needed: list[str]) -> None:
     shaper = Shaper(Source(path="a.parquet"), Findings(), section=section("a.parquet"))
     assert shaper.needed(names) == needed
+
+
+def test_a_missing_column_of_a_parquet_file_is_said_with_those_that_are_there(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "2+2?", "answer": "4"}]), path)
+    problems = scan_problems(path, path.read_bytes(), source={"format": "prompt_completion"})
+    assert problems[0].startswith("a.parquet:1: no column prompt (there are question, answer)")
 
 
 def test_a_picture_beside_text_that_does_not_speak_of_it_is_said_to_be_unused(tmp_path: Path) -> None:

@@ -94,6 +94,13 @@ def test_lists_that_are_stored_as_json_text_are_read(tmp_path: Path, name: str) 
     assert (chat.messages, chat.tools) == ([USER, CALLING, RESULT, ASSISTANT], [TOOL])
 
 
+def test_a_prompt_and_its_completion_may_both_be_json_text_of_messages(tmp_path: Path) -> None:
+    row = {"prompt": json.dumps([USER]), "completion": json.dumps([ASSISTANT])}
+    assert chat_of(tmp_path, row) == Chat((0, 1), [USER, ASSISTANT], None, 1)
+    (judged,) = rows_of(scanned(tmp_path / "a.jsonl", json_lines(row | {"completion": "It is polite."})))
+    assert judged[2] == row["prompt"]  # a conversation as a text to be judged
+
+
 @pytest.mark.parametrize(
     ("columns", "expected"),
     [

@@ -11,7 +11,10 @@ from typing import Any, NamedTuple
 from lorafit.data.columns import (
     FORMATS,
     columns_of_other_things,
+    familiar_columns,
+    first_role,
     fitting_formats,
+    in_braces,
     missing,
     no_format,
     pair_of_preference,
@@ -55,14 +58,13 @@ class Shaper:
         """Those columns of a file that a row is made of or checked by: readers need not read the others."""
         names = list(columns)
         self._not_read = tuple(columns_of_other_things(names))
-        fits = fitting_formats(names, self._columns)
-        wanted = [self._given] if self._given else fits
-        if len(wanted) != 1:
+        fits = [name for name in fitting_formats(names, self._columns) if self._given in (None, name)]
+        if len(fits) != 1:
             return [name for name in names if name not in self._not_read]
-        fields = FORMATS[wanted[0]]
+        fields = FORMATS[fits[0]]
         read = {self._columns.get(field, field) for field in fields.required + fields.optional} | ROW_MARKS
         read.update(pair_of_preference(names) or ())
-        self._note_unused(names, wanted[0])
+        self._note_unused(names, fits[0])
         return [name for name in names if name in read]
 
     def shape(self, raw: Any, place: Place) -> Row | None:
@@ -135,7 +137,9 @@ class Shaper:
         if absent and pair:
             raise preference_problem(raw, *pair)
         if absent:
-            raise RowProblem(missing(absent[0], self._columns.get(absent[0], absent[0]), keys))
+            found = familiar_columns(raw)
+            mapping = in_braces(found["columns"]) if found.get("format") == fits[0] and not self._columns else ""
+            raise RowProblem(missing(absent[0], self._columns.get(absent[0], absent[0]), keys, mapping=mapping))
         self._note_unused(keys, fits[0])
         return fits[0]
 
@@ -205,6 +209,11 @@ class Shaper:
 
     def _prompt_completion(self, raw: dict[str, Any], place: Place) -> Row:
         prompt, completion = self._column(raw, "prompt"), self._column(raw, "completion")
+        if first_role(prompt) and first_role(completion):
+            prompt, completion = (
+                listed_messages(part, self._columns.get(name, name))
+                for name, part in (("prompt", prompt), ("completion", completion))
+            )
         if isinstance(prompt, list) or isinstance(completion, list):
             both = [
                 [{"role": role, "content": part}] if isinstance(part, str) else part
