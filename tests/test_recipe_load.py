@@ -23,7 +23,7 @@ data:
     - {hub: openai/gsm8k, name: main, columns: {prompt: question, completion: answer}}
   eval: [{path: ../eval.jsonl}]
   template: t.jinja
-  template_kwargs: {date: "2e-4", flag: yes, note: "a: b # c", long: "0o17", empty: "", n: 1.0e-05}
+  template_kwargs: {date: "2e-4", flag: 12_3, note: "a: b # c", long: "0o17", empty: "", n: 1.0e-05}
 training: {learning_rate: 2e-4, eval_strategy: steps, eval_steps: 0.25, report_to: [wandb], warmup_steps: 10}
 checkpoints: {every: 30s}
 launch: {strategy: mine.yaml}

@@ -17,6 +17,11 @@ def with_source(source: str) -> str:
     return SMALLEST.replace("{path: rows.jsonl}", source)
 
 
+def with_variable(value: str) -> str:
+    """The smallest recipe with a variable for its template."""
+    return SMALLEST.replace("]}", f"], template_kwargs: {{a: {value}}}}}")
+
+
 BROKEN = {
     "exactly_one_bit_width": [
         (f"{SMALLEST}quantization: {{load_in_4bit: true, load_in_8bit: true}}", "quantization.load_in_8bit"),
@@ -224,6 +229,13 @@ BROKEN = {
     ],
     "template_takes_arguments": [
         (SMALLEST.replace("]}", "], template: plain, template_kwargs: {a: 1}}"), "data.template_kwargs"),
+    ],
+    "template_variables_do_what_they_say": [
+        (with_variable("no"), "data.template_kwargs.a"),
+        (with_variable('"False"'), "data.template_kwargs.a"),
+        (with_variable("on"), "data.template_kwargs.a"),
+        (with_variable("1").replace("{a:", "{tools:"), "data.template_kwargs.tools"),
+        (with_variable("1").replace("{a:", "{strftime_now:"), "data.template_kwargs.strftime_now"),
     ],
     "extra_keys_reach_the_library": [
         (f"{SMALLEST}lora: {{extra: {{rr: 1}}}}", "lora.extra.rr"),

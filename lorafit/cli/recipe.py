@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+from lorafit.errors import RecipeError
 
 
 @app.command()
@@ -72,7 +73,10 @@ def preview(
     from lorafit.preflight import cache_directory
     from lorafit.report.preview import preview_page, preview_text
 
-    result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory())
+    try:
+        result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory())
+    except RecipeError as error:
+        raise loaded.placed(error) from None
     say = speaker(quiet=quiet)
     for warning in result.audit.warnings:
         say(f"warning: {warning}")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
-import jinja2.meta
 from transformers.utils.chat_template_utils import _alias_reasoning_fields, _cached_compile_jinja_template
 
 from lorafit.data.jinja_bounds import LONGEST_TEXT, TooCostlyError, bound
 from lorafit.data.problems import RowProblem
 from lorafit.data.rows import Message
+from lorafit.data.template_text import GIVEN, variables_read
 from lorafit.errors import DataError
 
 CAUSED_BY_TEMPLATES = (
@@ -29,8 +30,11 @@ LONGEST_MESSAGE = 300
 class ChatTemplate:
     """Renders conversations to text exactly as `apply_chat_template(tokenize=False)` does."""
 
-    def __init__(self, text: str, variables: dict[str, Any]) -> None:
-        """Raises jinja2.TemplateSyntaxError, also for what is nested deeper than Python can follow."""
+    def __init__(self, text: str, variables: Mapping[str, Any], *, settled: frozenset[str] = frozenset()) -> None:
+        """`settled` are variables that the text itself gives a value, so that nobody is told to set them.
+
+        Raises jinja2.TemplateSyntaxError, also for what is nested deeper than Python can follow.
+        """
         # transformers makes an environment for every call of this function, so this one can be narrowed further; not
         # with the text itself, since compiling computes constants before they can be bounded.
         environment = _cached_compile_jinja_template("").environment
@@ -40,8 +44,8 @@ class ChatTemplate:
         except (RecursionError, MemoryError, SyntaxError):
             raise jinja2.TemplateSyntaxError("it is nested too deeply", lineno=1) from None
         self._variables = {**self._template.globals, **variables, "documents": None}
-        given = {"messages", "tools", "add_generation_prompt", *self._variables}
-        self.reads = frozenset(jinja2.meta.find_undeclared_variables(environment.parse(text)) - given)
+        given = {*GIVEN, *self._variables, *settled}
+        self.reads = frozenset(variables_read(text) - given)
         """Variables that the template looks for and nothing sets: what `template_kwargs` may set."""
 
     def with_variable(self, name: str, value: Any) -> ChatTemplate:

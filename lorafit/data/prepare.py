@@ -173,7 +173,7 @@ def _facts(
         source.model_dump(exclude={"path", "hub", "name", "split", "revision"})
         for source in (*section.train, *section.eval)
     ]
-    template = tokenizer.chat_template if section.template == "chat" else renderer.template_text
+    template = renderer.saved_templates
     draws = section.eval_fraction is not None or any(source.weight % 1 for source in section.train)
     writes_date = "strftime_now" in str(template)
     return {

@@ -33,7 +33,8 @@ class Renderer:
         self._section = section
         self._eos: str = tokenizer.eos_token
         self._templates = Templates(section, tokenizer)
-        self.template_text = self._templates.text
+        self.saved_templates = self._templates.saved
+        """Name -> text of the chat templates that rows may be rendered with, the recipe's variables in them."""
         self.adds_bos = section.template in ("alpaca", "plain")
         """Whether the tokenizer's own beginning goes before the text: chat templates write it themselves."""
         added = tokenizer.added_tokens_decoder

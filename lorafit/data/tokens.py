@@ -17,7 +17,6 @@ from lorafit.data.findings import Findings
 from lorafit.data.listing import Side
 from lorafit.data.rows import Place
 from lorafit.data.turns import Rendered, Span
-from lorafit.errors import ModelError
 
 Batch = list[tuple[Side, Rendered]]
 TokenIds = npt.NDArray[np.int32]
@@ -54,13 +53,6 @@ class TextTokenizer:
     """The tokenizer's own fast core, without truncation, padding and added tokens: offsets as they are."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> None:
-        """Raises ModelError for tokenizers that cannot tell which characters a token stands for."""
-        if not tokenizer.is_fast:
-            raise ModelError(
-                f"{type(tokenizer).__name__} has no fast version (tokenizer.json), which labels need; convert it with "
-                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`",
-                where=tokenizer.name_or_path,
-            )
         serialised = tokenizer.backend_tokenizer.to_str()
         self.content = serialised
         # A copy, since the caller's tokenizer must stay as it is. Byte-level post-processing would trim the offsets of
@@ -70,7 +62,7 @@ class TextTokenizer:
         self._core.no_padding()
         self._core.post_processor = NoPostProcessing([])
         self._tokenizer = tokenizer
-        self._opening = _opening_ids(tokenizer) if adds_bos else []
+        self._opening = opening_ids(tokenizer) if adds_bos else []
         self._bos: int | None = tokenizer.bos_token_id
         self._added = frozenset(tokenizer.added_tokens_decoder)
 
@@ -173,7 +165,7 @@ def _batches(rendered: Iterable[tuple[Side, Rendered]]) -> Iterator[Batch]:
         yield batch
 
 
-def _opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What the tokenizer puts before a text by itself: BOS, or nothing."""
     full, bare = tokenizer("a")["input_ids"], tokenizer("a", add_special_tokens=False)["input_ids"]
     start = next(index for index in range(len(full)) if full[index : index + len(bare)] == bare)

@@ -39,6 +39,14 @@ class LoadedRecipe:
         """A problem of `key` (`lora.target_modules`, `data.train.0.path`) at the line where it was written."""
         return _problem(self.path, self.layer, _steps(key), message)
 
+    def placed(self, error: RecipeError) -> RecipeError:
+        """The error of who has the recipe alone, with the lines of the keys that it names."""
+        sections = tuple(f"{name}." for name in Recipe.model_fields)
+        return RecipeError(
+            self.problem(problem.where, problem.message) if problem.where.startswith(sections) else problem
+            for problem in error.problems
+        )
+
     def yaml(self, *, relative_to: Path) -> str:
         """The resolved recipe: what was written and what differs from the defaults, paths relative to a directory."""
         return recipe_yaml(self.recipe, relative_to)

@@ -7,6 +7,8 @@ from typing import Any
 from lorafit.recipe.yaml_reader import KeyPath
 
 TEMPLATES = ("chat", "alpaca", "plain")
+NAMED_TEMPLATE = "chat:"
+"""Before the name of one of several templates of a tokenizer."""
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 OUTPUT_DIR: KeyPath = ("output_dir",)
 
@@ -86,6 +88,8 @@ def _is_path(text: str, at: KeyPath, base: Path) -> bool:
         return looks_local(text, base)
     if at[:2] == ("eval", "tasks"):
         return text.endswith((".yaml", ".yml"))
+    if at[1] == "template" and text.startswith(NAMED_TEMPLATE):
+        return False
     return text not in {"template": TEMPLATES, "strategy": STRATEGIES}.get(str(at[1]), ())
 
 

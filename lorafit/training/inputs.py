@@ -13,6 +13,7 @@ from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
+from lorafit.errors import RecipeError
 from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
@@ -39,22 +40,25 @@ class RunInputs:
 def read_inputs(
     loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None, meanwhile: str | None = None
 ) -> RunInputs:
-    """The base model's files, its tokenizer and the audited rows. Raises ModelError and DataError.
+    """The base model's files, its tokenizer and the audited rows. Raises RecipeError, ModelError, DataError.
 
     `meanwhile` names a module that is imported while the rows are read: tokenizing leaves Python to others.
     """
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
     tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
-    with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
-        data = prepare(
-            recipe.data,
-            tokenizer=tokenizer,
-            max_length=recipe.training.max_length,
-            seed=recipe.training.seed,
-            stop_token_ids=base_files.stop_token_ids,
-            vocab_size=base_files.vocab_size,
-            cache_dir=cache_dir,
-            as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
-        )
+    try:
+        with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
+            data = prepare(
+                recipe.data,
+                tokenizer=tokenizer,
+                max_length=recipe.training.max_length,
+                seed=recipe.training.seed,
+                stop_token_ids=base_files.stop_token_ids,
+                vocab_size=base_files.vocab_size,
+                cache_dir=cache_dir,
+                as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
+            )
+    except RecipeError as error:
+        raise loaded.placed(error) from None
     return RunInputs(base_files, tokenizer, data)

@@ -1,9 +1,10 @@
 """Rules of `data`."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from lorafit.recipe.paths import TEMPLATES
+from lorafit.recipe.paths import NAMED_TEMPLATE, TEMPLATES
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
 from lorafit.recipe.sections import Source
@@ -17,6 +18,10 @@ FORMAT_COLUMNS = {
     "text": ("text",),
 }
 """What each format reads from a row; a test compares it with the readers."""
+GIVEN_TO_TEMPLATES = ("messages", "tools", "documents", "add_generation_prompt")
+FUNCTIONS_OF_TEMPLATES = ("raise_exception", "strftime_now", "namespace", "dict", "range", "cycler", "joiner", "lipsum")
+BOOLEANS = {"true": "true", "yes": "true", "on": "true", "false": "false", "no": "false", "off": "false"}
+"""What people write for a boolean: YAML 1.2 reads `no` and `off` as text."""
 
 
 def source_is_a_path_or_a_hub_data_set(recipe: Recipe) -> Iterator[Broken]:
@@ -82,7 +87,7 @@ def held_out_rows_are_not_trained_on(recipe: Recipe) -> Iterator[Broken]:
 def template_is_known_or_a_file(recipe: Recipe) -> Iterator[Broken]:
     """What is not a template's name was taken for the path of a Jinja file."""
     template = recipe.data.template
-    if template in TEMPLATES or Path(template).is_file():
+    if template in TEMPLATES or template.startswith(NAMED_TEMPLATE) or Path(template).is_file():
         return
     name = Path(template).name
     guess = nearest(name, TEMPLATES)
@@ -95,6 +100,20 @@ def template_takes_arguments(recipe: Recipe) -> Iterator[Broken]:
     if recipe.data.template_kwargs and recipe.data.template in ("alpaca", "plain"):
         message = f"is ignored with template: {recipe.data.template}; leave it out"
         yield Broken("data.template_kwargs", message, ("data.template",))
+
+
+def template_variables_do_what_they_say(recipe: Recipe) -> Iterator[Broken]:
+    """A text is true to a template whatever it says; what the renderer sets, or templates call, is no setting."""
+    for name, value in recipe.data.template_kwargs.items():
+        at = f"data.template_kwargs.{name}"
+        if name in GIVEN_TO_TEMPLATES:
+            yield Broken(at, "comes from the rows and the renderer; leave it out")
+        elif name in FUNCTIONS_OF_TEMPLATES:
+            yield Broken(at, "is a function that templates call; leave it out")
+        elif isinstance(value, str) and (meant := BOOLEANS.get(value.strip().lower())):
+            yield Broken(at, f'is the text "{value}", which a template takes as true; write {meant}, without quotes')
+        elif isinstance(value, float) and not math.isfinite(value):
+            yield Broken(at, f"is {value}, which no template can hold; write a number")
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, Source]]:
@@ -116,4 +135,5 @@ RULES: tuple[Rule, ...] = (
     held_out_rows_are_not_trained_on,
     template_is_known_or_a_file,
     template_takes_arguments,
+    template_variables_do_what_they_say,
 )

@@ -58,11 +58,13 @@ class DataSection(Section):
     """Hold out this share of the training rows (by `training.seed`; duplicates stay on one side) instead of `eval`."""
 
     template: str = Field(default="chat", min_length=1)
-    """How a row becomes text: `chat` (the tokenizer's chat template), `alpaca`, `plain`, or the path of a Jinja file,
-    relative to the recipe."""
+    """How a row becomes text: `chat` (the tokenizer's chat template), `chat:NAME` (one of its several), `alpaca`,
+    `plain`, or the path of a Jinja file, relative to the recipe. Rows with tools take the tokenizer's `tool_use`
+    template where it has one, as transformers does. Text rows need none."""
 
     template_kwargs: Annotated[dict[str, Any], Frozen] = {}
-    """Variables handed to the chat template, e.g. `{enable_thinking: false}`."""
+    """Variables of the chat template, e.g. `{enable_thinking: false}`; one that it never reads is refused. They are
+    written into the template that is saved with the adapter, so that it prompts as it was trained."""
 
     train_on: TrainOn = "answers"
     """Which tokens are trained: the answers of every turn, up to and with what the template writes after them (the stop
