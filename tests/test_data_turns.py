@@ -29,6 +29,12 @@ def refused(tmp_path: Path, family: str, *rows: Any, **settings: Any) -> list[st
     return prepare_problems(data, tokenizer, stops=FAMILIES[family].stop_token_ids(tokenizer))
 
 
+def renderer_of(family: str) -> Renderer:
+    tokenizer = FAMILIES[family].tokenizer()
+    data = DataSection.model_validate({"train": [{"path": "a.jsonl"}]})
+    return Renderer(data, tokenizer, stop_token_ids=FAMILIES[family].stop_token_ids(tokenizer))
+
+
 def user(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": text} | more
 
@@ -89,13 +95,8 @@ def test_a_message_that_cannot_be_told_apart_is_lost_where_everything_is_trained
     assert "(message 2 is marked as untrained)" in refused(tmp_path, "qwen3", row, train_on="all")[1]
 
 
-def test_a_chat_of_80_turns_that_loses_its_reasoning_takes_a_part_of_a_second(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = FAMILIES["qwen3"].tokenizer()
-    renderer = Renderer(
-        DataSection.model_validate({"train": [{"path": "a.jsonl"}]}),
-        tokenizer,
-        stop_token_ids=FAMILIES["qwen3"].stop_token_ids(tokenizer),
-    )
+def test_a_chat_of_80_turns_that_loses_its_reasoning_takes_a_part_of_a_second() -> None:
+    renderer = renderer_of("qwen3")
 
     def chat(turns: int) -> Chat:
         thinking = [answer(f"Answer {i}." * 20, reasoning_content=f"Thought {i}." * 10) for i in range(turns)]
@@ -111,11 +112,23 @@ def test_a_chat_of_80_turns_that_loses_its_reasoning_takes_a_part_of_a_second(ca
     assert min(times) < 0.3
     assert len(made) == 80 and all(len(sequence.spans) == 1 for sequence in made)
     assert findings.first["split"][0].message == "80 answers in 80 sequences: 40 times the text"
-    assert "a row of 80 answers becomes 80 sequences with 40 times the tokens" in caplog.text
-    assert "data.train_on: last_answer" in caplog.text
 
 
-def test_each_prefix_is_rendered_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_chats_cost_that_lose_their_reasoning_is_said_before_they_are_prepared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [{"messages": THINKING * times} for times in (1, 5, 2)]
+    made_of(tmp_path, "qwen3", *rows)
+    (said,) = [record.message for record in caplog.records if record.name == "lorafit.data.render"]
+    assert said.startswith(f"{tmp_path / 'a.jsonl'}:2: ") and "10 answers become 10 sequences with 5." in said
+    assert "data.train_on: last_answer trains the last answer of each alone" in said
+    caplog.clear()
+    made_of(tmp_path, "qwen3", *rows, train_on="last_answer")
+    made_of(tmp_path, "chatml", *[{"messages": TURNS * 9}])
+    assert not caplog.records
+
+
+def test_each_prefix_is_rendered_once(monkeypatch: pytest.MonkeyPatch) -> None:
     from lorafit.data.chat_template import ChatTemplate
 
     rendered = []
@@ -126,7 +139,7 @@ def test_each_prefix_is_rendered_once(tmp_path: Path, monkeypatch: pytest.Monkey
         return render(self, messages, tools, is_prompt=is_prompt)
 
     monkeypatch.setattr(ChatTemplate, "render", counted)
-    made_of(tmp_path, "qwen3", {"messages": THINKING * 5})
+    assert len(renderer_of("qwen3").render(Chat((0, 1), THINKING * 5, None, 0), Findings())) == 10
     assert len(rendered) == len(set(rendered)) == 2 * 10
 
 

@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lorafit.data.audit import Audit, side_audit
-from lorafit.data.findings import refuse_too_many_lost
+from lorafit.data.findings import refuse_too_many_lost, where
 from lorafit.data.listing import Side
-from lorafit.data.render import Rendered, Renderer
+from lorafit.data.render import Renderer
 from lorafit.data.scan import DataScan
 from lorafit.data.tables import TableWriter
 from lorafit.data.tokens import Limits, TextTokenizer
+from lorafit.data.turns import Rendered
 from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
@@ -46,6 +47,8 @@ def encode(
     """
     sides: tuple[Side, ...] = ("train", "eval") if scanned.eval_rows else ("train",)
     weights = [source.weight for source in scanned.sources]
+    if scanned.longest_chat:
+        renderer.say_cost(scanned.longest_chat, where(scanned.longest_chat.place, scanned.files))
     longest = 0
     with ExitStack() as open_tables:
         writers = {

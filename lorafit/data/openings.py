@@ -14,6 +14,8 @@ from lorafit.data.seen import reasoning
 
 Note = tuple[str, str]
 THOUGHT = "(a thought)"
+SAID_ONCE = ("no_generation_prompt", "empty_thought")
+"""Kinds of findings whose words are the same at every place."""
 KNOWN_AT_MOST = 64
 """Openings remembered: a template that writes another before every answer is not asked about each."""
 
@@ -22,24 +24,19 @@ class Openings:
     """Remembers what was found out about each opening."""
 
     def __init__(self) -> None:
-        self._known: dict[str, str] = {}
-        self._said: set[str] = set()
+        self._known: dict[str, Note | None] = {}
 
     def look(self, chat: Chat, index: int, answer: str, *, template: ChatTemplate) -> Note | None:
-        """The finding about the rendered answer of message `index`, if any: its kind, and when it is new its words."""
+        """The finding about the rendered answer of message `index`, if any: its kind and its words."""
         message = chat.messages[index]
         content = (message.get("content") or "").strip()
         opening = answer[: max(0, answer.find(content))] if content else ""
         if not opening.strip() or reasoning(message):
             return None
-        kind = self._known.get(opening)
-        if kind is None and len(self._known) < KNOWN_AT_MOST:
-            kind = self._known[opening] = _kind(chat, index, opening, template)
-        if not kind:
-            return None
-        words = "" if opening in self._said else _words(kind, chat, index, opening, template)
-        self._said.add(opening)
-        return kind, words
+        if opening not in self._known and len(self._known) < KNOWN_AT_MOST:
+            kind = _kind(chat, index, opening, template)
+            self._known[opening] = (kind, _words(kind, chat, index, opening, template)) if kind else None
+        return self._known.get(opening)
 
 
 def _kind(chat: Chat, index: int, opening: str, template: ChatTemplate) -> str:

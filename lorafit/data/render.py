@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.data.findings import Findings
-from lorafit.data.openings import Note, Openings
+from lorafit.data.openings import SAID_ONCE, Note, Openings
 from lorafit.data.problems import RowProblem
 from lorafit.data.rows import Chat, Message, Pair, Row, Text, answers, as_chat, system_merged, texts
 from lorafit.data.seen import writes_python
@@ -20,6 +20,8 @@ from lorafit.recipe.sections import DataSection
 
 logger = logging.getLogger(__name__)
 
+COSTLY = 2
+"""How often a conversation's text is trained from which on that is said before all rows are rendered."""
 MERGE = "data.system: merge puts the system text before the first user's message"
 
 
@@ -42,7 +44,6 @@ class Renderer:
             added[stop].content if stop in added else tokenizer.decode([stop]) for stop in stop_token_ids
         )
         self._openings = {has_tools: Openings() for has_tools in (False, True)}
-        self._warned_of = 1.0
         self._special = frozenset(token.content for token in added.values() if token.special and token.content.strip())
         self._special_pattern = _special_token_pattern(self._special)
 
@@ -60,10 +61,24 @@ class Renderer:
             findings.add(problem.kind, row.place, problem.message)
             return []
         for kind, message in notes:
-            findings.add(kind, row.place, message)
-        if len(made) > 1:
-            self._warn_of_cost(made)
+            is_said = kind in SAID_ONCE and findings.counts[kind] > 0
+            findings.add(kind, row.place, "" if is_said else message)
         return made
+
+    def say_cost(self, chat: Chat, where: str) -> None:
+        """Say what a conversation costs that the template renders again for every answer, before all are rendered."""
+        made = self.render(chat, Findings())
+        times = times_the_text(made) if made else 1
+        if times >= COSTLY:
+            logger.warning(
+                "%s: the template renders earlier turns differently, as those that strip reasoning do: %d answers "
+                "become %d sequences with %.2g times the tokens, and so with every such row; data.train_on: "
+                "last_answer trains the last answer of each alone",
+                where,
+                sum(len(sequence.spans) for sequence in made),
+                len(made),
+                times,
+            )
 
     def _conversation(self, chat: Chat) -> tuple[list[Rendered], list[Note]]:
         """Sequences and findings of a conversation, its tool calls given as the template takes them.
@@ -111,19 +126,6 @@ class Renderer:
 
     def _merged(self, chat: Chat) -> Chat:
         return (system_merged(chat) or chat) if self._section.system == "merge" else chat
-
-    def _warn_of_cost(self, made: list[Rendered]) -> None:
-        """Say early what rows cost that a template renders again for every answer: at 2, 4, 8 ... times the text."""
-        times = times_the_text(made)
-        if times >= 2 * self._warned_of:
-            self._warned_of = times
-            logger.warning(
-                "the template renders earlier turns differently (those that strip reasoning do): a row of %d answers "
-                "becomes %d sequences with %.2g times the tokens; data.train_on: last_answer trains the last alone",
-                sum(len(sequence.spans) for sequence in made),
-                len(made),
-                times,
-            )
 
     def _laid_out(self, row: Chat | Pair) -> Rendered:
         layout = self._section.template

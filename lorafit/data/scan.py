@@ -17,7 +17,7 @@ from lorafit.data.groups import Groups
 from lorafit.data.listing import Listed, Side, listing
 from lorafit.data.readers import HubRows
 from lorafit.data.reading import Reading
-from lorafit.data.rows import Place, Row, content_key
+from lorafit.data.rows import Chat, Place, Row, content_key
 from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
@@ -64,6 +64,8 @@ class DataScan:
     """The pass that found all this."""
     held_out: bytes | None
     """For each training row 1 when `eval_fraction` holds it out; None when nothing is split."""
+    longest_chat: Chat | None
+    """The conversation of most messages: the one that a template may make most sequences of."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -162,14 +164,15 @@ def scan(
         number_of_files = source.end - source.first
         scans.append(SourceScan(source.name, source.side, form, number_of_files, count, drawn, source.source.weight))
     _refuse_sources_without_rows(sources, scans, hub_rows)
-    return DataScan(sources, tuple(scans), reading, held_out)
+    return DataScan(sources, tuple(scans), reading, held_out, rows.longest_chat)
 
 
 class _Rows:
-    """What is kept of the rows: where each stands, and which are the same."""
+    """What is kept of the rows: where each stands, and which are the same; and the longest conversation."""
 
     def __init__(self) -> None:
         self.groups = Groups()
+        self.longest_chat: Chat | None = None
         self._lines = array("Q")
         self._files: list[int] = []
         self._starts: list[int] = []
@@ -181,6 +184,8 @@ class _Rows:
             self._starts.append(len(self.groups))
         self._lines.append(line)
         self.groups.add(content_key(row))
+        if isinstance(row, Chat) and (not self.longest_chat or len(row.messages) > len(self.longest_chat.messages)):
+            self.longest_chat = row
 
     def __len__(self) -> int:
         return len(self.groups)
