@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,46 @@ def test_the_dequantised_base_is_what_the_four_bits_stand_for(trained: Path, bas
     assert "quantization_config" not in written.config
 
 
+def test_nothing_of_the_dequantised_model_stays_in_memory(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    emptied: list[bool] = []
+    load = quantized_base.load_base_model
+
+    def watched(*rest: Any, **named: Any) -> Any:
+        model = load(*rest, **named)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(quantized_base, "load_base_model", watched)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(loaded[0]() is None))
+    files = check_base_model(ModelSection(model_name_or_path=str(base)))
+    write_dequantized(read_adapter(trained), files, tmp_path / "base16")
+    assert emptied == [True]
+
+
+def test_a_base_that_does_not_fit_on_the_gpu_is_dequantised_on_the_cpu(
+    trained: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices: list[Any] = []
+    load = quantized_base.load_base_model
+
+    def without_room(*rest: Any, device_map: Any, **named: Any) -> Any:
+        devices.append(device_map)
+        if device_map == "cuda":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return load(*rest, device_map=device_map, **named)
+
+    monkeypatch.setattr(quantized_base, "load_base_model", without_room)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    files = check_base_model(ModelSection(model_name_or_path=str(base)))
+    adapter = read_adapter(trained)
+    monkeypatch.setattr(quantized_base.torch.cuda, "is_available", lambda: not devices)
+    write_dequantized(adapter, files, tmp_path / "base16")
+    assert devices == ["cuda", None]
+
+
 def test_both_bases_are_measured_and_auto_takes_the_nearer(trained: Path, base: Path, tmp_path: Path) -> None:
     said: list[str] = []
     result = merged(trained, tmp_path / "merged", said, onto="auto", verify=True)
@@ -100,6 +141,14 @@ def test_both_bases_are_measured_and_auto_takes_the_nearer(trained: Path, base: 
     merged(trained, tmp_path / "original", onto="original")
     other = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "original", dtype=torch.float32))
     assert (got - running).abs().max() < (other - running).abs().max() / 2
+
+
+def test_after_a_quantised_run_the_nearer_base_is_taken_unless_something_else_is_asked_for(
+    trained: Path, tmp_path: Path
+) -> None:
+    result = merged(trained, tmp_path / "merged")
+    assert {one.onto for one in result.bases} == {"original", "dequantized"}
+    assert result.onto == min(result.bases, key=lambda one: one.mean_kl).onto
 
 
 def test_the_recipe_chooses_where_the_command_line_does_not(trained: Path, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from lorafit.merging import verify as verify_module
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.prompts import prompts_for
 from lorafit.merging.sketch import distance, round_once, sketch
-from lorafit.merging.verify import refuse_too_little_memory, verify
+from lorafit.merging.verify import verification_device, verify
 from lorafit.merging.verify_job import Job
 from lorafit.merging.verify_reference import reference
 from lorafit.recipe.sections import ModelSection
@@ -178,11 +178,21 @@ def test_a_run_is_verified_on_its_own_rows_and_a_plain_adapter_on_random_ones(tm
 
 def test_too_little_memory_is_said_before_anything_is_written(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
-    refuse_too_little_memory(files)
-    monkeypatch.setattr(verify_module, "_available_bytes", lambda: 1000)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert verification_device(files) == "cpu"
+    monkeypatch.setattr(verify_module, "_available_bytes", lambda: 1000)
     with pytest.raises(MachineError, match=r"verifying needs 0.0 GiB .*--no-verify"):
-        refuse_too_little_memory(files)
+        verification_device(files)
+
+
+@pytest.mark.parametrize(("free", "expected"), [(2**33, "cuda"), (1000, "cpu")])
+def test_a_model_is_verified_where_there_is_room(
+    free: int, expected: str, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (free, 2**34))
+    assert verification_device(files) == expected
 
 
 def test_sketches_measure_distances() -> None:

@@ -29,10 +29,11 @@ from lorafit.merging.quantized_base import (
     BaseDifference,
     quantization_of,
     settle_base,
+    wanted_base,
 )
 from lorafit.merging.settings_files import write_settings
 from lorafit.merging.stage import refuse_existing, staged
-from lorafit.merging.verify import refuse_too_little_memory
+from lorafit.merging.verify import verification_device
 from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write import Progress, write_merged
 from lorafit.recipe.sections import MergeSection
@@ -89,12 +90,12 @@ def merge(
     adapter = read_adapter(run_or_adapter, base=base)
     base_files = original = read_base(adapter)
     wanted = MergeSection() if adapter.recipe is None else adapter.recipe.recipe.merge
-    dtype, onto = dtype or wanted.dtype, onto or wanted.base
+    dtype, onto = dtype or wanted.dtype, onto or wanted_base(adapter, wanted)
     verify = wanted.verify if verify is None else verify
     quantization = quantization_of(adapter, onto)
     refuse_wrong_base(adapter, base_files, say=say)
     if verify:
-        refuse_too_little_memory(base_files)
+        verification_device(base_files)  # refused before anything is written
     plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
     compares = quantization is not None and (verify or onto == "auto")
     prompts = prompts_for(adapter, original, base=base, cache_dir=cache_dir) if verify or compares else None

@@ -6,7 +6,9 @@ back. Neither is always better on unseen rows, so both are measured against the 
 
 from __future__ import annotations
 
+import gc
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,12 +19,13 @@ from transformers.utils import logging as transformers_logging
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.model_files import BaseModelFiles, read_config
 from lorafit.builders.weight_files import tensor_table
-from lorafit.errors import AdapterError
+from lorafit.errors import AdapterError, MachineError
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.fresh_process import run_process
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify import verification_job
-from lorafit.recipe.sections import QuantizationSection
+from lorafit.merging.verify_job import TYPES
+from lorafit.recipe.sections import MergeSection, QuantizationSection
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,12 @@ class BaseDifference:
             f"onto the {self.onto} base: mean KL {self.mean_kl:.3g} from the quantised model, largest logit difference "
             f"{self.max_abs_logit_difference:.3g}, same next token {self.top1_agreement:.1%}"
         )
+
+
+def wanted_base(adapter: Adapter, section: MergeSection) -> str:
+    """What the run's recipe says of the base to merge into; `auto` is a choice only after a quantised run."""
+    is_quantized = adapter.recipe is not None and adapter.recipe.recipe.quantization is not None
+    return "original" if section.base == "auto" and not is_quantized else section.base
 
 
 def quantization_of(adapter: Adapter, onto: str) -> QuantizationSection | None:
@@ -64,12 +73,31 @@ def write_dequantized(adapter: Adapter, base_files: BaseModelFiles, directory: P
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it says of each model in which type it is dequantised
     try:
-        device = "cuda" if torch.cuda.is_available() else None
-        model = load_base_model(adapter.base, quantization, dtype=_type(adapter), device_map=device).dequantize()
-        model.save_pretrained(directory)
+        _dequantize(adapter, quantization, directory, dtype=_stored_type(adapter, base_files))
     finally:
         transformers_logging.set_verbosity(verbosity)
+        gc.collect()
+        torch.cuda.empty_cache()  # the processes that verify need the GPU to themselves
     return replace(base_files, directory=directory, config=read_config(directory), tensors=tensor_table(directory))
+
+
+def _dequantize(adapter: Adapter, quantization: QuantizationSection | None, directory: Path, *, dtype: str) -> None:
+    """On the GPU where there is room for both kinds of weights, else on the CPU, where bitsandbytes works, too."""
+    for device in ("cuda", None) if torch.cuda.is_available() else (None,):
+        try:
+            model = load_base_model(adapter.base, quantization, dtype=dtype, device_map=device).dequantize()
+        except (torch.OutOfMemoryError, MachineError):
+            if device is None:
+                raise
+            continue
+        model.save_pretrained(directory)
+        return
+
+
+def _stored_type(adapter: Adapter, base_files: BaseModelFiles) -> str:
+    """What `auto` is on disk, whatever this machine would compute in."""
+    kinds = Counter(TYPES[tensor.dtype] for tensor in base_files.tensors.values() if tensor.dtype in TYPES)
+    return kinds.most_common(1)[0][0] if _type(adapter) == "auto" else _type(adapter)
 
 
 def _type(adapter: Adapter) -> str:

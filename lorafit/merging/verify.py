@@ -101,19 +101,22 @@ class MergeReport:
     """`original`, or `dequantized`: the base that it was merged into and compared with."""
 
 
-def refuse_too_little_memory(base_files: BaseModelFiles) -> None:
-    """Verification holds one copy of the model in float32. Raises MachineError before anything is written."""
+def verification_device(base_files: BaseModelFiles) -> str:
+    """`cuda` where a copy of the model in float32 fits into the GPU's free memory, else `cpu`.
+
+    Raises MachineError when it fits into neither.
+    """
     needed = sum(tensor.nbytes // _item_bytes(tensor.dtype) for tensor in base_files.tensors.values()) * 4
-    if torch.cuda.is_available():
-        free, where = torch.cuda.mem_get_info()[0], "GPU"
-    else:
-        free, where = _available_bytes(), "machine"
+    if torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]:
+        return "cuda"
+    free = _available_bytes()
     if needed > free:
         raise MachineError(
-            f"verifying needs {needed / 2**30:.1f} GiB (the model in float32), this {where} has {free / 2**30:.1f} "
+            f"verifying needs {needed / 2**30:.1f} GiB (the model in float32), this machine has {free / 2**30:.1f} "
             "free; merge on a larger one, or without verification (--no-verify)",
             where=base_files.name,
         )
+    return "cpu"
 
 
 def _item_bytes(dtype: str) -> int:
@@ -172,6 +175,7 @@ def verification_job(
         written=str(written),
         work=str(work),
         task_type=task_type,
+        device=verification_device(base_files),
         labels=heads[0] if heads else None,
         rows=adapter.rows_needed,
         trust_remote_code=adapter.base.trust_remote_code,

@@ -50,6 +50,8 @@ class Job:
     work: str
     """Directory of what the first process leaves for the second."""
     task_type: str
+    device: str
+    """`cuda` or `cpu`: where there is room."""
     labels: int | None
     """Classes of a classification head."""
     rows: int
@@ -127,7 +129,7 @@ def load_model(
     model, loaded = AUTO_CLASSES[job.task_type].from_pretrained(
         directory,
         dtype=torch.float32,
-        device_map="cuda" if torch.cuda.is_available() else None,
+        device_map="cuda" if job.device == "cuda" else None,
         trust_remote_code=job.trust_remote_code,
         use_safetensors=True,
         output_loading_info=True,

@@ -50,9 +50,10 @@ class MergeSection(Section):
     """Type of the merged weights. null keeps the base's own. The 16-bit types lose part of a small update, which the
     merge reports; float32 keeps all of it in twice the space."""
 
-    base: Literal["original", "dequantized", "auto"] = "original"
+    base: Literal["original", "dequantized", "auto"] = "auto"
     """With `quantization`: merge into the 16-bit `original`, or into the `dequantized` weights that training saw;
-    `auto` measures both against the quantised model on held-out rows and takes the nearer. Never 4-bit."""
+    `auto` measures both against the quantised model on held-out rows and takes the nearer. Never 4-bit. Without
+    `quantization` there is only the original."""
 
     verify: bool = True
     """Read the merged model back from disk and compare it with base + adapter. Needs 4 bytes of memory a parameter."""
