@@ -116,6 +116,11 @@ KINDS = {
     "special_tokens": Kind(
         "warning", "rows with special tokens inside their text, which become control tokens", "remove them"
     ),
+    "already_rendered": Kind(
+        "warning",
+        "text rows that end with a special token already, so that no stop token is added",
+        "nothing to do if they were rendered before; as messages only their answers would be trained",
+    ),
     "duplicate": Kind("warning", "rows that are duplicates of earlier ones", "remove them, or keep them on purpose"),
     "unused_columns": Kind("warning", "sources with columns that are not used", "map them with columns, or ignore"),
     "not_learnt": Kind(

@@ -82,7 +82,7 @@ def prepare(
     if section.stop_token is not None:
         stop_token_ids |= {int(tokenizer.convert_tokens_to_ids(section.stop_token))}
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
-    text_tokenizer = TextTokenizer(tokenizer, adds_bos=renderer.adds_bos)
+    text_tokenizer = TextTokenizer(tokenizer)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
     hub, sources = HubTables(), listing(section)
     now = digests(sources, section, hub=hub, cache_dir=cache_dir)

@@ -37,23 +37,22 @@ class Renderer:
         self._templates = Templates(section, tokenizer)
         self.saved_templates = self._templates.saved
         """Name -> text of the chat templates that rows may be rendered with, the recipe's variables in them."""
-        self.adds_bos = section.template in ("alpaca", "plain")
-        """Whether the tokenizer's own beginning goes before the text: chat templates write it themselves."""
         added = tokenizer.added_tokens_decoder
         self._stops = tuple(
             added[stop].content if stop in added else tokenizer.decode([stop]) for stop in stop_token_ids
         )
         self._openings = {has_tools: Openings() for has_tools in (False, True)}
         self._special = frozenset(token.content for token in added.values() if token.special and token.content.strip())
+        openings = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
+        self._endings = tuple(self._special - openings | {self._eos})
         self._special_pattern = _special_token_pattern(self._special)
 
     def render(self, row: Row, findings: Findings) -> list[Rendered]:
         """The sequences of a row: one, unless the template renders earlier turns differently; none when it is lost."""
+        if isinstance(row, Text):
+            return [self._running_text(row, findings)]
         self._find_special_tokens(row, findings)
         try:
-            if isinstance(row, Text):
-                text = self._ended(row.text)
-                return [Rendered(row.place, text, ((0, len(text)),), True)]
             if self._section.template in ("plain", "alpaca"):
                 return [self._laid_out(row)]
             made, notes = self._conversation(self._merged(as_chat(row)))
@@ -144,7 +143,19 @@ class Renderer:
             )
         prompt = row.prompt if layout == "plain" else alpaca_prompt(row.prompt, row.input)
         text = prompt + self._ended(row.completion)
-        return Rendered(row.place, text, ((len(prompt), len(text)),), self._section.train_on == "all")
+        is_whole = self._section.train_on == "all"
+        return Rendered(row.place, text, ((len(prompt), len(text)),), is_whole, needs_opening=True)
+
+    def _running_text(self, row: Text, findings: Findings) -> Rendered:
+        """Text as it is, ended; or as it ends, where another program has laid it out with control tokens already."""
+        text = self._ended(row.text)
+        if text != row.text and (written := row.text.rstrip()).endswith(self._endings):
+            last = max((token for token in self._endings if written.endswith(token)), key=len)
+            findings.add("already_rendered", row.place, f"ends with {last}")
+            text = row.text
+        else:
+            self._find_special_tokens(row, findings)
+        return Rendered(row.place, text, ((0, len(text)),), True, needs_opening=True)
 
     def _ended(self, text: str) -> str:
         return text if text.endswith(self._eos) else text + self._eos

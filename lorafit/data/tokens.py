@@ -52,7 +52,7 @@ class Sequence:
 class TextTokenizer:
     """The tokenizer's own fast core, without truncation, padding and added tokens: offsets as they are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, adds_bos: bool) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         serialised = tokenizer.backend_tokenizer.to_str()
         self.content = serialised
         # A copy, since the caller's tokenizer must stay as it is. Byte-level post-processing would trim the offsets of
@@ -62,7 +62,7 @@ class TextTokenizer:
         self._core.no_padding()
         self._core.post_processor = NoPostProcessing([])
         self._tokenizer = tokenizer
-        self._opening = opening_ids(tokenizer) if adds_bos else []
+        self._opening = opening_ids(tokenizer)
         self._bos: int | None = tokenizer.bos_token_id
         self._added = frozenset(tokenizer.added_tokens_decoder)
 
@@ -102,7 +102,7 @@ class TextTokenizer:
             return None
         for first, end in spans:
             self._find_missing_stop(ids[max(first, end - TOKENS_AFTER_STOP) : end], item, limits, findings)
-        opening = self._opening if ids[: len(self._opening)] != self._opening else []
+        opening = self._opening if item.needs_opening and ids[: len(self._opening)] != self._opening else []
         # int32 arrays, since Python's integers would take eight times the memory of the tokens.
         input_ids = np.array(opening + ids, np.int32)
         labels = input_ids.copy() if item.is_whole else np.full_like(input_ids, NOT_TRAINED)

@@ -38,6 +38,8 @@ class Rendered(NamedTuple):
     """Every token is trained, not only those of the spans."""
     left_out: tuple[Span, ...] = ()
     """Characters that are not trained all the same: messages marked `train: false`."""
+    needs_opening: bool = False
+    """What the tokenizer puts before a text by itself goes before this one: chat templates write it themselves."""
 
 
 class Turns:
