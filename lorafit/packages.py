@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
 import sys
+import sysconfig
 from collections.abc import Iterator
+from pathlib import Path
 
 from lorafit.errors import Problem
 from lorafit.recipe import LoadedRecipe
@@ -21,6 +25,26 @@ def missing_packages(loaded: LoadedRecipe) -> Iterator[Problem]:
     for logger in recipe.training.report_to:  # each is called as its package is
         if not has_package(logger):
             yield loaded.problem("training.report_to", f"{logger} is not installed; pip install {logger}")
+
+
+COMPILER_MEND = "apt install gcc python3-dev, or set CC to a C compiler"
+
+
+def missing_compiler() -> str | None:
+    """What keeps Triton from building the launchers of its kernels on a GPU; None where nothing does.
+
+    TRL's loss is a Triton kernel wherever Triton is installed. Triton compiles with CC, gcc or clang, against Python.h,
+    at the first call: https://github.com/triton-lang/triton/blob/main/python/triton/runtime/build.py
+    """
+    if not has_package("triton"):
+        return None
+    chosen = os.environ.get("CC")
+    compilers = [chosen] if chosen else ["gcc", "clang"]
+    if not any(shutil.which(compiler) for compiler in compilers):
+        return f"no C compiler ({' or '.join(compilers)}), which Triton needs for the kernels of the loss"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").is_file():
+        return "no Python.h, which Triton needs for the kernels of the loss"
+    return None
 
 
 def has_package(name: str) -> bool:

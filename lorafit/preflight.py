@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HOME
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
-from lorafit.packages import missing_packages
+from lorafit.packages import COMPILER_MEND, missing_compiler, missing_packages
 from lorafit.precision import computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
@@ -130,6 +130,8 @@ def refuse_what_this_machine_lacks(loaded: LoadedRecipe, machine: Machine) -> No
 def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
     recipe = loaded.recipe
     wanted, strategy = recipe.launch.num_processes, recipe.launch.strategy
+    if machine.device == "cuda" and (lack := missing_compiler()):
+        yield Problem("this machine", f"{lack}: {COMPILER_MEND}")
     is_here = not is_worker() and strategy in STRATEGIES  # else some of the processes may be on other machines
     if machine.gpus and isinstance(wanted, int) and wanted > machine.gpus and is_here:
         message = f"{wanted} processes, but this machine has {machine.gpus} GPUs; write auto, or at most {machine.gpus}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,12 @@ from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.utils.import_utils import enable_tf32
 from trl import SFTConfig
 
+import lorafit.packages
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.sft_config import sft_config
 from lorafit.errors import MachineError
 from lorafit.evaluation import memory
+from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
 from lorafit.training import checks, out_of_memory, smoke
@@ -158,3 +161,40 @@ def test_varlen_attention_gets_the_type_of_the_autocast(monkeypatch: pytest.Monk
     out = varlen_attention._flash(query, query[:, :1], value, bounds, 5, None, None)
     assert seen == [torch.bfloat16] * 3
     assert out.shape == (1, 5, 2, 4)
+
+
+@pytest.mark.parametrize(
+    ("packages", "environment", "found", "expected"),
+    [
+        ({"triton"}, {}, {"gcc"}, None),
+        ({"triton"}, {}, {"clang"}, None),
+        ({"triton"}, {"CC": "icx"}, {"icx"}, None),
+        ({"triton"}, {"CC": "icx"}, {"gcc"}, "no C compiler (icx)"),
+        ({"triton"}, {}, set(), "no C compiler (gcc or clang)"),
+        (set(), {}, set(), None),
+    ],
+)
+def test_a_missing_compiler_is_named_before_a_gpu_trains(
+    packages: set[str],
+    environment: dict[str, str],
+    found: set[str],
+    expected: str | None,
+    tmp_path: Path,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(lorafit.packages, "has_package", lambda name: name in packages)
+    monkeypatch.setattr(lorafit.packages.shutil, "which", lambda name: name if name in found else None)
+    monkeypatch.setattr(lorafit.packages.sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    gpu = Machine(device="cuda", name="H9", gpus=1, has_bf16=True, memory_bytes=2**36)
+    if expected is None:
+        refuse_what_this_machine_lacks(small_recipe(tmp_path, tiny_base), gpu)
+        return
+    with pytest.raises(MachineError) as caught:
+        refuse_what_this_machine_lacks(small_recipe(tmp_path, tiny_base), gpu)
+    assert expected in str(caught.value) and "apt install gcc python3-dev" in str(caught.value)
+    refuse_what_this_machine_lacks(small_recipe(tmp_path, tiny_base), replace(gpu, device="cpu", gpus=0))

@@ -18,6 +18,7 @@ from packaging.version import Version
 
 from lorafit.doctor.ask import Answers
 from lorafit.doctor.line import Line
+from lorafit.packages import COMPILER_MEND, missing_compiler
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 """The tested set; a link in a checkout, the file itself in a wheel."""
@@ -116,6 +117,9 @@ def device_lines(torch: Answers, driver: Driver) -> Iterator[Line]:
         yield Line("driver", driver.problem or f"NVIDIA {driver.version}", mend)
     yield _gpu_line(torch, driver, is_cpu_build=not (about["cuda"] or about["hip"]))
     devices = torch.stages.get("gpus", {}).get("devices")
+    if devices:
+        lack = missing_compiler()
+        yield Line("compiler", lack or "there for Triton's kernels", COMPILER_MEND if lack else "")
     if torch.error("cpu") and not devices:
         yield Line("bf16", torch.error("cpu"), REINSTALL_TORCH)
     else:
