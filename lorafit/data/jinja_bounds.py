@@ -40,6 +40,7 @@ ONLY_CHOOSE = (
 )
 TEXTS = (str, bytes)
 METHODS = (BuiltinMethodType, MethodType)
+OF_EVERY_DICT = frozenset(dir(dict))
 SEQUENCES = (list, tuple, set, frozenset)
 
 
@@ -86,6 +87,7 @@ def bound(environment: ImmutableSandboxedEnvironment) -> Budget:
     environment.extend(step=budget.step, measure=_measure, pieces=_Pieces)
     environment.call_binop = functools.partial(_call_binop, environment)  # type: ignore[method-assign]
     environment.call = functools.partial(_call, environment)  # type: ignore[method-assign]
+    environment.getattr = functools.partial(_getattr, environment)  # type: ignore[method-assign]
     environment.globals.pop("lipsum", None)
     for name, look in _FILTERS.items():
         environment.filters[name] = _looked_at(environment.filters[name], look)
@@ -231,6 +233,13 @@ def _call_binop(environment: ImmutableSandboxedEnvironment, _: Any, operator: st
         if bits * abs(right) > MOST_BITS:
             _refuse(f"it raises a number to the power {right}")
     return environment.binop_table[operator](left, right)
+
+
+def _getattr(environment: ImmutableSandboxedEnvironment, value: Any, name: str) -> Any:
+    """What the sandbox gives. It tries the attribute first; for the keys of messages that is most of a rendering."""
+    if type(value) is dict and name not in OF_EVERY_DICT:
+        return value[name] if name in value else environment.undefined(obj=value, name=name)
+    return ImmutableSandboxedEnvironment.getattr(environment, value, name)
 
 
 def _call(
