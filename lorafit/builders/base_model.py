@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from lorafit.builders.model_files import (
     stop_token_ids,
     weight_problems,
 )
+from lorafit.builders.model_modules import modules_of
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.builders.weight_files import TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
@@ -92,6 +94,7 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
         tensors=tensors,
         stop_token_ids=stops,
         vocab_size=vocab_size,
+        modules=replace(modules_of(outline), rows=vocab_size),
         trained_token_ids=() if added is None else added.trained,
     )
 

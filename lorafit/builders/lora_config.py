@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorafit.errors import AdapterError, Problem
+from lorafit.builders.adapter_fit import Where, names_without_match
+from lorafit.builders.model_modules import modules_of
+from lorafit.errors import AdapterError
 from lorafit.recipe.rules.adapter import EMBEDDINGS
 from lorafit.recipe.sections import AdaLoraSection, LoraSection
 
@@ -32,7 +32,7 @@ def lora_config(
     The rows of `token_ids` are trained in embedding and head. `where(key, message)` places a problem in the recipe.
     Raises AdapterError when a listed name matches nothing, or FSDP would train something else.
     """
-    problems = list(_names_without_match(lora, model, where))
+    problems = list(names_without_match(lora, modules_of(model), where))
     if by_fsdp and (key := trains_a_tied_embedding(lora, model.config)):
         # accelerate ties again what peft keeps apart: the trained embedding becomes the output head, too.
         message = "the output head shares its weight with the embedding; fsdp2 would train another model than ddp does"
@@ -90,9 +90,6 @@ def trains_a_tied_embedding(lora: LoraSection, config: PreTrainedConfig) -> str 
     return "lora.modules_to_save" if saved & {*EMBEDDINGS} else None
 
 
-Where = Callable[[str, str], Problem]
-
-
 def _as_list(value: object) -> object:
     """PEFT wants lists where a recipe holds tuples."""
     return list(value) if isinstance(value, tuple) else value
@@ -139,86 +136,3 @@ def _short_name(model: PreTrainedModel, module: nn.Module) -> str:
 def _has_conv1d(model: nn.Module) -> bool:
     """GPT-2 keeps its weights transposed (`Conv1D`); PEFT must know before it merges."""
     return any(type(module).__name__ == "Conv1D" for module in model.modules())
-
-
-def _names_without_match(lora: LoraSection, model: PreTrainedModel, where: Where) -> Iterable[Problem]:
-    """One problem for each name in the section that no module or parameter of the model answers to.
-
-    PEFT itself complains only when no target at all matches.
-    """
-    modules = [name for name, _ in model.named_modules() if name]
-    adaptable = [name for name, module in model.named_modules() if is_adaptable(module)]
-    for key in ("target_modules", "exclude_modules"):
-        value = getattr(lora, key)
-        if isinstance(value, str) and value != "all-linear":
-            if not any(_full_match(value, name) for name in modules):
-                yield where(f"lora.{key}", f"the expression {value!r} matches no module; {_nearest(value, adaptable)}")
-        elif isinstance(value, tuple):
-            yield from _missing(key, value, candidates=modules, shown=adaptable, where=where)
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in getattr(lora, key):
-            if not any(_full_match(rf"(.*\.)?({pattern})", name) for name in adaptable):
-                yield where(
-                    f"lora.{key}", f"{pattern!r} matches no module with an adapter; {_nearest(pattern, adaptable)}"
-                )
-    if lora.modules_to_save:
-        yield from _missing("modules_to_save", lora.modules_to_save, candidates=modules, shown=modules, where=where)
-    if lora.target_parameters:
-        parameters = [name for name, _ in model.named_parameters()]
-        yield from _missing(
-            "target_parameters", lora.target_parameters, candidates=parameters, shown=parameters, where=where
-        )
-    yield from _layers_out_of_range(lora, modules, where)
-    yield from _tokens_out_of_range(lora, model, where)
-
-
-def is_adaptable(module: nn.Module) -> bool:
-    """Whether PEFT can put a LoRA adapter on this module: linear layers (quantised or not), Conv1D, embeddings."""
-    return isinstance(module, nn.Linear | nn.Embedding) or type(module).__name__ == "Conv1D"
-
-
-def _full_match(pattern: str, name: str) -> bool:
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error:
-        return False
-
-
-def _missing(
-    key: str, names: tuple[str, ...], *, candidates: list[str], shown: list[str], where: Where
-) -> Iterable[Problem]:
-    for name in names:
-        if not any(candidate == name or candidate.endswith(f".{name}") for candidate in candidates):
-            yield where(f"lora.{key}", f"{name!r} matches nothing in this model; {_nearest(name, shown)}")
-
-
-def _nearest(name: str, candidates: list[str]) -> str:
-    """The model's own names closest to `name`, or all of them when none is close."""
-    suffixes = sorted({candidate.rpartition(".")[2] for candidate in candidates} - {str(i) for i in range(1000)})
-    close = difflib.get_close_matches(name.rpartition(".")[2], suffixes, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(close)}?" if close else f"it has {', '.join(suffixes[:12])}"
-
-
-def _layers_out_of_range(lora: LoraSection, modules: list[str], where: Where) -> Iterable[Problem]:
-    if lora.layers_to_transform is None:
-        return
-    wanted = lora.layers_to_transform if isinstance(lora.layers_to_transform, tuple) else (lora.layers_to_transform,)
-    indices = [int(match[1]) for name in modules if (match := re.match(r".*?\.[^.]*\.(\d+)\.", name))]
-    count = max(indices, default=-1) + 1
-    for layer in wanted:
-        if not 0 <= layer < count:
-            yield where(
-                "lora.layers_to_transform", f"layer {layer} does not exist; this model has layers 0 to {count - 1}"
-            )
-
-
-def _tokens_out_of_range(lora: LoraSection, model: PreTrainedModel, where: Where) -> Iterable[Problem]:
-    indices = lora.trainable_token_indices
-    if indices is None:
-        return
-    embedding = model.get_input_embeddings()
-    count = embedding.num_embeddings
-    ids = indices if isinstance(indices, tuple) else tuple(id_ for ids in indices.values() for id_ in ids)
-    for id_ in ids:
-        if not 0 <= id_ < count:
-            yield where("lora.trainable_token_indices", f"token {id_} does not exist; ids run from 0 to {count - 1}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.builders.hub_snapshot import cached_snapshot, hub_snapshot
+from lorafit.builders.modules import Modules
 from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
 from lorafit.errors import ModelError, Problem
 from lorafit.recipe.paths import looks_local
@@ -39,6 +40,8 @@ class BaseModelFiles:
     """What generation stops on: `eos_token_id` of generation_config.json, else of config.json."""
     vocab_size: int
     """Rows of the embedding, those of added tokens among them."""
+    modules: Modules | None = None
+    """What an adapter can name; None for a merge, which begins none."""
     trained_token_ids: tuple[int, ...] = ()
     """Ids of `model.add_tokens`, and of the rows that fill up the embedding below them: trained and saved."""
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.builders.positions import advise_on_positions, positions
 from lorafit.errors import RecipeError
 from lorafit.planning.answer import Plan
 from lorafit.planning.for_training import PlanOfRun, planned_checkpointing
@@ -59,7 +60,8 @@ def find_ground(
     if not recipe.training.packing:  # else the trainer, which fills the rows, knows the steps
         refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
     say_data(inputs.data, say)
-    for advice in advise(recipe, train_rows=len(inputs.data.train)):
+    known = positions({**inputs.base_files.config, **recipe.model.extra})
+    for advice in (*advise(recipe, train_rows=len(inputs.data.train)), *advise_on_positions(recipe, known)):
         say(f"advice: {advice}")
     plan = planning.answer(say) if planning else None
     bf16 = bf16_choice(recipe.training, machine)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafit.builders.adapter_fit import adapter_misfits
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
+from lorafit.builders.positions import positions, positions_exceeded
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
-from lorafit.errors import RecipeError
+from lorafit.errors import AdapterError, RecipeError
 from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
@@ -46,6 +48,7 @@ def read_inputs(
     """
     recipe = loaded.recipe
     base_files = check_base_model(recipe.model, quantization=recipe.quantization)
+    refuse_misfit(loaded, base_files)
     tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
     try:
         with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
@@ -62,3 +65,13 @@ def read_inputs(
     except RecipeError as error:
         raise loaded.placed(error) from None
     return RunInputs(base_files, tokenizer, data)
+
+
+def refuse_misfit(loaded: LoadedRecipe, base: BaseModelFiles) -> None:
+    """What the recipe asks for and this base does not have. Raises AdapterError (names, ranks) or RecipeError."""
+    recipe = loaded.recipe
+    known = positions({**base.config, **recipe.model.extra})
+    too_long = [loaded.problem(one.key, one.message) for one in positions_exceeded(recipe.training, known)]
+    misfits = [] if base.modules is None else list(adapter_misfits(recipe, base.modules, loaded.problem))
+    if too_long or misfits:
+        raise (RecipeError if too_long else AdapterError)([*too_long, *misfits])

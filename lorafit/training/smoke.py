@@ -18,7 +18,7 @@ from torch import nn
 from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.model_files import is_on_hub
-from lorafit.builders.smoke_base import write_smoke_base
+from lorafit.builders.smoke_base import HEAD, write_smoke_base
 from lorafit.errors import VerificationError
 from lorafit.planning.known_shapes import architecture
 from lorafit.preflight import Machine, bf16_choice, this_machine
@@ -119,7 +119,7 @@ class _Changes:
             "train": tuple(_first_rows(source, TRAIN_ROWS) for source in recipe.data.train),
             "eval": tuple(_first_rows(source, EVAL_ROWS) for source in recipe.data.eval),
         }
-        lora: dict[str, Any] = {}
+        lora: dict[str, Any] = dict(self._ranks())
         if not has_own_tokenizer:
             self.said.append("the quickstart's tokenizer, since the model's own is not on this machine")
             data |= {"over_length": "truncate", "max_lost_rows": 1.0}
@@ -145,8 +145,18 @@ class _Changes:
             "launch": recipe.launch.model_copy(update={"num_processes": 1, "strategy": "ddp"}),
         }
         if recipe.adalora is not None:
-            update["adalora"] = recipe.adalora.model_copy(update={"tinit": 1, "tfinal": 0, "delta_t": 1})
+            ranks = {"init_r": min(recipe.adalora.init_r, HEAD), "target_r": min(recipe.adalora.target_r, HEAD - 1)}
+            update["adalora"] = recipe.adalora.model_copy(update={"tinit": 1, "tfinal": 0, "delta_t": 1} | ranks)
         return recipe.model_copy(update=update)
+
+    def _ranks(self) -> Iterator[tuple[str, Any]]:
+        """Those that the miniature's narrowest matrix, one head of keys, can hold."""
+        lora = self._recipe.lora
+        largest = max([lora.r, *lora.rank_pattern.values()])
+        if largest > HEAD:
+            yield "r", min(lora.r, HEAD)
+            yield "rank_pattern", {name: min(rank, HEAD) for name, rank in lora.rank_pattern.items()}
+            self.said.append(f"ranks of at most {HEAD} instead of {largest}: the miniature's matrices hold no more")
 
     def _training(self) -> Iterator[tuple[str, Any]]:
         training = self._recipe.training

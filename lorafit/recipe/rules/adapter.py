@@ -113,7 +113,13 @@ def module_names_stand_in_lists(recipe: Recipe) -> Iterator[Broken]:
     """Text is a regular expression for whole module names: a bare word matches none."""
     for key in ("target_modules", "exclude_modules"):
         word = getattr(recipe.lora, key)
-        if isinstance(word, str) and word != "all-linear" and re.fullmatch(r"[\w-]+", word):
+        if not isinstance(word, str) or word == "all-linear":
+            continue
+        listed = [name for name in re.split(r"[,\s]+", word) if name]
+        if len(listed) > 1 and all(re.fullmatch(r"[\w.-]+", name) for name in listed):
+            message = f'"{word}": text is a regular expression for whole names, and no name has commas or spaces'
+            yield Broken(f"lora.{key}", f"{message}; write a list, [{', '.join(listed)}]")
+        elif re.fullmatch(r"[\w-]+", word):
             guess = nearest(word, ["all-linear"]) if key == "target_modules" else None
             mend = f"did you mean {guess}?" if guess else f"write a list, [{word}]"
             message = f"{word}: text is a regular expression for whole names, and no module has this whole name; {mend}"
