@@ -67,7 +67,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "corda": {"lora": {"r": 4, "init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}},
     "eva": {"lora": {"r": 4, "init_lora_weights": "eva"}},
     "bfloat16": {"training": {"bf16": True}},
-    "8-bit optimizer": {"lora": {"r": 64}, "training": {"optim": "adamw_8bit"}},
+    "8-bit optimizer": {
+        "lora": {"r": 64, "target_modules": ["q_proj", "o_proj"]},
+        "training": {"optim": "adamw_8bit"},
+    },
     "qlora": {"quantization": {"load_in_4bit": True}},
     "qlora best": {
         "quantization": {"load_in_4bit": True},
