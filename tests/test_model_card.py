@@ -154,6 +154,12 @@ def test_the_hub_reads_the_metadata_of_a_hub_base_and_hub_data() -> None:
     assert 'revision="c0ffee"' in block(text, "python")
 
 
+def test_the_card_says_where_a_system_text_goes() -> None:
+    data = {"train": [{"path": "rows.jsonl"}]}
+    assert "system texts stand at the start of the first user's message" in card(data=data | {"system": "merge"})
+    assert "system texts" not in card(data=data)
+
+
 def test_paths_lose_their_directories_wherever_they_stand() -> None:
     extra = {"cache_dir": "/home/anna/cache", "subfolder": "fp32"}
     strategy = {"strategy": "/home/anna/mine.yaml"}

@@ -187,6 +187,8 @@ def _data(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
     lines.append(
         f"- template `{template}`, trained on {section.train_on}; fingerprint `{facts['data']['fingerprint']}`"
     )
+    if section.system == "merge":
+        lines.append("- system texts stand at the start of the first user's message, a blank line after them")
     yield "\n".join(lines)
 
 
