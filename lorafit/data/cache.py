@@ -19,6 +19,7 @@ class Entry:
 
     tables: dict[str, Path]
     audit: dict[str, Any]
+    prompts: list[Any]
     tokens: str
     """The start of a hash of the tokens and labels."""
 
@@ -41,7 +42,7 @@ def load(cache: Path, fingerprint: str) -> Entry | None:
                     for name in touched:
                         then[name]["identity"] = now[name]
                     write_file(entry / "facts.json", json.dumps(facts))
-            return Entry(tables, facts["audit"], facts["tokens"])
+            return Entry(tables, facts["audit"], facts["prompts"], facts["tokens"])
     except OSError:
         if not entry.is_dir():
             return None
@@ -65,10 +66,11 @@ def new_entry(cache: Path, fingerprint: str) -> Iterator[Path]:
         yield stage
 
 
-def seal(stage: Path, tables: Mapping[str, Path], *, audit: dict[str, Any], tokens: str) -> None:
+def seal(stage: Path, tables: Mapping[str, Path], *, audit: dict[str, Any], prompts: list[Any], tokens: str) -> None:
     """Write down what the finished tables of a new entry are."""
     known = {name: {"sha256": _sha256(path), "identity": _identity(path)} for name, path in tables.items()}
-    (stage / "facts.json").write_text(json.dumps({"tables": known, "audit": audit, "tokens": tokens}), encoding="utf-8")
+    facts = {"tables": known, "audit": audit, "prompts": prompts, "tokens": tokens}
+    (stage / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
 
 def _identity(path: Path) -> list[int]:

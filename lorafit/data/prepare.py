@@ -28,6 +28,7 @@ from lorafit.data.digest import DATE, TOKENS, digests
 from lorafit.data.encode import encode
 from lorafit.data.hub import HubTables
 from lorafit.data.listing import listing
+from lorafit.data.prompts import Prompt, as_json, from_json
 from lorafit.data.render import Renderer
 from lorafit.data.scan import CHANGED, scan
 from lorafit.data.tokens import Limits, TextTokenizer
@@ -60,6 +61,8 @@ class PreparedData:
     """What of that is no key of a recipe, and the tokens themselves; each in a word, or by the start of its hash."""
     files: tuple[str, ...]
     """What `file` indexes."""
+    prompts: tuple[Prompt, ...]
+    """Some of each shape of row, to hold the saved chat template against."""
 
 
 def prepare(
@@ -92,10 +95,12 @@ def prepare(
         facts = then
     fingerprint = _hash(facts)
 
-    def prepared(tables: Mapping[str, datasets.Dataset], audit: Audit, tokens: str) -> PreparedData:
+    def prepared(
+        tables: Mapping[str, datasets.Dataset], audit: Audit, tokens: str, prompts: tuple[Prompt, ...]
+    ) -> PreparedData:
         parts = {name: _hash(facts[fact])[:12] for name, fact in PARTS.items()}
         parts |= {DATE: str(facts["date"]), TOKENS: tokens}
-        return PreparedData(tables["train"], tables.get("eval"), audit, fingerprint, parts, audit.files)
+        return PreparedData(tables["train"], tables.get("eval"), audit, fingerprint, parts, audit.files, prompts)
 
     def stored() -> PreparedData | None:
         entry = cache.load(cache_dir, fingerprint) if cache_dir else None
@@ -103,7 +108,7 @@ def prepare(
             return None
         tables = {name: datasets.Dataset.from_file(str(path)) for name, path in entry.tables.items()}
         files = tuple(name for listed in sources for name in listed.names)
-        return prepared(tables, Audit.from_dict(entry.audit, files=files), entry.tokens)
+        return prepared(tables, Audit.from_dict(entry.audit, files=files), entry.tokens, from_json(entry.prompts))
 
     if found := stored():
         return found
@@ -116,11 +121,12 @@ def prepare(
         with _full_disk_is_said(into):
             encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
             if stage is None:  # the files go, what is mapped of them stays
-                return prepared(_mapped(encoded.tables), encoded.audit, encoded.tokens)
-            cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), tokens=encoded.tokens)
+                return prepared(_mapped(encoded.tables), encoded.audit, encoded.tokens, renderer.prompts.all())
+            prompts = as_json(renderer.prompts.all())
+            cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), prompts=prompts, tokens=encoded.tokens)
             tables = _mapped(encoded.tables)
             made.close()
-    return stored() or prepared(tables, encoded.audit, encoded.tokens)
+    return stored() or prepared(tables, encoded.audit, encoded.tokens, renderer.prompts.all())
 
 
 def _new_entry(cache_dir: Path | None, fingerprint: str, made: ExitStack) -> Path | None:

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.data.findings import Findings
 from lorafit.data.openings import SAID_ONCE, Note, Openings
 from lorafit.data.problems import RowProblem
+from lorafit.data.prompts import Prompts
 from lorafit.data.rows import Chat, Message, Pair, Row, Text, answers, as_chat, system_merged, texts
 from lorafit.data.seen import writes_python
-from lorafit.data.templates import Templates, alpaca_prompt
+from lorafit.data.templates import ALPACA_INPUT, Templates, alpaca_prompt
 from lorafit.data.tool_calls import with_argument_text
 from lorafit.data.turns import Rendered, Turns, times_the_text
 from lorafit.recipe.sections import DataSection
@@ -45,6 +46,7 @@ class Renderer:
         self._special = frozenset(token.content for token in added.values() if token.special and token.content.strip())
         openings = {tokenizer.bos_token, tokenizer.pad_token, tokenizer.unk_token}
         self._endings = tuple(self._special - openings | {self._eos})
+        self.prompts = Prompts()
         self._special_pattern = _special_token_pattern(self._special)
 
     def render(self, row: Row, findings: Findings) -> list[Rendered]:
@@ -88,15 +90,30 @@ class Renderer:
         refused = RowProblem("the template writes the arguments of tool calls as Python", kind="refused")
         for messages in (chat.messages, *_given_otherwise(chat.messages)):
             try:
-                made, notes = self._attempt(chat._replace(messages=messages), wanted)
+                given = chat._replace(messages=messages)
+                made, notes = self._attempt(given, wanted)
             except RowProblem as problem:
                 refused = problem if messages is chat.messages else refused
                 continue
             if not any(writes_python(message, made[-1].text) for message in messages):
+                self._keep_prompt(given, wanted, made[-1], notes)
                 return made, notes
         if refused.kind == "refused" and self._is_taken(system_merged(chat)):
             raise RowProblem(f"{refused.message}; {MERGE}", kind=refused.kind)
         raise refused
+
+    def _keep_prompt(self, chat: Chat, wanted: list[int], last: Rendered, notes: list[Note]) -> None:
+        """Keep what the last answer follows, where more of such prompts are wanted."""
+        is_generations = all(kind != "generation_prompt" for kind, _ in notes)
+        before = chat.messages[: wanted[-1]] if wanted else []
+        if not before or not self.prompts.wants(before, chat.tools, is_generations=is_generations):
+            return
+        start = last.spans[-1][0]
+        if last.is_whole:
+            prompt = self._templates.of(has_tools=bool(chat.tools)).render(before, chat.tools, is_prompt=True)
+            start = len(prompt)
+            is_generations = last.text.startswith(prompt)
+        self.prompts.keep(before, chat.tools, last, start=start, is_generations=is_generations)
 
     def _wanted(self, chat: Chat) -> list[int]:
         return answers(chat, only_last=self._section.train_on == "last_answer")
@@ -144,7 +161,13 @@ class Renderer:
         prompt = row.prompt if layout == "plain" else alpaca_prompt(row.prompt, row.input)
         text = prompt + self._ended(row.completion)
         is_whole = self._section.train_on == "all"
-        return Rendered(row.place, text, ((len(prompt), len(text)),), is_whole, needs_opening=True)
+        made = Rendered(row.place, text, ((len(prompt), len(text)),), is_whole, needs_opening=True)
+        if layout == "alpaca":  # which is saved as a chat template
+            content = row.prompt + (f"{ALPACA_INPUT}{row.input}" if row.input else "")
+            self.prompts.keep(
+                [{"role": "user", "content": content}], None, made, start=len(prompt), is_generations=True
+            )
+        return made
 
     def _running_text(self, row: Text, findings: Findings) -> Rendered:
         """Text as it is, ended; or as it ends, where another program has laid it out with control tokens already."""

@@ -83,6 +83,13 @@ class TextTokenizer:
             if ahead:
                 yield from self._ended(*ahead, limits, findings)
 
+    def prompt_ids(self, item: Rendered) -> tuple[list[int], bool]:
+        """The tokens before the first answer, and whether the answer's first holds the end of the prompt, too."""
+        encoding = self._core.encode(item.text, add_special_tokens=False)
+        first, _ = self._answer(encoding, item.spans[0], item, Findings())
+        opening = self._opening if item.needs_opening and encoding.ids[: len(self._opening)] != self._opening else []
+        return opening + encoding.ids[:first], _straddles(encoding, item.spans[0])
+
     def _encode(self, batch: Batch) -> list[Encoding]:
         return self._core.encode_batch([item.text for _, item in batch], add_special_tokens=False)
 

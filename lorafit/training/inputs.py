@@ -8,6 +8,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lorafit import launch
 from lorafit.builders.adapter_fit import adapter_misfits
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
@@ -15,6 +16,7 @@ from lorafit.builders.positions import positions, positions_exceeded
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
+from lorafit.data.saved_template import refuse_other_prompts
 from lorafit.errors import AdapterError, RecipeError
 from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
@@ -42,7 +44,9 @@ class RunInputs:
 def read_inputs(
     loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None, meanwhile: str | None = None
 ) -> RunInputs:
-    """The base model's files, its tokenizer and the audited rows. Raises RecipeError, ModelError, DataError.
+    """The base model's files, its tokenizer and the audited rows.
+
+    Raises RecipeError, ModelError, DataError, and VerificationError where the saved template prompts otherwise.
 
     `meanwhile` names a module that is imported while the rows are read: tokenizing leaves Python to others.
     """
@@ -64,6 +68,8 @@ def read_inputs(
             )
     except RecipeError as error:
         raise loaded.placed(error) from None
+    if launch.rank() == 0:
+        refuse_other_prompts(data, recipe.data, tokenizer)
     return RunInputs(base_files, tokenizer, data)
 
 
