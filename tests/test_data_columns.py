@@ -107,6 +107,12 @@ def test_preference_data_is_named_even_where_a_format_is_given_that_it_does_not_
     assert "preference data" in problem and advice(problem)["columns"] == {"completion": "chosen"}
 
 
+def test_the_worse_answer_is_not_what_a_missing_column_is_said_to_be(tmp_path: Path) -> None:
+    rows = json_lines({"prompt": "2+2?", "rejected_completion": "5"})
+    (problem,) = scan_problems(tmp_path / "a.jsonl", rows, source={"format": "prompt_completion"})
+    assert "no column completion" in problem and "did you mean" not in problem
+
+
 def test_marks_of_rows_are_read_from_csv_files(tmp_path: Path) -> None:
     for name, mark, fault in (("weight", "0.5", True), ("weight", "1.0", False), ("label", "False", True)):
         content = f"prompt,completion,{name}\na,b,{mark}\n"

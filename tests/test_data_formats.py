@@ -100,7 +100,10 @@ def test_the_recipe_checks_columns_against_what_the_formats_read() -> None:
         ({"prompt": "a", "completion": "\ud800"}, "completion: holds half of a surrogate pair"),
         ({"instruction": "a", "input": 3, "output": "b"}, "input: a number (3) where text belongs; write it as text"),
         ({"text": ["a"]}, 'text: a list (["a"]) where text belongs; write it as text'),
-        ({"prompt": [USER], "completion": 3}, "a number (3) where text or a list of messages belongs"),
+        (
+            {"prompt": [USER], "completion": 3},
+            "completion: a number (3) where a list of messages belongs; write it as text",
+        ),
         ({"messages": "Hello"}, 'messages: text ("Hello") where a list of messages belongs'),
         ({"messages": None}, "messages: null where a list of messages belongs; fill it in or remove the row"),
         ({"messages": []}, "messages: an empty list; write at least one message, or remove the row"),

@@ -9,7 +9,7 @@ from typing import Any
 from lorafit.data.content import ONLY_TEXT, OTHER_THAN_TEXT, joined
 from lorafit.data.findings import Findings
 from lorafit.data.marks import MARKS, REFUSED_MARKS, is_left_out
-from lorafit.data.problems import RowProblem, is_unicode, listed, shown
+from lorafit.data.problems import NO_CHARACTER, RowProblem, is_unicode, listed, shown
 from lorafit.data.rows import REASONING, Message, Place, thinks
 from lorafit.data.tool_calls import function_calls, parsed, tool_calls
 
@@ -42,6 +42,7 @@ OTHER_NAMES = {
 CALLS = ("function_call", "function-call", "tool_call")
 """The roles of messages whose text is a tool call."""
 READ_KEYS = frozenset(("role", "content", "name", "tool_calls", "tool_call_id", *REASONING))
+A_MESSAGE = '{"role": "user", "content": "..."}'
 _MARKED = frozenset((*MARKS, *REFUSED_MARKS))
 
 
@@ -82,7 +83,7 @@ def listed_messages(messages: Any, column: str) -> list[Any]:
     if isinstance(messages, dict) and is_object_of_lists(messages):
         messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
     if not isinstance(messages, list):
-        raise RowProblem(f"{column}: {shown(messages)} where a list of messages belongs")
+        raise RowProblem(f"{column}: {shown(messages)} where a list of messages belongs; write [{A_MESSAGE}, ...]")
     return messages
 
 
@@ -109,7 +110,7 @@ def _message(message: Any, where: str) -> Message:
     if isinstance(message, str) and message.lstrip().startswith("{"):
         message = parsed(message, where)
     if not isinstance(message, dict):
-        raise RowProblem(f"{where}: {shown(message)} where a message (an object) belongs")
+        raise RowProblem(f"{where}: {shown(message)} where a message (an object) belongs; write {A_MESSAGE}")
     given = {key: value for key, value in message.items() if value is not None}
     role = _one_of(given, "role", "from", where)
     content = _one_of(given, "content", "value", where)
@@ -162,7 +163,7 @@ def _check_content(content: Any, message: Message, where: str, *, key: str = "co
             raise RowProblem(f"{where}: no content (there are {listed(message)}); write the text as content")
         raise RowProblem(f"{where}.{key}: {shown(content)} where text belongs; write it as text")
     if not content.isascii() and not is_unicode(content):
-        raise RowProblem(f"{where}.{key}: holds half of a surrogate pair (\\ud800-\\udfff), which is no character")
+        raise RowProblem(f"{where}.{key}: {NO_CHARACTER}")
 
 
 def _unknown_role(role: Any, message: Message) -> str:

@@ -23,12 +23,14 @@ from lorafit.data.columns import (
 from lorafit.data.content import refuse_placeholders
 from lorafit.data.conversation import conversation, listed_messages
 from lorafit.data.findings import Findings
-from lorafit.data.problems import RowProblem, is_unicode, listed, shown
+from lorafit.data.problems import NO_CHARACTER, RowProblem, is_unicode, listed, shown
 from lorafit.data.row_marks import PREFERENCE, ROW_MARKS, TEMPLATE_KWARGS, refuse_mark
 from lorafit.data.rows import Chat, Message, Pair, Place, Row, Text, as_chat, texts
 from lorafit.data.tool_calls import Schema, function_schemas, parsed, schemas
 from lorafit.data.trainable import is_trainable
 from lorafit.recipe.sections import DataSection, Source
+
+A_TURN = "write two texts, the question first"
 
 
 class _Known(NamedTuple):
@@ -71,7 +73,7 @@ class Shaper:
         """The row, or None when it was reported as a finding."""
         try:
             if not isinstance(raw, dict):
-                raise RowProblem(f"{shown(raw)} where a row (an object) belongs")
+                raise RowProblem(f"{shown(raw)} where a row (an object) belongs; write {{column: text, ...}}")
             keys = tuple(raw)
             known = self._known.get(keys)
             if isinstance(known, RowProblem):
@@ -199,11 +201,11 @@ class Shaper:
         if history is None:
             return []
         if not isinstance(history, list):
-            raise RowProblem(f"{column}: {shown(history)} where a list of [question, answer] belongs")
+            raise RowProblem(f"{column}: {shown(history)} where a list of [question, answer] belongs; {A_TURN}")
         turns: list[Message] = []
         for index, pair in enumerate(history):
             if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(_is_text(text) for text in pair)):
-                raise RowProblem(f"{column}[{index}]: {shown(pair)} where [question, answer] belongs")
+                raise RowProblem(f"{column}[{index}]: {shown(pair)} where [question, answer] belongs; {A_TURN}")
             turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
         return turns
 
@@ -219,9 +221,10 @@ class Shaper:
                 [{"role": role, "content": part}] if isinstance(part, str) else part
                 for role, part in (("user", prompt), ("assistant", completion))
             ]
-            for part in both:
+            for name, part in zip(("prompt", "completion"), both, strict=True):
                 if not isinstance(part, list):
-                    raise RowProblem(f"{shown(part)} where text or a list of messages belongs")
+                    column = self._columns.get(name, name)
+                    raise RowProblem(f"{column}: {shown(part)} where a list of messages belongs; write it as text")
             if self._history(raw):
                 column = self._columns.get("history", "history")
                 raise RowProblem(f"{column}: stands beside a list of messages; write the earlier ones into it")
@@ -273,7 +276,7 @@ class Shaper:
         if isinstance(value, str):
             if value.isascii() or is_unicode(value):
                 return value
-            raise RowProblem(f"{field}: holds half of a surrogate pair (\\ud800-\\udfff), which is no character")
+            raise RowProblem(f"{self._columns.get(field, field)}: {NO_CHARACTER}")
         value = self._column(raw, field)
         column = self._columns.get(field, field)
         raise RowProblem(f"{column}: {shown(value)} where {_wanted(field)} belongs; write it as text")

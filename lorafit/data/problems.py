@@ -15,6 +15,7 @@ class RowProblem(Exception):
         super().__init__(message)
 
 
+NO_CHARACTER = "holds half of a surrogate pair (\\ud800-\\udfff), which is no character; remove it"
 _JSON_TYPES = {
     bool: "true or false",
     int: "a number",

@@ -60,7 +60,7 @@ def _refuse_other_template_kwargs(column: str, value: Any, ours: Mapping[str, An
     if isinstance(value, str):
         value = parsed(value, column)
     if not isinstance(value, dict):
-        raise RowProblem(f"{column}: {shown(value)} where an object belongs", kind="unobeyed")
+        raise RowProblem(f"{column}: {shown(value)} where an object belongs; remove the column", kind="unobeyed")
     others = {key: setting for key, setting in value.items() if setting is not None and ours.get(key) != setting}
     if others:
         written = ", ".join(f"{key}: {json.dumps(setting, ensure_ascii=False)}" for key, setting in others.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from lorafit.data.problems import RowProblem, is_unicode, listed, shown
+from lorafit.data.problems import NO_CHARACTER, RowProblem, is_unicode, listed, shown
 from lorafit.data.rows import Message
 from lorafit.data.strict_json import DECODER, json_problem
 
@@ -25,9 +25,6 @@ class Arguments(dict[str, Any]):
     def __init__(self, text: str, parsed: dict[str, Any]) -> None:
         self._text = text
         super().__init__(parsed)
-
-    def __reduce__(self) -> tuple[type[Arguments], tuple[str, dict[str, Any]]]:
-        return type(self), (self._text, dict(self))
 
     def as_text(self) -> str:
         """The text that the user wrote."""
@@ -153,4 +150,4 @@ def _refuse_what_is_no_json(value: Any, where: str) -> None:
         what = "is nested too deeply" if isinstance(error, RecursionError) else f"is no JSON ({error})"
         raise RowProblem(f"{where}: {what}; write text, numbers, lists and objects") from None
     if not is_unicode(text):
-        raise RowProblem(f"{where}: holds half of a surrogate pair (\\ud800-\\udfff), which is no character")
+        raise RowProblem(f"{where}: {NO_CHARACTER}")
