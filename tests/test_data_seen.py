@@ -155,6 +155,11 @@ def test_a_template_that_asks_whether_the_text_is_none_is_given_none(tmp_path: P
     assert trained_texts(made, tokenizer)[0][0].startswith('{"name": "weather", "arguments": {"city": "Rome"}}')
 
 
+def test_what_is_lost_is_what_the_template_drops_once_it_takes_the_call(tmp_path: Path) -> None:
+    row = {"messages": [LOOP[0], called(reasoning="Ask."), *LOOP[2:]]}
+    assert f"{DROPPED} (the reasoning of message 2)" in refused(tmp_path, "deepseek_r1", row)[1]
+
+
 def test_an_empty_thought_is_said_once_with_the_setting_that_decides_it(tmp_path: Path) -> None:
     rows = [{"messages": [user(question), answer("Two.")]} for question in ("One?", "And?")]
     trained, made = made_of(tmp_path, "qwen3", *rows)

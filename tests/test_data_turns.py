@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import FAMILIES, TOOL
+from families import CONVERSATIONS, FAMILIES, TOOL, conversation_row
 from sources import PAIR, prepare_problems, prepared, section, trained_texts
 from tiny import write_jsonl
 
@@ -43,6 +43,7 @@ def answer(text: str, **more: Any) -> dict[str, Any]:
     return {"role": "assistant", "content": text} | more
 
 
+THINKERS = ("qwen3", "harmony")
 TURNS = [user("One?"), answer("Two."), user("And?"), answer("Three.")]
 THINKING = [TURNS[0], TURNS[1] | {"reasoning_content": "Next."}, TURNS[2], TURNS[3] | {"reasoning_content": "Again."}]
 
@@ -199,6 +200,33 @@ def test_an_answer_that_differs_in_its_closing_token_alone_has_its_own_sequence(
     assert "2 answers in 2 sequences" in made.audit.warnings[0]
     # One more token after the one that closes every turn changes nothing.
     assert made_of(tmp_path, "phi3", {"messages": TURNS})[0] == [["Two.<|end|>", "Three.<|end|><|endoftext|>"]]
+
+
+@pytest.mark.parametrize("train_on", ["answers", "last_answer"])
+@pytest.mark.parametrize(
+    "family", ["llama3", "chatml", "qwen25", "qwen3", "gemma3", "mistral", "phi3", "harmony", "glm4"]
+)
+def test_every_answer_is_trained_once_after_the_tokens_of_its_prompt(
+    tmp_path: Path, family: str, train_on: str
+) -> None:
+    tokenizer = FAMILIES[family].tokenizer()
+    for name, messages in CONVERSATIONS.items():
+        tools = [TOOL] if "tools" in name else None
+        if (tools and family in ("chatml", "gemma3", "phi3", "glm4")) or ("think" in name and family not in THINKERS):
+            continue  # what these templates drop or refuse
+        _, made = made_of(tmp_path, family, conversation_row(name), train_on=train_on)
+        prompts = [
+            tokenizer.apply_chat_template(messages[:index], tools, add_generation_prompt=True)["input_ids"]
+            for index, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
+        before = [
+            row["input_ids"][:start]
+            for row in made.train
+            for start in range(1, len(row["labels"]))
+            if row["labels"][start] != -100 == row["labels"][start - 1]
+        ]
+        assert before == (prompts if train_on == "answers" else prompts[-1:])
 
 
 def test_an_answer_stands_after_the_prompt_that_generation_sees(tmp_path: Path) -> None:

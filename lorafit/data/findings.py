@@ -40,7 +40,9 @@ KINDS = {
     "no_answer": Kind("lost", "rows without an answer to train on", "remove them, or fill in the answer"),
     "refused": Kind("lost", "rows that cannot be rendered", "mend them, or use another data.template"),
     "answer_dropped": Kind(
-        "lost", "rows of which the template drops part of an answer", "use another data.template, or mend the answers"
+        "lost",
+        "rows of which the template drops part of an answer",
+        "use a data.template that writes it, or take it out of the rows",
     ),
     "prompt_not_prefix": Kind(
         "lost",

@@ -93,7 +93,9 @@ class Renderer:
                 given = chat._replace(messages=messages)
                 made, notes = self._attempt(given, wanted)
             except RowProblem as problem:
-                refused = problem if messages is chat.messages else refused
+                # What is wrong with the row as it is; or, once the template takes it another way, what is wrong then.
+                if messages is chat.messages or (refused.kind == "refused" and problem.kind != "refused"):
+                    refused = problem
                 continue
             if not any(writes_python(message, made[-1].text) for message in messages):
                 self._keep_prompt(given, wanted, made[-1], notes)
