@@ -110,11 +110,12 @@ class Renderer:
         before = chat.messages[: wanted[-1]] if wanted else []
         if not before or not self.prompts.wants(before, chat.tools, is_generations=is_generations):
             return
-        start = last.spans[-1][0]
         if last.is_whole:
             prompt = self._templates.of(has_tools=bool(chat.tools)).render(before, chat.tools, is_prompt=True)
             start = len(prompt)
             is_generations = last.text.startswith(prompt)
+        else:
+            start = last.spans[-1][0]
         self.prompts.keep(before, chat.tools, last, start=start, is_generations=is_generations)
 
     def _wanted(self, chat: Chat) -> list[int]:
