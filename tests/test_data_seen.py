@@ -171,6 +171,19 @@ def test_an_empty_thought_is_said_once_with_the_setting_that_decides_it(tmp_path
     assert trained == [["Two.<|im_end|>\n"]] * 2 and made.audit.warnings == ()
 
 
+def test_a_thought_that_generation_opens_and_rows_do_not_have_is_said_with_the_setting(tmp_path: Path) -> None:
+    prompt = "assistant\n{% if thinks is not defined or thinks %}<think>\n{% endif %}{% endif %}"
+    tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", prompt))
+    path = write_jsonl(
+        tmp_path / "a.jsonl", [{"messages": [user("One?"), answer("Two."), user("And?"), answer("No.")]}]
+    )
+    (warning,) = prepared(section(path), tokenizer).audit.warnings
+    assert "answers that follow another text in training than in generation: 2" in warning
+    said = "(generation begins an answer with '<|im_start|>assistant\\n<think>\\n'; data.template_kwargs: "
+    assert warning.count(said + "{thinks: false} makes both the same)") == 1
+    assert prepared(section(path, template_kwargs={"thinks": False}), tokenizer).audit.warnings == ()
+
+
 def test_a_channel_and_a_thought_that_was_given_are_no_empty_thought(tmp_path: Path) -> None:
     for family, message in (("harmony", answer("Two.")), ("qwen3", answer("Two.", reasoning="Next."))):
         assert made_of(tmp_path, family, {"messages": [user("One?"), message]})[1].audit.warnings == ()

@@ -7,6 +7,8 @@ header by a prompt that is the same with and without, the thought by an answer t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.problems import RowProblem
 from lorafit.data.rows import Chat, Message
@@ -14,7 +16,7 @@ from lorafit.data.seen import reasoning
 
 Note = tuple[str, str]
 THOUGHT = "(a thought)"
-SAID_ONCE = ("no_generation_prompt", "empty_thought")
+SAID_ONCE = ("no_generation_prompt", "empty_thought", "generation_prompt")
 """Kinds of findings whose words are the same at every place."""
 KNOWN_AT_MOST = 64
 """Openings remembered: a template that writes another before every answer is not asked about each."""
@@ -25,6 +27,7 @@ class Openings:
 
     def __init__(self) -> None:
         self._known: dict[str, Note | None] = {}
+        self._headers: dict[str, str] = {}
 
     def look(self, chat: Chat, index: int, answer: str, *, template: ChatTemplate) -> Note | None:
         """The finding about the rendered answer of message `index`, if any: its kind and its words."""
@@ -37,6 +40,20 @@ class Openings:
             kind = _kind(chat, index, opening, template)
             self._known[opening] = (kind, _words(kind, chat, index, opening, template)) if kind else None
         return self._known.get(opening)
+
+    def parted(self, chat: Chat, index: int, header: str, *, template: ChatTemplate) -> Note:
+        """The finding about an answer that does not begin as the header of generation has it."""
+        if header not in self._headers:
+            some = chat.messages[: index + 1]
+
+            def fits(other: ChatTemplate) -> bool:
+                prompt = other.render(some[:-1], chat.tools, is_prompt=True)
+                return other.render(some, chat.tools).startswith(prompt)
+
+            setting = _setting(template, fits)
+            mend = f"; {setting} makes both the same" if setting else ""
+            self._headers[header] = f"generation begins an answer with {header!r}{mend}"
+        return "generation_prompt", self._headers[header]
 
 
 def _kind(chat: Chat, index: int, opening: str, template: ChatTemplate) -> str:
@@ -62,17 +79,25 @@ def _words(kind: str, chat: Chat, index: int, opening: str, template: ChatTempla
     if kind == "no_generation_prompt":
         return repr(opening)
     before = chat.messages[:index]
-    prompt = template.render(before, chat.tools, is_prompt=True)
+    wanted = _squeezed(template.render(before, chat.tools, is_prompt=True) + opening)
+
+    def fits(other: ChatTemplate) -> bool:
+        return _squeezed(other.render(before, chat.tools, is_prompt=True)) == wanted
+
+    setting = _setting(template, fits)
+    return f"{opening!r}; {setting} puts it into the prompt instead" if setting else repr(opening)
+
+
+def _setting(template: ChatTemplate, fits: Callable[[ChatTemplate], bool]) -> str | None:
+    """The key of the recipe that makes the template fit: each variable that it reads is tried off and on."""
     for name in sorted(template.reads):
         for value in (False, True):
             try:
-                other = template.with_variable(name, value).render(before, chat.tools, is_prompt=True)
+                if fits(template.with_variable(name, value)):
+                    return f"data.template_kwargs: {{{name}: {str(value).lower()}}}"
             except RowProblem:
                 continue
-            if other != prompt and _squeezed(other) == _squeezed(prompt + opening):
-                setting = f"data.template_kwargs: {{{name}: {str(value).lower()}}}"
-                return f"{opening!r}; {setting} puts it into the prompt instead"
-    return f"{opening!r}"
+    return None
 
 
 def _squeezed(text: str) -> str:

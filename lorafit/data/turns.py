@@ -104,8 +104,10 @@ class Turns:
         # Some templates end the prompt of generation with what a finished conversation does not hold (an empty thought
         # block). The answer then starts where the two part, as TRL has it, as long as the messages before are the same.
         shared = _shared_length(prompt, answered)
-        if shared >= len(self._render(index)):
-            self.notes.append(("generation_prompt", ""))
+        before = self._render(index)
+        if shared >= len(before):
+            header = prompt[len(before) :]
+            self.notes.append(self._openings.parted(self._chat, index, header, template=self._template))
             return answered, shared
         # Others drop reasoning from the messages before, which generation still saw. Then the answer is what follows
         # the last of these messages, and is set after the prompt of generation.
