@@ -52,20 +52,47 @@ def trl_preparation(
     return time.perf_counter() - start, prepared
 
 
-def own_preparation(tokenizer: PreTrainedTokenizerBase, section: DataSection) -> tuple[float, datasets.Dataset]:
+def own_arguments(tokenizer: PreTrainedTokenizerBase, data: Path) -> dict[str, Any]:
+    """What `prepare` is called with, but for the cache."""
+    prompt, completion = column_names(data)
+    columns = {"prompt": prompt, "completion": completion}
+    section = DataSection(train=(Source(path=str(data), format="prompt_completion", columns=columns),))
+    return {
+        "section": section,
+        "tokenizer": tokenizer,
+        "max_length": MAX_LENGTH,
+        "seed": 0,
+        "stop_token_ids": frozenset({tokenizer.eos_token_id}),
+        "vocab_size": len(tokenizer),
+    }
+
+
+def own_preparation(tokenizer: PreTrainedTokenizerBase, data: Path) -> tuple[float, datasets.Dataset]:
     """Seconds and result of reading, checking, auditing and tokenising the same rows."""
+    arguments = own_arguments(tokenizer, data)
     with tempfile.TemporaryDirectory() as cache:
         start = time.perf_counter()
-        prepared = prepare(
-            section,
-            tokenizer=tokenizer,
-            max_length=MAX_LENGTH,
-            seed=0,
-            stop_token_ids=frozenset({tokenizer.eos_token_id}),
-            vocab_size=len(tokenizer),
-            cache_dir=Path(cache),
-        )
+        prepared = prepare(**arguments, cache_dir=Path(cache))
         return time.perf_counter() - start, prepared.train
+
+
+def column_names(data: Path) -> tuple[str, str]:
+    """What the file calls prompt and completion."""
+    with data.open(encoding="utf-8") as lines:
+        return ("prompt", "completion") if "prompt" in json.loads(next(lines)) else ("question", "answer")
+
+
+def trl_rows(data: Path) -> list[dict[str, Any]]:
+    """The rows as prompt and completion messages."""
+    prompt, completion = column_names(data)
+    with data.open(encoding="utf-8") as lines:
+        return [
+            {
+                "prompt": [{"role": "user", "content": row[prompt]}],
+                "completion": [{"role": "assistant", "content": row[completion]}],
+            }
+            for row in map(json.loads, lines)
+        ]
 
 
 def main() -> None:
@@ -76,21 +103,11 @@ def main() -> None:
     arguments = parser.parse_args()
     datasets.disable_progress_bars()
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    read = [json.loads(line) for line in arguments.data.read_text(encoding="utf-8").splitlines()]
-    prompt, completion = ("prompt", "completion") if "prompt" in read[0] else ("question", "answer")
-    rows = [
-        {
-            "prompt": [{"role": "user", "content": row[prompt]}],
-            "completion": [{"role": "assistant", "content": row[completion]}],
-        }
-        for row in read
-    ]
-    columns = {"prompt": prompt, "completion": completion}
-    section = DataSection(train=(Source(path=str(arguments.data), format="prompt_completion", columns=columns),))
+    rows = trl_rows(arguments.data)
     theirs, ours = [], []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(arguments.repeats):
-            ours.append(own_preparation(tokenizer, section))
+            ours.append(own_preparation(tokenizer, arguments.data))
             theirs.append(trl_preparation(tokenizer, rows, arguments.model, folder))
     are_identical = all(list(theirs[0][1][column]) == list(ours[0][1][column]) for column in ("input_ids", "labels"))
     trl_rate, own_rate = (len(rows) / min(seconds for seconds, _ in runs) for runs in (theirs, ours))

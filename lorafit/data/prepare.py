@@ -75,9 +75,11 @@ def prepare(
     vocab_size: int,
     cache_dir: Path | None,
     as_of: str | None = None,
+    is_held_out: bool = False,
 ) -> PreparedData:
     """Tokens and labels of every row. `vocab_size` is the number of rows of the embedding.
 
+    `is_held_out` says that all of them are measured on, none trained, whatever their files are called.
     A template that writes the date makes other tokens every day; those of the day `as_of` are taken, if still there.
 
     Raises DataError with every problem of the data, RecipeError or ModelError when there is no template.
@@ -87,7 +89,7 @@ def prepare(
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
-    hub, sources = HubTables(), listing(section)
+    hub, sources = HubTables(), listing(section, is_held_out=is_held_out)
     now = digests(sources, section, hub=hub, cache_dir=cache_dir)
     facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
     then = facts | {"date": as_of}
@@ -121,10 +123,10 @@ def prepare(
         with _full_disk_is_said(into):
             encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
             if stage is None:  # the files go, what is mapped of them stays
-                return prepared(_mapped(encoded.tables), encoded.audit, encoded.tokens, renderer.prompts.all())
+                return prepared(_mapped(encoded.tables, fingerprint), encoded.audit, encoded.tokens, renderer.prompts.all())
             prompts = as_json(renderer.prompts.all())
             cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), prompts=prompts, tokens=encoded.tokens)
-            tables = _mapped(encoded.tables)
+            tables = _mapped(encoded.tables, fingerprint)
             made.close()
     return stored() or prepared(tables, encoded.audit, encoded.tokens, renderer.prompts.all())
 
@@ -151,12 +153,14 @@ def _full_disk_is_said(directory: Path) -> Iterator[None]:
         raise DiskError(message, where=str(directory.parent)) from None
 
 
-def _mapped(tables: Mapping[str, Path]) -> dict[str, datasets.Dataset]:
+def _mapped(tables: Mapping[str, Path], fingerprint: str) -> dict[str, datasets.Dataset]:
     """The tables as they are on disk, also when their names are gone."""
     opened = {}
     for name, path in tables.items():
         with pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))) as stream:
-            opened[name] = datasets.Dataset(InMemoryTable(stream.read_all()))
+            table = InMemoryTable(stream.read_all())
+        # Without a fingerprint `datasets` makes one of a copy of all that the table holds.
+        opened[name] = datasets.Dataset(table, fingerprint=f"{fingerprint}-{name}")
     return opened
 
 
