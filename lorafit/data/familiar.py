@@ -5,7 +5,8 @@ from itertools import islice
 from typing import Any
 
 from lorafit.data.columns import familiar_columns
-from lorafit.data.files import FileProblem, files_of
+from lorafit.data.files import FileProblem
+from lorafit.data.listing import files_of
 from lorafit.data.readers import read_rows
 
 

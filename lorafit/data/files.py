@@ -9,8 +9,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt")
-_KNOWN = ", ".join(SUFFIXES)
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".txt", ".arrow")
+KNOWN = ", ".join(SUFFIXES[:-1])
 
 
 class FileProblem(Exception):
@@ -36,16 +36,17 @@ class DataFile:
 
     def open(self) -> io.RawIOBase:
         """The bytes as they are on disk. Raises FileProblem."""
-        if not self.suffix:
-            raise FileProblem(f"is not a kind of file that can be read ({_KNOWN}, each also .gz)")
-        if self.path.exists() and not self.path.is_file():
-            raise FileProblem("is not a regular file; write the rows to a file first")
         try:
+            if not self.path.exists():
+                raise FileProblem(f"does not exist{_mend(self.path)}")
+            if not self.suffix:
+                raise FileProblem(f"is not a kind of file that can be read ({KNOWN}, each also .gz)")
+            if not self.path.is_file():
+                raise FileProblem("is not a regular file; write the rows to a file first")
             return self.path.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise FileProblem(f"does not exist{_nearest(self.path)}; paths are relative to the recipe") from None
         except OSError as error:
-            raise FileProblem(f"cannot be read ({os.strerror(error.errno or 0)}); check its permissions") from None
+            reason = os.strerror(error.errno or 0)
+            raise FileProblem(f"cannot be read ({reason}); check its name and its permissions") from None
 
     def identity(self) -> list[int] | None:
         """What changes whenever the file is written to; None when it is not there.
@@ -55,7 +56,7 @@ class DataFile:
         """
         try:
             found = self.path.stat()
-        except OSError:
+        except (OSError, ValueError):
             return None
         return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
 
@@ -68,44 +69,32 @@ def shown(path: Path) -> str:
         return str(path)
 
 
-def files_of(path: str) -> tuple[list[DataFile], list[Path]]:
-    """The data files a `path` of the recipe means, sorted, and the files of a directory that are left out.
-
-    Raises FileProblem when there is none.
-    """
-    given = Path(path)
-    if given.is_dir():
-        found = sorted(file for file in given.rglob("*") if file.is_file() and not _is_hidden(file, given))
-        data = [file for file in found if _suffix(file)]
-        if not data:
-            raise FileProblem(f"is a directory without data files ({_KNOWN}, each also .gz)")
-        return [_data_file(file) for file in data], [file for file in found if not _suffix(file)]
-    if not given.exists() and glob.has_magic(path):
-        matches = [Path(match) for match in sorted(glob.glob(path, recursive=True))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
-        files = [match for match in matches if not match.is_dir()]
-        if not files:
-            raise FileProblem("matches no file; check the pattern (relative to the recipe)")
-        return [_data_file(file) for file in files], []
-    return [_data_file(given)], []
+def matching(pattern: str) -> list[DataFile]:
+    """The files that a glob matches, sorted. Raises FileProblem when there is none."""
+    matches = [Path(match) for match in sorted(glob.glob(pattern, recursive=True))]  # noqa: PTH207 (Path.glob takes no absolute pattern)
+    files = [match for match in matches if not match.is_dir()]
+    if not files:
+        raise FileProblem("matches no file; check the pattern (relative to the recipe)")
+    return [data_file(file) for file in files]
 
 
-def _is_hidden(file: Path, root: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(root).parts)
+def data_file(path: Path) -> DataFile:
+    """The file, by whatever it is named."""
+    return DataFile(path, shown(path), suffix_of(path.name))
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(name: str) -> str:
     """`.jsonl` for `a.jsonl` and `a.jsonl.gz`; empty when it is no data file."""
-    name = path.name.lower().removesuffix(".gz")
+    name = name.lower().removesuffix(".gz")
     return next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
 
 
-def _data_file(path: Path) -> DataFile:
-    return DataFile(path, shown(path), _suffix(path))
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    names = [entry.name for entry in path.parent.iterdir() if _suffix(entry)]
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _mend(path: Path) -> str:
+    """What may have been meant by a path at which there is nothing."""
+    if path.parent.is_dir():
+        names = [entry.name for entry in path.parent.iterdir() if suffix_of(entry.name) or entry.is_dir()]
+        near = difflib.get_close_matches(path.name, names, n=1)
+        return f"{f'; did you mean {near[0]}?' if near else ''}; paths are relative to the recipe"
+    if not suffix_of(path.name):
+        return f"; for a data set of the Hub write hub: {path.parent.name}/{path.name}"
+    return "; paths are relative to the recipe"

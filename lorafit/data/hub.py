@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,7 +22,7 @@ class HubTables:
     """The data sets of a recipe, each loaded once. Those that bring code of their own cannot be: it is not run."""
 
     def __init__(self) -> None:
-        self._tables: dict[tuple[str | None, ...], datasets.Dataset] = {}
+        self._tables: dict[tuple[str | None, ...], datasets.Dataset | FileProblem] = {}
 
     def rows(self, source: Source, needed: Callable[[Iterable[str]], list[str]]) -> Iterator[tuple[int, Any]]:
         """The rows of one split; only the columns that are needed are read and decoded.
@@ -47,16 +48,26 @@ class HubTables:
     def _table(self, source: Source) -> datasets.Dataset:
         key = (source.hub, source.name, source.split, source.revision)
         if key not in self._tables:
-            try:
-                self._tables[key] = datasets.load_dataset(
-                    source.hub, source.name, split=source.split, revision=source.revision
-                )
-            except FAILURES as error:
-                cause = error.__cause__ or error.__context__
-                because = f" ({_said(cause)})" if isinstance(cause, FAILURES) else ""
-                mend = "check hub, name, split and revision, or the network"
-                raise FileProblem(f"cannot be loaded: {_said(error)}{because}; {mend}") from None
-        return self._tables[key]
+            self._tables[key] = _loaded(source)
+        table = self._tables[key]
+        if isinstance(table, FileProblem):
+            raise table
+        return table
+
+
+def _loaded(source: Source) -> datasets.Dataset | FileProblem:
+    said_by_datasets = logging.getLogger("datasets")
+    level = said_by_datasets.level
+    said_by_datasets.setLevel(logging.CRITICAL)  # it logs what it raises as well
+    try:
+        return datasets.load_dataset(source.hub, source.name, split=source.split, revision=source.revision)
+    except FAILURES as error:
+        cause = error.__cause__ or error.__context__
+        because = f" ({_said(cause)})" if isinstance(cause, FAILURES) else ""
+        mend = "check hub, name, split and revision, or the network"
+        return FileProblem(f"cannot be loaded: {_said(error)}{because}; {mend}")
+    finally:
+        said_by_datasets.setLevel(level)
 
 
 def _said(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""Rows of a Parquet file; their "line" is the row number, from 1."""
+"""Rows of a Parquet or Arrow file; their "line" is the row number, from 1."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from lorafit.data.arrow_rows import row_cleaner
 from lorafit.data.files import DataFile, FileProblem
 from lorafit.data.streams import CHUNK, content
 
+Needed = Callable[[Iterable[str]], list[str]]
 ROWS_PER_BATCH = 1024
 ROOM_LEFT = 1 << 30
 """Bytes of the temporary directory that unpacking leaves free."""
 
 
-def parquet_rows(file: DataFile, needed: Callable[[Iterable[str]], list[str]]) -> Iterator[tuple[int, Any]]:
+def parquet_rows(file: DataFile, needed: Needed) -> Iterator[tuple[int, Any]]:
     """Every row as a mapping of the columns that are needed.
 
     Raises FileProblem.
@@ -29,20 +30,38 @@ def parquet_rows(file: DataFile, needed: Callable[[Iterable[str]], list[str]]) -
     number = 0
     with _random_access(file) as source:
         try:
-            # Without these a row group is held as a whole, and twice.
-            table = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK)
+            schema, batches = _arrow(source, needed) if file.suffix == ".arrow" else _parquet(source, needed)
         except (pyarrow.ArrowException, OSError) as error:
-            raise FileProblem(f"is not a whole Parquet file ({_said(error)}); download or write it again") from None
+            kind = file.suffix[1:].capitalize()
+            raise FileProblem(f"is not a whole {kind} file ({_said(error)}); download or write it again") from None
+        clean = row_cleaner(schema)
         try:
-            names = needed(table.schema_arrow.names)
-            clean = row_cleaner(table.schema_arrow)
-            for batch in table.iter_batches(batch_size=ROWS_PER_BATCH, columns=names):
-                for row in batch.to_pylist() if names else [{}] * batch.num_rows:
+            for batch in batches:
+                for row in batch.to_pylist() if batch.num_columns else [{}] * batch.num_rows:
                     number += 1
                     yield number, clean(row)
-        except (pyarrow.ArrowException, OSError, ValueError, UnicodeDecodeError) as error:
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
             message = f"cannot be read further ({_said(error)}); download or write it again"
             raise FileProblem(message, line=number + 1) from None
+
+
+def _parquet(source: Any, needed: Needed) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    # Without these a row group is held as a whole, and twice.
+    table = pyarrow.parquet.ParquetFile(source, pre_buffer=False, buffer_size=CHUNK)
+    names = needed(table.schema_arrow.names)
+    return table.schema_arrow, table.iter_batches(batch_size=ROWS_PER_BATCH, columns=names)
+
+
+def _arrow(source: Any, needed: Needed) -> tuple[pyarrow.Schema, Iterator[pyarrow.RecordBatch]]:
+    """What `datasets` writes: a stream of batches."""
+    stream = pyarrow.ipc.open_stream(source)
+    names = needed(stream.schema.names)
+    parts = (
+        batch.select(names).slice(start, ROWS_PER_BATCH)
+        for batch in stream
+        for start in range(0, batch.num_rows, ROWS_PER_BATCH)
+    )
+    return stream.schema, parts
 
 
 @contextmanager

@@ -123,7 +123,9 @@ def prepare(
         with _full_disk_is_said(into):
             encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
             if stage is None:  # the files go, what is mapped of them stays
-                return prepared(_mapped(encoded.tables, fingerprint), encoded.audit, encoded.tokens, renderer.prompts.all())
+                return prepared(
+                    _mapped(encoded.tables, fingerprint), encoded.audit, encoded.tokens, renderer.prompts.all()
+                )
             prompts = as_json(renderer.prompts.all())
             cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), prompts=prompts, tokens=encoded.tokens)
             tables = _mapped(encoded.tables, fingerprint)

@@ -34,8 +34,8 @@ def read_rows(
 
     `hashed` takes the bytes of a file that is read from its beginning to its end. Raises FileProblem, at any row.
     """
-    if file.suffix == ".parquet":
-        # pyarrow takes 0.2 s to import: only when a Parquet file is there.
+    if file.suffix in (".parquet", ".arrow"):
+        # pyarrow takes 0.2 s to import: only when such a file is there.
         from lorafit.data.parquet import parquet_rows
 
         yield from parquet_rows(file, needed)
@@ -54,20 +54,18 @@ def _text_rows(file: DataFile, stream: io.BufferedReader[Any], broken: Broken) -
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="" if file.suffix == ".csv" else "\n")
     try:
         if file.suffix == ".csv":
-            rows = csv_rows(text, broken=broken)
+            yield from csv_rows(text, broken=broken)
         # What the file holds decides, not whether it is named .json or .jsonl: the two cannot be mistaken.
         elif file.suffix != ".txt" and opening == b"[":
-            rows = json_array_rows(text, broken=broken)
+            yield from json_array_rows(text, broken=broken)
+        elif b"\r" in head[:-1] and b"\n" not in head:
+            raise FileProblem("ends its lines with CR alone; convert it: `tr '\\r' '\\n' < FILE > NEW`")
+        elif file.suffix == ".txt":
+            yield from text_rows(text, broken=broken)
         else:
-            if b"\r" in head[:-1] and b"\n" not in head:
-                raise FileProblem("ends its lines with CR alone; convert it: `tr '\\r' '\\n' < FILE > NEW`")
-            if file.suffix == ".txt":
-                rows = text_rows(text, broken=broken)
-            else:
-                rows = json_lines_rows(text, broken=broken, file=file)
-        yield from rows
+            yield from json_lines_rows(text, broken=broken, file=file)
     finally:
-        text.detach()  # a reader may stop early; the stream is closed by whoever opened it
+        text.detach()  # the stream is closed by who opened it
 
 
 def numbered_lines(text: io.TextIOWrapper) -> Iterator[tuple[int, str]]:

@@ -57,7 +57,7 @@ class RowReader:
         masks = answers_only and self._recipe.data.train_on == "all"
         data = self._recipe.data.model_copy(update={"train_on": "answers"} if masks else {})
         if data.eval:
-            prepared = self._prepared(data.model_copy(update={"train": data.eval, "eval": ()}))
+            prepared = self._prepared(data.model_copy(update={"train": data.eval, "eval": ()}), is_held_out=True)
             return self._rows(prepared.train, prepared)
         if data.eval_fraction is None:
             raise DataError(
@@ -76,7 +76,7 @@ class RowReader:
     def general(self, sources: tuple[Source, ...]) -> Rows:
         """General text; what is longer than `training.max_length` is cut, since no answer is lost with it."""
         changes = {"train": sources, "eval": (), "eval_fraction": None, "over_length": "truncate"}
-        prepared = self._prepared(self._recipe.data.model_copy(update=changes))
+        prepared = self._prepared(self._recipe.data.model_copy(update=changes), is_held_out=True)
         return self._rows(prepared.train, prepared)
 
     def questions(self, rows: Rows, *, stop_token_ids: Collection[int]) -> tuple[Question, ...]:
@@ -87,7 +87,7 @@ class RowReader:
         )
         return tuple(question for question in found if question is not None)
 
-    def _prepared(self, section: DataSection) -> PreparedData:
+    def _prepared(self, section: DataSection, *, is_held_out: bool = False) -> PreparedData:
         return prepare(
             section,
             tokenizer=self._tokenizer,
@@ -96,6 +96,7 @@ class RowReader:
             stop_token_ids=self._base_files.stop_token_ids,
             vocab_size=self._base_files.vocab_size,
             cache_dir=self._cache_dir,
+            is_held_out=is_held_out,
         )
 
     def _rows(self, table: datasets.Dataset | None, prepared: PreparedData) -> Rows:

@@ -1,6 +1,7 @@
 """Rules of `data`."""
 
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def source_is_a_path_or_a_hub_data_set(recipe: Recipe) -> Iterator[Broken]:
                 if name in source.model_fields_set:
                     message = "is only for a data set of the Hub; leave it out, or write hub: instead of path:"
                     yield Broken(f"{key}.{name}", message, (f"{key}.hub",))
+
+
+def hub_names_a_data_set(recipe: Recipe) -> Iterator[Broken]:
+    """Files are named by `path`; an address in a browser is not the id."""
+    for key, source in _sources(recipe):
+        hub = source.hub or ""
+        page = re.match(r"https?://huggingface\.co/datasets/([^/]+/[^/?#]+)/?$", hub)
+        if page:
+            yield Broken(f"{key}.hub", f"is the address of a page; write hub: {page[1]}")
+        elif "://" in hub or hub.lower().removesuffix(".gz").endswith((".jsonl", ".json", ".csv", ".parquet", ".txt")):
+            yield Broken(f"{key}.hub", f"{hub} is a file, not a data set id; write path: {hub}", (f"{key}.path",))
 
 
 def columns_belong_to_the_format(recipe: Recipe) -> Iterator[Broken]:
@@ -130,6 +142,7 @@ def _place(source: Source) -> tuple[str | None, ...]:
 
 RULES: tuple[Rule, ...] = (
     source_is_a_path_or_a_hub_data_set,
+    hub_names_a_data_set,
     columns_belong_to_the_format,
     held_out_rows_come_from_one_place,
     held_out_rows_are_not_trained_on,
