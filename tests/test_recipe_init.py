@@ -60,6 +60,11 @@ def test_a_base_without_chat_template_starts_plain(tmp_path: Path, monkeypatch: 
         model="base", data="rows.jsonl", mapping={}, preset="lora", goal="code", output=Path("x.yaml")
     )
     assert loaded(tmp_path, text).recipe.data.template == "plain"
+    (tmp_path / "base" / "chat_template.json").write_text('{"chat_template": "a"}', encoding="utf-8")
+    text = starter_recipe(
+        model="base", data="rows.jsonl", mapping={}, preset="lora", goal="code", output=Path("y.yaml")
+    )
+    assert loaded(tmp_path, text).recipe.data.template == "chat"
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from families import CONVERSATIONS, FAMILIES, TOOL, conversation_row
+from families import CONVERSATIONS, FAMILIES, FILES, TOOL, conversation_row
 from sources import prepared, section
 from tiny import write_jsonl
 from tokenizers.processors import TemplateProcessing
@@ -17,7 +17,8 @@ from lorafit.data import saved_template
 from lorafit.data.prepare import PreparedData
 from lorafit.data.saved_template import refuse_other_prompts
 from lorafit.data.templates import saved_chat_template
-from lorafit.errors import DataError, VerificationError
+from lorafit.errors import DataError, ModelError, RecipeError, VerificationError
+from lorafit.merging.settings_files import copy_tokenizer
 from lorafit.recipe.sections import DataSection
 
 PAIR = {"prompt": "One?", "completion": "Two."}
@@ -70,12 +71,62 @@ def test_every_named_template_is_saved_with_the_variables(tmp_path: Path) -> Non
     tokenizer.chat_template = {name: "{{ mood }}" + text for name, text in tokenizer.chat_template.items()}
     settings = section("a", template_kwargs={"mood": "calm"})
     tokenizer.chat_template = saved_chat_template(settings, tokenizer)
-    tokenizer.save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "merged").mkdir()
+    copy_tokenizer(tmp_path / "adapter", tmp_path / "merged")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
     for tools in (None, [TOOL]):
         text = loaded.apply_chat_template(CONVERSATIONS["one turn"], tools=tools, tokenize=False)
         assert text.startswith("calm<|im_start|>")
         assert ("<tools>" in text) == (tools is not None)
+
+
+def test_a_tokenizer_without_a_default_template_names_those_it_has(tmp_path: Path) -> None:
+    tokenizer = FAMILIES["named"].tokenizer()
+    tokenizer.chat_template = {
+        "rag": tokenizer.chat_template["default"],
+        "tool_use": tokenizer.chat_template["tool_use"],
+    }
+    with_tools, without = (write_jsonl(tmp_path / name, [conversation_row(name)]) for name in ("tools", "one turn"))
+    for path in (with_tools, without):
+        path.rename(path.with_suffix(".jsonl"))
+    refused = (
+        r"data\.template: chat: the tokenizer has the chat templates rag, tool_use; write data\.template: chat:rag"
+    )
+    with pytest.raises(ModelError, match=refused):
+        prepared(section(without.with_suffix(".jsonl")), tokenizer)
+    assert "<tools>" in tokenizer.decode(
+        prepared(section(with_tools.with_suffix(".jsonl")), tokenizer).train[0]["labels"]
+    )
+    chosen = prepared(section(without.with_suffix(".jsonl"), template="chat:rag"), tokenizer)
+    assert tokenizer.decode(chosen.train[0]["input_ids"]).startswith("<|im_start|>user\nOne?")
+    with pytest.raises(
+        ModelError, match=r'has no chat template "rga"; .* write data\.template: chat:rag or chat:tool_use'
+    ):
+        prepared(section(without.with_suffix(".jsonl"), template="chat:rga"), tokenizer)
+
+
+def test_a_template_file_is_read_whoever_wrote_it(tmp_path: Path) -> None:
+    text = (FILES / "chatml.jinja").read_text(encoding="utf-8")
+    made_of = {}
+    for name, data in {"linux": text, "bom": "\ufeff" + text, "windows": "\ufeff" + text.replace("\n", "\r\n")}.items():
+        path = tmp_path / f"{name}.jinja"
+        path.write_bytes(data.encode())
+        data, settings, tokenizer = made(tmp_path, "qwen3", [conversation_row("one turn")], template=str(path))
+        refuse_other_prompts(data, settings, tokenizer)
+        made_of[name] = data.train[0]["input_ids"], saved_chat_template(settings, tokenizer)
+    assert made_of["linux"] == made_of["bom"] == made_of["windows"]
+    path.write_bytes("ü".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"windows\.jinja: is not UTF-8 text"):
+        made(tmp_path, "qwen3", [conversation_row("one turn")], template=str(path))
+
+
+def test_a_syntax_error_is_said_with_its_line_beneath_baked_variables(tmp_path: Path) -> None:
+    path = tmp_path / "own.jinja"
+    path.write_text("{{ mood }}{{ more }}\n\n{{ messages | nosuch }}")
+    for variables in ({}, {"mood": 1, "more": 2}):
+        with pytest.raises(DataError, match=r"own\.jinja:3: No filter named 'nosuch'"):
+            made(tmp_path, "chatml", [PAIR], template=str(path), template_kwargs=variables)
 
 
 def test_a_chosen_template_becomes_the_default_of_the_saved_ones(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from lorafit.merging.held_out import HeldOutLoss, held_out_losses
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
 from lorafit.merging.overlap import Overlap, overlaps
-from lorafit.merging.settings_files import TOKENIZER
+from lorafit.merging.settings_files import copy_tokenizer
 from lorafit.merging.stage import refuse_existing, staged
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
@@ -303,9 +303,7 @@ def _write(model: PeftModel, stage: Path, first: Adapter) -> None:
     (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(stage / WEIGHTS, stage / "copy")  # safetensors lets nobody but the owner read its files
     (stage / "copy").replace(stage / WEIGHTS)
-    for pattern in TOKENIZER:
-        for path in first.directory.glob(pattern):
-            shutil.copyfile(path, stage / path.name)
+    copy_tokenizer(first.directory, stage)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

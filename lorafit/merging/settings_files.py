@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.builders.model_files import GENERATION, TOKENIZER_FILES, BaseModelFiles, is_on_hub
+from lorafit.builders.template_files import MORE
 from lorafit.merging.adapter_files import Adapter
 
 TOKENIZER = (
@@ -20,7 +21,6 @@ BESIDES = (
     *(GENERATION, "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
     *("LICENSE*", "NOTICE*"),
 )
-TEMPLATES = "additional_chat_templates"
 
 
 def write_settings(
@@ -31,13 +31,18 @@ def write_settings(
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     has_tokenizer = any((adapter.directory / name).is_file() for name in TOKENIZER_FILES)
     source = adapter.directory if has_tokenizer else base_files.directory
-    _copy_all(source, TOKENIZER, directory)
-    if (source / TEMPLATES).is_dir():
-        shutil.copytree(source / TEMPLATES, directory / TEMPLATES, copy_function=shutil.copyfile)
+    copy_tokenizer(source, directory)
     code = ("*.py",) if "auto_map" in base_files.config else ()
     _copy_all(base_files.directory, (*BESIDES, *code), directory)
     _copy_all(adapter.directory, (GENERATION,), directory)  # where it names a stop token
     (directory / "README.md").write_text(_card(adapter, dtype=dtype), encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """A tokenizer's files, with all of its chat templates."""
+    _copy_all(source, TOKENIZER, directory)
+    if (source / MORE).is_dir():
+        shutil.copytree(source / MORE, directory / MORE, copy_function=shutil.copyfile)
 
 
 def _copy_all(source: Path, patterns: Iterable[str], directory: Path) -> None:

@@ -132,7 +132,8 @@ def _evaluation(answer: str | None) -> str:
 def _template(model: str, here: Path) -> str:
     """`plain` for a directory whose tokenizer has no chat template, else `chat`."""
     directory = here / model
-    settings = directory / "tokenizer_config.json"
-    if not settings.is_file() or (directory / "chat_template.jinja").is_file():
+    settings = [directory / name for name in ("tokenizer_config.json", "chat_template.json", "processor_config.json")]
+    if not settings[0].is_file() or (directory / "chat_template.jinja").is_file():
         return "chat"
-    return "chat" if '"chat_template"' in settings.read_text(encoding="utf-8") else "plain"
+    texts = [path.read_text(encoding="utf-8") for path in settings if path.is_file()]
+    return "chat" if any('"chat_template"' in text for text in texts) else "plain"
