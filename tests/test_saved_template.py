@@ -87,23 +87,20 @@ def test_a_tokenizer_without_a_default_template_names_those_it_has(tmp_path: Pat
         "rag": tokenizer.chat_template["default"],
         "tool_use": tokenizer.chat_template["tool_use"],
     }
-    with_tools, without = (write_jsonl(tmp_path / name, [conversation_row(name)]) for name in ("tools", "one turn"))
-    for path in (with_tools, without):
-        path.rename(path.with_suffix(".jsonl"))
+    with_tools = section(write_jsonl(tmp_path / "tools.jsonl", [conversation_row("tools")]))
+    without = write_jsonl(tmp_path / "turn.jsonl", [conversation_row("one turn")])
     refused = (
         r"data\.template: chat: the tokenizer has the chat templates rag, tool_use; write data\.template: chat:rag"
     )
     with pytest.raises(ModelError, match=refused):
-        prepared(section(without.with_suffix(".jsonl")), tokenizer)
-    assert "<tools>" in tokenizer.decode(
-        prepared(section(with_tools.with_suffix(".jsonl")), tokenizer).train[0]["labels"]
-    )
-    chosen = prepared(section(without.with_suffix(".jsonl"), template="chat:rag"), tokenizer)
+        prepared(section(without), tokenizer)
+    assert "<tools>" in tokenizer.decode(prepared(with_tools, tokenizer).train[0]["input_ids"])
+    chosen = prepared(section(without, template="chat:rag"), tokenizer)
     assert tokenizer.decode(chosen.train[0]["input_ids"]).startswith("<|im_start|>user\nOne?")
     with pytest.raises(
         ModelError, match=r'has no chat template "rga"; .* write data\.template: chat:rag or chat:tool_use'
     ):
-        prepared(section(without.with_suffix(".jsonl"), template="chat:rga"), tokenizer)
+        prepared(section(without, template="chat:rga"), tokenizer)
 
 
 def test_a_template_file_is_read_whoever_wrote_it(tmp_path: Path) -> None:
