@@ -98,7 +98,7 @@ def test_rows_for_training_beside_pairs_are_read_once_the_format_says_so(tmp_pat
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert "preference data" in problem
     found = scanned(tmp_path / "a.jsonl", json_lines(row), source={"format": "messages"})
-    assert learnt(rows_of(found)[0]) == ["4"] and "(chosen, rejected)" in found.warnings[0]
+    assert learnt(rows_of(found)[0]) == ["4"] and "(chosen)" in found.warnings[0]
 
 
 def test_preference_data_is_named_even_where_a_format_is_given_that_it_does_not_have(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ The format is the recipe's, or the only one the columns fit; a row that fits two
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 from lorafit.data.columns import (
@@ -152,10 +152,12 @@ class Shaper:
         if pair and (pair[1] in mapped or not (self._given or pair[0] in mapped)):
             raise preference_problem(raw, *pair)
 
-    def _note_unused(self, keys: Iterable[str], row_format: str) -> None:
+    def _note_unused(self, keys: Collection[str], row_format: str) -> None:
         fields = FORMATS[row_format]
         read = {self._columns.get(name, name) for name in fields.required + fields.optional} | TEMPLATE_KWARGS
-        self._unused.update(dict.fromkeys(key for key in keys if key not in read))
+        # Where the better answers are learnt nobody should map the worse ones.
+        _, worse = pair_of_preference(keys) or ("", "")
+        self._unused.update(dict.fromkeys(key for key in keys if key not in read and key != worse))
 
     def report_columns(self, place: Place) -> None:
         """Count what no row was made of."""
