@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,8 @@ from lorafit.merging.verify import judge, verification_job
 from lorafit.merging.verify_reference import reference
 from lorafit.merging.verify_written import compare
 from lorafit.recipe.sections import ModelSection
+from lorafit.training.token_rows import tokens_line
 from lorafit.training.train import run_training
-from recipes import problems
 
 TOKENS = ["<tool>", "</tool>"]
 GROWN, SPARE = 259, 264
@@ -36,6 +37,10 @@ GROWN, SPARE = 259, 264
 
 def _calls(count: int) -> list[dict[str, str]]:
     return [{"prompt": f"add {i} and {i % 5}", "completion": f"<tool>{i} {i % 5}</tool>"} for i in range(count)]
+
+
+def _rows(**keys: Any) -> dict[str, Any]:
+    return {"train": [{"path": "train.jsonl"}], "eval": [{"path": "eval.jsonl"}], **keys}
 
 
 def _section(base: Path, *tokens: str) -> ModelSection:
@@ -48,7 +53,7 @@ def _trained(directory: Path, base: Path, **sections: Any) -> tuple[Path, PeftMo
     loaded = small_recipe(directory, base, **({"model": model} | sections))
     for side in ("train", "eval"):
         write_jsonl(directory / f"{side}.jsonl", _calls(24) if side == "train" else _calls(32)[24:])
-    trained = run_training(loaded, say=lambda line: None, show_progress=False, cache_dir=cache_of(directory))
+    trained = run_training(loaded, say=lambda line: None, cache_dir=cache_of(directory))
     return Path(trained.result.run), trained.model.eval()
 
 
@@ -179,38 +184,29 @@ def test_a_head_with_a_bias_is_refused_before_a_weight_is_read(tmp_path: Path) -
         check_base_model(_section(base, "<tool>"))
 
 
-SMALLEST = "model: {model_name_or_path: a/b, add_tokens: %s}\ndata: {train: [{path: a.jsonl}]}\n"
+@pytest.mark.parametrize("rows", [GROWN, SPARE])
+def test_the_card_loads_what_was_trained_with_its_stop_token(rows: int, tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=rows))
+    run, model = _trained(tmp_path, base, data=_rows(template="plain", stop_token="</tool>"))
+    text = (run / "adapter/README.md").read_text(encoding="utf-8")
+    assert "`<tool>` (259), `</tool>` (260)" in text
+    assert ("base.resize_token_embeddings(261, mean_resizing=False)" in text) is (rows == GROWN)
+    found = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert found
+    loaded: dict[str, Any] = {}
+    source = found[1].replace("path/to/this/adapter", str(run / "adapter"))
+    exec(source.replace("path/to/the/base/model", str(base)), loaded)
+    assert torch.equal(logits(loaded["model"].eval()), logits(model))
+    assert loaded["model"].generation_config.eos_token_id == [260, 2]
+    assert loaded["tokenizer"].eos_token == "</tool>"
+    assert json.loads((run / "manifest.json").read_text())["added_tokens"] == {"<tool>": 259, "</tool>": 260}
 
 
-@pytest.mark.parametrize(
-    ("tokens", "more", "said"),
-    [
-        ('[""]', "", '"" is no token; write its text'),
-        ('["  "]', "", "is no token; write its text"),
-        ('["<a> "]', "", '"<a> " begins or ends with white space, which templates trim; write "<a>"'),
-        ('["<a>", "<a>"]', "", '"<a>" stands 2 times; write it once'),
-        ('["<a>"]', "launch: {strategy: fsdp2}", "fsdp2 spreads embedding and head over processes"),
-        ('["<a>"]', "launch: {strategy: zero3}", "zero3 spreads embedding and head over processes"),
-        ('["<a>"]', "lora: {modules_to_save: [lm_head]}", "trains rows of lm_head, which is also in lora.modules_to_"),
-        ('["<a>"]', "lora: {target_modules: [embed_tokens]}", "which is also in lora.target_modules"),
-        ('["<a>"]', "lora: {init_lora_weights: pissa}", "would not be saved with init_lora_weights: pissa"),
-        ('["<a>"]', "lora: {init_lora_weights: eva}", "cannot be trained with init_lora_weights: eva"),
-        (
-            '["<a>"]',
-            "quantization: {load_in_4bit: true, llm_int8_skip_modules: [q_proj]}",
-            "quantises the output head, whose rows model.add_tokens trains; name lm_head there",
-        ),
-    ],
-)
-def test_what_cannot_be_added_or_held_is_refused_with_its_line(
-    tokens: str, more: str, said: str, tmp_path: Path
-) -> None:
-    found = [str(problem) for problem in problems(tmp_path, SMALLEST % tokens + more + "\n")]
-    assert any(said in problem for problem in found), found
-
-
-@pytest.mark.parametrize("start", ["pissa", "olora", "corda"])
-@pytest.mark.parametrize("besides", ["use_dora: true", "modules_to_save: [lm_head]", "bias: all"])
-def test_a_start_that_would_lose_what_else_is_trained_is_refused(start: str, besides: str, tmp_path: Path) -> None:
-    text = f"{SMALLEST % '[]'}lora: {{init_lora_weights: {start}, {besides}}}\n"
-    assert any("would not be saved with init_lora_weights" in str(problem) for problem in problems(tmp_path, text))
+def test_what_is_added_is_said(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    files = check_base_model(_section(base, "<tool>", "<|im_end|>"))
+    assert files.added is not None
+    expected = (
+        "<tool> is 259, <|im_end|> is 2; the embedding grows from 259 to 260 rows; of the base already: <|im_end|>"
+    )
+    assert tokens_line(files.added) == f"trained tokens: {expected}"

@@ -3,40 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.builders.model_files import AddedTokens
 from lorafit.builders.untrained_rows import Matrix, never_trained
 from lorafit.errors import ModelError
-
-
-@dataclass(frozen=True)
-class AddedTokens:
-    """What a recipe adds to the vocabulary of its base."""
-
-    ids: Mapping[str, int]
-    """Every token of `model.add_tokens`."""
-    pieces: Mapping[str, tuple[int, ...]]
-    """What each is cut into without it, of the rows there are; empty where nothing is known of its characters."""
-    known: frozenset[str]
-    """Those that the base's tokenizer has."""
-    rows: int
-    """Of the base's embedding, as it lies on disk."""
-
-    @property
-    def rows_needed(self) -> int:
-        """Of the embedding with all of them; spare rows, which many bases have, are used before it grows."""
-        return max(self.rows, 1 + max(self.ids.values(), default=-1))
-
-    @property
-    def trained(self) -> tuple[int, ...]:
-        """Ids of the rows that are trained and saved: all that the base does not have, or not for these tokens."""
-        return tuple(sorted({*self.ids.values(), *range(self.rows, self.rows_needed)}))
 
 
 def add_to(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> None:
@@ -61,13 +37,19 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, r
             where=tokenizer.name_or_path,
         )
     known = frozenset(token for token in tokens if is_one(tokenizer, token))
+    reserved = reserved_ids(tokenizer, rows=rows)
     without = _without(tokenizer, tokens)
     add_to(tokenizer, tokens)
     ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
     unusable = {*ids.values(), tokenizer.unk_token_id}
     cut = {token: without.encode(token, add_special_tokens=False).ids for token in tokens}
     pieces = {token: tuple(id_ for id_ in cut[token] if id_ not in unusable and id_ < rows) for token in tokens}
-    return AddedTokens(ids, pieces, known, rows)
+    return AddedTokens(ids, pieces, known, reserved, rows)
+
+
+def reserved_ids(tokenizer: PreTrainedTokenizerBase, *, rows: int) -> tuple[int, ...]:
+    """Ids below `rows` that ordinary text never has: of added tokens, special or not, and those that no token has."""
+    return tuple(sorted({id_ for id_ in tokenizer.added_tokens_decoder if id_ < rows} | {*range(len(tokenizer), rows)}))
 
 
 def is_one(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
@@ -112,4 +94,4 @@ def _trained_before(matrix: Tensor, added: AddedTokens) -> set[int]:
         values: Matrix = matrix[list(ids)].float().cpu().numpy()
         return values
 
-    return {*known} - never_trained(rows, known, ordinary=range(added.rows)).keys()
+    return {*known} - never_trained(rows, known, ordinary=range(added.rows), peers=added.reserved).keys()

@@ -16,10 +16,11 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lorafit.builders.added_tokens import AddedTokens, added_tokens, begin_rows
+from lorafit.builders.added_tokens import added_tokens, begin_rows
 from lorafit.builders.architectures import model_type_problems, task_problems
 from lorafit.builders.bnb_config import bnb_config
 from lorafit.builders.model_files import (
+    AddedTokens,
     BaseModelFiles,
     config_problems,
     fetch_weights,
@@ -32,7 +33,7 @@ from lorafit.builders.model_files import (
 )
 from lorafit.builders.model_modules import modules_of
 from lorafit.builders.tokenizer_files import read_tokenizer
-from lorafit.builders.weight_files import TensorInfo, tensor_table
+from lorafit.builders.weight_files import FLOATS, TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
 from lorafit.precision import base_dtype, compute_dtype
 from lorafit.recipe.sections import ModelSection, QuantizationSection
@@ -95,8 +96,19 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
         stop_token_ids=stops,
         vocab_size=vocab_size,
         modules=replace(modules_of(outline), rows=vocab_size),
-        trained_token_ids=() if added is None else added.trained,
+        added=added,
+        vocabulary=dict(_vocabulary(outline, tensors)),
     )
+
+
+def _vocabulary(outline: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> Iterator[tuple[str, str]]:
+    embedding, head = outline.get_input_embeddings(), outline.get_output_embeddings()
+    own = [embedding] if head is None or head.weight is embedding.weight else [embedding, head]
+    names = {module: name for name, module in outline.named_modules() if module in own}
+    for module in own:
+        tensor = tensors.get(f"{names[module]}.weight")
+        if tensor is not None and tensor.shape == tuple(module.weight.shape) and tensor.dtype in FLOATS:
+            yield names[module], f"{names[module]}.weight"
 
 
 def tokens_added(section: ModelSection, *, directory: Path, rows: int) -> AddedTokens | None:

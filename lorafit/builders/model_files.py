@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,32 @@ TOKENIZER_FILES = (
 )
 
 GENERATION = "generation_config.json"
+
+
+@dataclass(frozen=True)
+class AddedTokens:
+    """What a recipe adds to the vocabulary of its base."""
+
+    ids: Mapping[str, int]
+    """Every token of `model.add_tokens`."""
+    pieces: Mapping[str, tuple[int, ...]]
+    """What each is cut into without it, of the rows there are; empty where nothing is known of its characters."""
+    known: frozenset[str]
+    """Those that the base's tokenizer has."""
+    reserved: tuple[int, ...]
+    """Ids of the base whose rows may never have been trained: of its tokenizer's added tokens, and of none."""
+    rows: int
+    """Of the base's embedding, as it lies on disk."""
+
+    @property
+    def rows_needed(self) -> int:
+        """Of the embedding with all of them; spare rows, which many bases have, are used before it grows."""
+        return max(self.rows, 1 + max(self.ids.values(), default=-1))
+
+    @property
+    def trained(self) -> tuple[int, ...]:
+        """Ids of the rows that are trained and saved: all that the base does not have, or not for these tokens."""
+        return tuple(sorted({*self.ids.values(), *range(self.rows, self.rows_needed)}))
 
 
 @dataclass(frozen=True)
@@ -42,8 +68,16 @@ class BaseModelFiles:
     """Rows of the embedding, those of added tokens among them."""
     modules: Modules | None = None
     """What an adapter can name; None for a merge, which begins none."""
-    trained_token_ids: tuple[int, ...] = ()
-    """Ids of `model.add_tokens`, and of the rows that fill up the embedding below them: trained and saved."""
+    added: AddedTokens | None = None
+    """What `model.add_tokens` adds."""
+    vocabulary: Mapping[str, str] = field(default_factory=dict)
+    """The modules with a row for every token to their tensors: the embedding, then the head where it has its own. Left
+    out is what lies on disk under other names than in memory."""
+
+    @property
+    def trained_token_ids(self) -> tuple[int, ...]:
+        """Ids whose rows of embedding and head are trained and saved."""
+        return () if self.added is None else self.added.trained
 
     @property
     def total_bytes(self) -> int:

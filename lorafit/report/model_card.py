@@ -111,12 +111,23 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         used = ", ".join(f"{name}={_literal(value)}" for name, value in settings.items() if _is_used(name, settings))
         arguments.append(f"quantization_config=BitsAndBytesConfig({used})")
     listed = "".join(f"    {argument},\n" for argument in arguments)
+    rows = _grown_rows(facts)
+    grown = f"base.resize_token_embeddings({rows}, mean_resizing=False)\n" if rows else ""
+    names += ", GenerationConfig" if recipe.data.stop_token else ""
+    stops = 'model.generation_config = GenerationConfig.from_pretrained("path/to/this/adapter")\n'
+    if added := facts.get("added_tokens"):
+        ids = ", ".join(f"`{token}` ({id_})" for token, id_ in added.items())
+        there = "The base grows for them before the adapter is loaded." if rows else "The base has rows for them."
+        yield f"Tokens with trained rows of embedding and output head: {ids}. {there} For vLLM merge it first."
+    if recipe.data.stop_token:
+        yield f"Answers end with `{recipe.data.stop_token}`, on which the base's own generation config does not stop."
     yield (
         "```python\n"
         "from peft import PeftModel\n"
         f"from transformers import {names}\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained(\n{listed})\n"
+        f"base = AutoModelForCausalLM.from_pretrained(\n{listed})\n{grown}"
         'model = PeftModel.from_pretrained(base, "path/to/this/adapter")\n'
+        f"{stops if recipe.data.stop_token else ''}"
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/adapter")\n'
         "```"
     )
@@ -127,6 +138,12 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
                 "With vLLM:\n\n```sh\n"
                 f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned=path/to/this/adapter\n```"
             )
+
+
+def _grown_rows(facts: dict[str, Any]) -> int | None:
+    """Rows that the embedding needs with the added tokens; None where the base has them."""
+    rows = 1 + max(facts.get("added_tokens", {}).values(), default=-1)
+    return rows if rows > facts["base"].get("rows", rows) else None
 
 
 def _is_used(key: str, settings: dict[str, Any]) -> bool:
@@ -148,7 +165,8 @@ def _runs_in_vllm(recipe: Recipe) -> bool:
     lora = recipe.lora
     more = (lora.use_dora, lora.modules_to_save, lora.trainable_token_indices, lora.target_parameters, lora.lora_bias)
     uneven = lora.rank_pattern or lora.alpha_pattern or lora.init_lora_weights in ("pissa", "olora", "corda", "eva")
-    return not any(more) and not uneven and lora.bias == "none" and recipe.adalora is None
+    is_alone = lora.bias == "none" and recipe.adalora is None and not recipe.model.add_tokens
+    return not any(more) and not uneven and is_alone
 
 
 def _modules(facts: dict[str, Any]) -> str:

@@ -60,7 +60,9 @@ def run_facts(
             "commit": base_files.revision,
             "fingerprint": base_files.fingerprint(),
             "tensors": len(base_files.tensors),
+            "rows": base_files.vocab_size if base_files.added is None else base_files.added.rows,
         },
+        "added_tokens": {} if base_files.added is None else dict(base_files.added.ids),
         "data": {"fingerprint": data.fingerprint, **data.audit.as_dict(), "files": _relative(data.files, run)},
         "modules": [asdict(module) for module in table],
     }

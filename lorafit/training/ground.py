@@ -22,6 +22,7 @@ from lorafit.training.disk import Space, refuse_too_little_space, space_needed
 from lorafit.training.facts import kept_facts
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
 from lorafit.training.resume import Begin, Departure, refuse_changes
+from lorafit.training.token_rows import check_token_rows, tokens_line
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def find_ground(
     if not recipe.training.packing:  # else the trainer, which fills the rows, knows the steps
         refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
     say_data(inputs.data, say)
+    if inputs.base_files.added is not None:
+        say(tokens_line(inputs.base_files.added))
+    for warning in check_token_rows(loaded, inputs):
+        say(f"warning: {warning}")
     known = positions({**inputs.base_files.config, **recipe.model.extra})
     for advice in (*advise(recipe, train_rows=len(inputs.data.train)), *advise_on_positions(recipe, known)):
         say(f"advice: {advice}")

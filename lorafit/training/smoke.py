@@ -25,6 +25,8 @@ from lorafit.preflight import Machine, bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.sections import LoraSection, ModelSection, Source
 from lorafit.training.announce import Say
+from lorafit.training.inputs import read_inputs
+from lorafit.training.token_rows import used_tokens
 from lorafit.training.train import Trained, run_training
 
 STEPS, TRAIN_ROWS, EVAL_ROWS = 3, 24, 8
@@ -68,6 +70,8 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
         machine = this_machine()
         changes = _Changes(loaded.recipe, machine)
         small = changes.small_recipe(base, output_dir or directory / "run", has_own_tokenizer=tokenizer_dir is not None)
+        if small.model.add_tokens:
+            small = _with_tokens_of(small, replace(loaded, recipe=small), changes.said, cache_dir=directory / "tokens")
         for sentence in changes.said:
             say(f"smoke: {sentence}")
         trained = run_training(replace(loaded, recipe=small), say=say, cache_dir=directory / "tokens")
@@ -81,6 +85,14 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
         seconds=round(time.monotonic() - started, 2),
         run=str(output_dir) if output_dir else None,
     )
+
+
+def _with_tokens_of(small: Recipe, loaded: LoadedRecipe, said: list[str], *, cache_dir: Path) -> Recipe:
+    """Without those of `model.add_tokens` that the first rows do not have, of which nothing would be learnt."""
+    used = used_tokens(small, read_inputs(loaded, cache_dir=cache_dir))
+    if left_out := [token for token in small.model.add_tokens if token not in used]:
+        said.append(f"no {', '.join(left_out)} of model.add_tokens, which the first rows do not have")
+    return small.model_copy(update={"model": small.model.model_copy(update={"add_tokens": used})})
 
 
 def _own_tokenizer(section: ModelSection) -> Path | None:
