@@ -1,11 +1,16 @@
-"""A recipe and its data files looked at together: every problem at once, or what the run will do. No torch."""
+"""A recipe, its data files and its base looked at together: every problem, or what the run will do. No torch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.base_at_hand import BaseAtHand, look_at_base
+from lorafit.builders.template_files import NO_TEMPLATE
 from lorafit.data import DataScan, scan
+from lorafit.data.findings import SHOWN_OF_A_KIND, where
+from lorafit.data.long_rows import LongRows
+from lorafit.data.rows import Place
 from lorafit.errors import DataError, LorafitError, MachineError, ModelError, Problem, RecipeError
 from lorafit.packages import missing_packages
 from lorafit.recipe import Advice, LoadedRecipe, advise
@@ -32,6 +37,8 @@ class Validation:
     numbers: dict[str, Number]
     """steps, steps_per_epoch, sequences_per_step, warmup_steps, checkpoint_steps, eval_steps, as far as they apply."""
     advice: tuple[Advice, ...]
+    not_checked: tuple[str, ...]
+    """What was not looked at: a base that is not on this machine, rows of the Hub, lengths that take a template."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result for scripts."""
@@ -43,44 +50,73 @@ class Validation:
             "processes": self.processes,
             **{name: number.value for name, number in self.numbers.items()},
             "warnings": list(self.data.warnings),
+            "not_checked": list(self.not_checked),
             "advice": [{"name": one.name, "key": one.key, "message": one.message} for one in self.advice],
         }
 
 
 def validate(path: Path, *, overrides: Sequence[str] = ()) -> Validation:
-    """The recipe and its data, checked. Raises with every problem of both: RecipeError if the recipe has one, else
-    ModelError (no such base directory), MachineError (a package is not installed) or DataError."""
+    """The recipe, its data, and its base as far as that lies on this machine, checked.
+
+    Raises with every problem of all: the error of a recipe if that has one, else of the first problem in the order
+    packages, base, rows.
+    """
     reading = read(path, overrides=overrides)
-    problems: list[Problem] = list(reading.problems)
-    error: type[LorafitError] = RecipeError
-    data = None
+    found: list[tuple[type[LorafitError], Iterable[Problem]]] = [(RecipeError, reading.problems)]
+    data = base = lengths = None
     if reading.loaded is not None:
-        if missing := _missing_base(reading.loaded):
-            error = error if problems else ModelError
-            problems.append(missing)
-        if lacking := list(missing_packages(reading.loaded)):
-            error = error if problems else MachineError
-            problems += lacking
+        loaded, recipe = reading.loaded, reading.loaded.recipe
+        found.append((MachineError, missing_packages(loaded)))
+        base = look_at_base(loaded)
+        found.append((base.error, base.problems))
         if reading.has_whole_data_section:
-            recipe = reading.loaded.recipe
+            rows = LongRows(recipe.training.max_length)
             try:
-                data = scan(recipe.data, seed=recipe.training.seed)
-            except DataError as found:
-                error = error if problems else DataError
-                problems += found.problems
-    if problems or reading.loaded is None or data is None:
-        raise error(problems)
-    return _validation(reading.loaded, data)
+                data = scan(recipe.data, seed=recipe.training.seed, each=rows.add)
+                lengths = rows.lengths(base.tokenizer)
+                found.append((ModelError, _no_template(loaded, base, data)))
+                found.append((DataError, _too_long(loaded, lengths.too_long, data.files)))
+            except DataError as error:
+                found.append((DataError, error.problems))
+    problems = [(error, problem) for error, some in found for problem in some]
+    if problems or reading.loaded is None or data is None or base is None or lengths is None:
+        raise problems[0][0](problem for _, problem in problems)
+    return _validation(
+        reading.loaded, data, base, not_checked=_not_checked(reading.loaded, data, base, doubtful=lengths.doubtful)
+    )
 
 
-def _missing_base(loaded: LoadedRecipe) -> Problem | None:
-    base = Path(loaded.recipe.model.model_name_or_path)
-    if base.is_absolute() and not base.is_dir():
-        return loaded.problem("model.model_name_or_path", f"{base} is not a directory; write the path of a base model")
-    return None
+def _no_template(loaded: LoadedRecipe, base: BaseAtHand, data: DataScan) -> Iterator[Problem]:
+    """Rows of running text need none."""
+    if not base.has_template and any(source.format != "text" and source.rows for source in data.sources):
+        yield loaded.at_its_line(Problem("data.template: chat", NO_TEMPLATE))
 
 
-def _validation(loaded: LoadedRecipe, data: DataScan) -> Validation:
+def _too_long(loaded: LoadedRecipe, too_long: Sequence[tuple[Place, int]], files: Sequence[str]) -> Iterator[Problem]:
+    """Rows that `train` refuses, as far as their texts alone say so."""
+    recipe = loaded.recipe
+    if recipe.data.over_length != "error":
+        return
+    longest = f"training.max_length is {recipe.training.max_length:,}"
+    for place, tokens in too_long[:SHOWN_OF_A_KIND]:
+        yield Problem(where(place, files), f"at least {tokens:,} tokens, the template's left out; {longest}", place[1])
+    if too_long:
+        most = max(tokens for _, tokens in too_long)
+        message = f"the longest row has at least {most:,} tokens; raise it above that, or set data.over_length: drop"
+        yield loaded.problem("training.max_length", f"{message} or truncate")
+
+
+def _not_checked(loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, doubtful: int) -> tuple[str, ...]:
+    """What was not looked at, in the order of `train`."""
+    hub = [f"the rows of {name}, which are read when training starts" for name in data.skipped_hub]
+    lengths = []
+    if doubtful and loaded.recipe.data.over_length == "error":
+        count = f"{doubtful:,} long row{'s' * (doubtful != 1)}"
+        lengths = [f"the exact length of {count} in tokens: see `lorafit preview {loaded.path}`"]
+    return (*base.not_checked, *hub, *lengths)
+
+
+def _validation(loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, not_checked: tuple[str, ...]) -> Validation:
     recipe = loaded.recipe
     written = recipe.launch.num_processes
     processes = written if isinstance(written, int) else 1
@@ -96,7 +132,8 @@ def _validation(loaded: LoadedRecipe, data: DataScan) -> Validation:
         data=data,
         processes=processes,
         numbers=numbers,
-        advice=advise(recipe, train_rows=None if data.skipped_hub else data.train_rows),
+        advice=(*advise(recipe, train_rows=None if data.skipped_hub else data.train_rows), *base.advice),
+        not_checked=not_checked,
     )
 
 

@@ -90,8 +90,8 @@ MISFITS = {
     "target_parameters: [mlp.experts]": "lora.target_parameters: 'mlp.experts' matches nothing in this model; it has "
     "none",
     "trainable_token_indices: [264]": "lora.trainable_token_indices: token 264 does not exist; ids run from 0 to 263",
-    "r: 65": "lora.r: 65 is more than the shorter side of q_proj (64), k_proj (32), v_proj (32), o_proj (64), "
-    "gate_proj (64), up_proj (64), down_proj (64), an adapter larger than what it adapts; write at most 32",
+    "r: 65": "lora.r: 65 is more than the shorter side of down_proj (64), gate_proj (64), k_proj (32), o_proj "
+    "(64), q_proj (64), up_proj (64), v_proj (32), an adapter larger than what it adapts; write at most 32",
     "r: 48": "lora.r: 48 is more than the shorter side of k_proj (32), v_proj (32), an adapter larger than what it "
     "adapts; write at most 32, or lora.rank_pattern: {k_proj: 32, v_proj: 32}",
     "rank_pattern: {k_proj: 33}": "lora.rank_pattern: 33 is more than the shorter side of k_proj (32), an adapter "

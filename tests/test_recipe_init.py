@@ -11,6 +11,7 @@ import jsonschema
 import pytest
 import yaml
 
+from lorafit.base_at_hand import positions_at_hand
 from lorafit.cli import _exit_code
 from lorafit.errors import RecipeError
 from lorafit.recipe import load
@@ -32,7 +33,16 @@ def test_a_starting_recipe_validates_and_says_what_was_asked(
     (tmp_path / "recipes").mkdir()
     output = Path("recipes/mine.yaml")
     model, data = os.path.relpath(BASE), os.path.relpath(ROWS)
-    write_recipe(starter_recipe(model=model, data=data, mapping={}, preset=preset, goal=goal, output=output), output)
+    text = starter_recipe(
+        model=model,
+        data=data,
+        mapping={},
+        positions=positions_at_hand(model),
+        preset=preset,
+        goal=goal,
+        output=output,
+    )
+    write_recipe(text, output)
     result = validate(output)
     recipe = result.loaded.recipe
     assert (recipe.model.model_name_or_path, recipe.data.train[0].path) == (str(BASE), str(ROWS))
@@ -198,3 +208,17 @@ def test_familiar_columns_are_mapped_and_no_others(
     (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "text")) + "\n", encoding="utf-8")
     assert familiar_mapping(str(tmp_path / "rows.jsonl")).get("columns") == expected
     assert familiar_mapping(str(tmp_path / "missing.jsonl")) == {}
+
+
+@pytest.mark.parametrize(
+    ("goal", "positions", "written"), [("code", 512, 512), ("code", 8192, 4096), ("style", None, 2048)]
+)
+def test_the_length_of_rows_stays_within_the_positions_of_a_base_at_hand(
+    tmp_path: Path, goal: str, positions: int | None, written: int
+) -> None:
+    (tmp_path / "base").mkdir()
+    config = {"model_type": "llama"} | ({"max_position_embeddings": positions} if positions else {})
+    (tmp_path / "base/config.json").write_text(json.dumps(config), encoding="utf-8")
+    output = tmp_path / "x.yaml"
+    assert _exit_code(["init", "--model", str(tmp_path / "base"), "--goal", goal, "--output", str(output)]) == 0
+    assert yaml.safe_load(output.read_text(encoding="utf-8"))["training"]["max_length"] == written

@@ -1,5 +1,6 @@
 """The torch line: what must answer at once imports none of the heavy libraries."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,14 @@ def test_what_must_answer_at_once_imports_nothing_heavy(tmp_path: Path, argument
     written(tmp_path, SMALLEST)
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 40, encoding="utf-8")
     assert heavy_modules(tmp_path, RUN, *arguments) == "[]"
+
+
+def test_a_base_is_read_without_anything_heavy(tmp_path: Path, tiny_base: Path) -> None:
+    """Long rows too, which are tokenized."""
+    written(tmp_path, SMALLEST.replace("gpt2", str(tiny_base)) + "training: {max_length: 512}\n")
+    row = {"messages": [{"role": "user", "content": "a" * 300}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 40, encoding="utf-8")
+    assert heavy_modules(tmp_path, RUN, "validate", "x.yaml") == "[]"
 
 
 def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:

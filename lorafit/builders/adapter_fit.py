@@ -78,8 +78,8 @@ def ranks_too_large(recipe: Recipe, modules: Modules, where: Where) -> Iterator[
             else:
                 fits = True
     for (key, rank), sides in small.items():
-        sizes = ", ".join(f"{name} ({side})" for name, side in sides.items())
-        patterns = ", ".join(f"{name}: {side}" for name, side in sides.items())
+        sizes = ", ".join(f"{name} ({side})" for name, side in sorted(sides.items()))
+        patterns = ", ".join(f"{name}: {side}" for name, side in sorted(sides.items()))
         some = f", or lora.rank_pattern: {{{patterns}}}" if fits and key == "lora.r" else ""
         message = f"{rank} is more than the shorter side of {sizes}, an adapter larger than what it adapts"
         yield where(key, f"{message}; write at most {min(sides.values())}{some}")

@@ -28,6 +28,7 @@ from lorafit.builders.model_files import (
     model_directory,
     quantization_problems,
     read_config,
+    stop_problems,
     stop_token_ids,
     weight_problems,
 )
@@ -83,9 +84,8 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     if added is not None:
         _refuse_head(outline, where=where)
         vocab_size = added.rows_needed
-    if outside := sorted(token for token in stops if token >= vocab_size):
-        message = f"eos_token_id {outside[0]} has no row in the embedding of {vocab_size:,}: correct it"
-        raise ModelError(f"{message} there and in generation_config.json", where=where)
+    if problems := list(stop_problems(directory, stops=stops, rows=vocab_size, data=None)):
+        raise ModelError(problems)
     tensors = whole_tensors(section, directory=directory, config=config)
     return BaseModelFiles(
         name=section.model_name_or_path,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lorafit.builders.modules import Modules
 from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
 from lorafit.errors import ModelError, Problem
 from lorafit.recipe.paths import looks_local
-from lorafit.recipe.sections import ModelSection, QuantizationSection
+from lorafit.recipe.sections import DataSection, ModelSection, QuantizationSection
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),
@@ -186,6 +186,18 @@ def stop_token_ids(directory: Path, *, config: Mapping[str, Any]) -> frozenset[i
     if not all(type(token) is int for token in ids):
         raise ModelError(f"has eos_token_id {value!r}; it is a token id or a list of them", where=str(path))
     return frozenset(ids)
+
+
+def stop_problems(
+    directory: Path, *, stops: Collection[int], rows: int | None, data: DataSection | None
+) -> Iterator[Problem]:
+    """Stop tokens that an embedding of so many `rows` does not hold, and none at all where answers of `data` end."""
+    if rows is not None and (outside := sorted(token for token in stops if token >= rows)):
+        message = f"eos_token_id {outside[0]} has no row in the embedding of {rows:,}: correct it there and in"
+        yield Problem(str(directory / "config.json"), f"{message} generation_config.json")
+    if not stops and data is not None and data.stop_token is None and data.train_on != "all":
+        message = "names no token that generation stops on: write eos_token_id in generation_config.json, or"
+        yield Problem(str(directory), f"{message} data.stop_token in the recipe")
 
 
 def config_problems(directory: Path, *, config: Mapping[str, Any], section: ModelSection) -> Iterator[Problem]:

@@ -8,12 +8,19 @@ from typing import Any
 
 from lorafit.builders.model_files import read_json
 from lorafit.errors import ModelError
+from lorafit.recipe.paths import NAMED_TEMPLATE
 
 DEFAULT = "default"
 MORE = "additional_chat_templates"
 IN_JSON = ("tokenizer_config.json", "chat_template.json", "processor_config.json")
 """Files with a key `chat_template`, in the order they are asked. transformers reads the last two for processors only,
 though many a tokenizer has its template there and nowhere else."""
+
+
+NO_TEMPLATE = (
+    "the tokenizer has no chat template; set data.template: alpaca, plain or the path of a Jinja file, or use the "
+    "instruct version of the model"
+)
 
 
 def chat_templates(directory: Path) -> dict[str, str]:
@@ -52,3 +59,25 @@ def _named(value: Any, path: Path) -> dict[str, str]:
         message = "has a chat_template that is neither a text nor texts by name: write one of them, or take it out"
         raise ModelError(message, where=str(path))
     return {name: text.removeprefix("\ufeff") for name, text in value.items()}
+
+
+def chosen(template: str, named: Mapping[str, str]) -> dict[str, str]:
+    """A tokenizer's templates, with the one that `data.template` names (`chat`, or `chat:NAME`) as its default.
+
+    Raises ModelError where it has none of that name.
+    """
+    name = template.removeprefix(NAMED_TEMPLATE)
+    if name == "chat":
+        return dict(named)
+    if name not in named:
+        raise ModelError(f'has no chat template "{name}"; {several(named)}', where=f"data.template: {template}")
+    return {**named, DEFAULT: named[name]}
+
+
+def several(named: Mapping[str, str]) -> str:
+    """Which templates there are, and how one is named."""
+    names = sorted(name for name in named if name != DEFAULT)
+    if not names:
+        return "write data.template: chat, or the path of a Jinja file"
+    choices = " or ".join(f"{NAMED_TEMPLATE}{name}" for name in names)
+    return f"the tokenizer has the chat templates {', '.join(sorted(named))}; write data.template: {choices}"

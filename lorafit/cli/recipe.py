@@ -122,6 +122,7 @@ def init(
     debug: Debug = False,
 ) -> None:
     """Write a commented recipe to start from."""
+    from lorafit.base_at_hand import positions_at_hand
     from lorafit.data.answer_pattern import LOOKED_AT, answer_pattern, answers_of
     from lorafit.data.familiar import familiar_mapping, first_rows
     from lorafit.recipe.starter import starter_recipe, write_recipe
@@ -133,6 +134,7 @@ def init(
         data=data,
         mapping=mapping,
         answer=answer_pattern(answers),
+        positions=positions_at_hand(model),
         preset=preset,
         goal=goal,
         output=output,

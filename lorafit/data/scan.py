@@ -9,7 +9,7 @@ import random
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from lorafit.data.findings import Findings, refuse_too_many_lost
@@ -134,11 +134,17 @@ class DataScan:
 
 
 def scan(
-    section: DataSection, *, seed: int, hub_rows: HubRows | None = None, listed: tuple[Listed, ...] | None = None
+    section: DataSection,
+    *,
+    seed: int,
+    hub_rows: HubRows | None = None,
+    listed: tuple[Listed, ...] | None = None,
+    each: Callable[[Row], None] | None = None,
 ) -> DataScan:
     """Read and check every row of the section. Hub data sets are read by `hub_rows`; without it they are only named.
 
-    `listed` is the section's `listing`, for who has it already. Raises DataError with every problem of every file.
+    `listed` is the section's `listing`, for who has it already; `each` sees every row as it passes by. Raises DataError
+    with every problem of every file.
     """
     sources = listing(section) if listed is None else listed
     reading = Reading(section, hub_rows)
@@ -147,6 +153,8 @@ def scan(
     for source in sources:
         for row in reading.rows(source):
             rows.add(row)
+            if each is not None:
+                each(row)
         ends.append(len(rows))
     files = [name for source in sources for name in source.names]
     _refuse_errors(section, sources, reading, files)

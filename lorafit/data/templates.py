@@ -8,7 +8,7 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.builders.template_files import DEFAULT
+from lorafit.builders.template_files import DEFAULT, NO_TEMPLATE, chosen, several
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.template_text import baked, quoted, unread_variables
 from lorafit.data.tokens import opening_ids
@@ -44,14 +44,10 @@ class Templates:
     def of(self, *, has_tools: bool) -> ChatTemplate:
         """The template of a row. Raises ModelError where there is none, DataError for one that is no Jinja."""
         if not self.saved:
-            raise ModelError(
-                "the tokenizer has no chat template; set data.template: alpaca, plain or the path of a Jinja file, or "
-                "use the instruct version of the model",
-                where="data.template: chat",
-            )
+            raise ModelError(NO_TEMPLATE, where="data.template: chat")
         name = TOOL_USE if has_tools and TOOL_USE in self.saved else DEFAULT
         if name not in self.saved:
-            raise ModelError(_several(self.saved), where="data.template: chat")
+            raise ModelError(several(self.saved), where="data.template: chat")
         if name not in self._compiled:
             settled = frozenset(self._section.template_kwargs)
             try:
@@ -88,22 +84,7 @@ def _found(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> dict[str
         return {DEFAULT: _read_template(Path(section.template))}
     own = tokenizer.chat_template
     named = dict(own) if isinstance(own, dict) else {DEFAULT: own} if own else {}
-    chosen = section.template.removeprefix(NAMED_TEMPLATE)
-    if chosen != "chat":
-        if chosen not in named:
-            raise ModelError(
-                f'has no chat template "{chosen}"; {_several(named)}', where=f"data.template: {section.template}"
-            )
-        named[DEFAULT] = named[chosen]
-    return named
-
-
-def _several(named: dict[str, str]) -> str:
-    names = sorted(name for name in named if name != DEFAULT)
-    if not names:
-        return "write data.template: chat, or the path of a Jinja file"
-    choices = " or ".join(f"{NAMED_TEMPLATE}{name}" for name in names)
-    return f"the tokenizer has the chat templates {', '.join(sorted(named))}; write data.template: {choices}"
+    return chosen(section.template, named)
 
 
 def _baked(text: str, section: DataSection, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -5,11 +5,11 @@ import shlex
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from lorafit.errors import Problem, RecipeError
+from lorafit.errors import LorafitError, Problem, RecipeError
 from lorafit.recipe import secrets
 from lorafit.recipe.layers import SET, Layer, dotted, read_layers
 from lorafit.recipe.recipe import Recipe
@@ -18,6 +18,7 @@ from lorafit.recipe.words import Wrong, in_our_words
 from lorafit.recipe.write import recipe_yaml
 from lorafit.recipe.yaml_reader import KeyPath
 
+Error = TypeVar("Error", bound=LorafitError)
 _STAND_INS: dict[KeyPath, Any] = {
     ("model",): {"model_name_or_path": "stand-in"},
     ("model", "model_name_or_path"): "stand-in",
@@ -39,13 +40,17 @@ class LoadedRecipe:
         """A problem of `key` (`lora.target_modules`, `data.train.0.path`) at the line where it was written."""
         return _problem(self.path, self.layer, _steps(key), message)
 
-    def placed(self, error: RecipeError) -> RecipeError:
+    def placed(self, error: Error) -> Error:
         """The error of who has the recipe alone, with the lines of the keys that it names."""
-        sections = tuple(f"{name}." for name in Recipe.model_fields)
-        return RecipeError(
-            self.problem(problem.where, problem.message) if problem.where.startswith(sections) else problem
-            for problem in error.problems
-        )
+        return type(error)(map(self.at_its_line, error.problems))
+
+    def at_its_line(self, problem: Problem) -> Problem:
+        """A problem of a key, or of the base that the recipe names, at its line; others as they are."""
+        base = self.recipe.model.model_name_or_path
+        if problem.where == base:
+            return self.problem("model.model_name_or_path", f"{base}: {problem.message}")
+        is_key = problem.where.startswith(tuple(f"{name}." for name in Recipe.model_fields))
+        return self.problem(problem.where, problem.message) if is_key else problem
 
     def yaml(self, *, relative_to: Path) -> str:
         """The resolved recipe: what was written and what differs from the defaults, paths relative to a directory."""

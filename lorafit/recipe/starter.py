@@ -56,6 +56,7 @@ def starter_recipe(
     data: str,
     mapping: dict[str, Any],
     answer: str | None = None,
+    positions: int | None = None,
     preset: Preset,
     goal: Goal,
     output: Path,
@@ -63,7 +64,7 @@ def starter_recipe(
     """The text of a recipe at `output` for a model and a data set; paths start at the current directory.
 
     `mapping` holds the `format` and `columns` of the data set, where its columns have names of their own; `answer` the
-    expression that finds the results in its answers, where they have one.
+    expression that finds the results in its answers, where they have one; `positions` is how many the model knows.
     """
     here = Path.cwd()
     source: dict[str, Any] = ({"path": data} if _is_file_like(data, here) else {"hub": data}) | mapping
@@ -92,7 +93,7 @@ data:
   eval_fraction: 0.05                 # held out; or give files: `eval: [{{path: ...}}]`
   template: {_template(model, here):<25} # chat (the tokenizer's) | alpaca | plain | a Jinja file
 training:
-  max_length: {settings.max_length}                    # tokens; memory grows linearly with it
+  max_length: {_shorter(settings.max_length, positions):<23} # tokens; memory grows linearly with it
   packing: {settings.packing:<26} # true: no padding, rows are filled with whole documents
   num_train_epochs: 1
   per_device_train_batch_size: 4
@@ -127,6 +128,10 @@ def _evaluation(answer: str | None) -> str:
 # eval:                               # compare answers, too; the result of each is what `answer` finds
 #   generate: {{max_new_tokens: 256, metrics: [exact_match], answer: '{quoted}'}}
 """
+
+
+def _shorter(max_length: int, positions: int | None) -> int:
+    return max_length if positions is None else min(max_length, positions)
 
 
 def _template(model: str, here: Path) -> str:

@@ -7,10 +7,12 @@ from lorafit.validate import Validation
 
 
 def validation_text(validation: Validation) -> str:
-    """One line per part of the run, numbers with their arithmetic."""
+    """One line per part of the run, numbers with their arithmetic; the last says what was not checked."""
     loaded = validation.loaded
-    lines = [f"{loaded.path}: nothing wrong"]
+    missing = validation.not_checked
+    lines = [f"{loaded.path}: {'right, as far as it was checked' if missing else 'nothing wrong'}"]
     lines += [f"  {label:<12} {text}" for label, text in _parts(validation)]
+    lines += [f"not checked: {'; '.join(missing)}"] if missing else []
     return "\n".join(lines)
 
 

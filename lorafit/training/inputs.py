@@ -11,13 +11,13 @@ from transformers import PreTrainedTokenizerBase
 from lorafit import launch
 from lorafit.builders.adapter_fit import adapter_misfits
 from lorafit.builders.base_model import check_base_model
-from lorafit.builders.model_files import BaseModelFiles
+from lorafit.builders.model_files import BaseModelFiles, stop_problems
 from lorafit.builders.positions import positions, positions_exceeded
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
 from lorafit.data.saved_template import refuse_other_prompts
-from lorafit.errors import AdapterError, RecipeError
+from lorafit.errors import AdapterError, ModelError, RecipeError
 from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
@@ -51,10 +51,10 @@ def read_inputs(
     `meanwhile` names a module that is imported while the rows are read: tokenizing leaves Python to others.
     """
     recipe = loaded.recipe
-    base_files = check_base_model(recipe.model, quantization=recipe.quantization)
-    refuse_misfit(loaded, base_files)
-    tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
     try:
+        base_files = check_base_model(recipe.model, quantization=recipe.quantization)
+        refuse_misfit(loaded, base_files)
+        tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
         with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
             data = prepare(
                 recipe.data,
@@ -66,7 +66,7 @@ def read_inputs(
                 cache_dir=cache_dir,
                 as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
             )
-    except RecipeError as error:
+    except (RecipeError, ModelError) as error:
         raise loaded.placed(error) from None
     if launch.rank() == 0:
         refuse_other_prompts(data, recipe.data, tokenizer)
@@ -74,8 +74,11 @@ def read_inputs(
 
 
 def refuse_misfit(loaded: LoadedRecipe, base: BaseModelFiles) -> None:
-    """What the recipe asks for and this base does not have. Raises AdapterError (names, ranks) or RecipeError."""
+    """What the recipe asks for and this base does not have. Raises AdapterError (names, ranks), RecipeError (positions)
+    or ModelError (no token to stop on)."""
     recipe = loaded.recipe
+    if problems := list(stop_problems(base.directory, stops=base.stop_token_ids, rows=None, data=recipe.data)):
+        raise ModelError(problems)
     known = positions({**base.config, **recipe.model.extra})
     too_long = [loaded.problem(one.key, one.message) for one in positions_exceeded(recipe.training, known)]
     misfits = [] if base.modules is None else list(adapter_misfits(recipe, base.modules, loaded.problem))
