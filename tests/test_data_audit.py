@@ -116,7 +116,9 @@ def test_text_the_template_drops_is_reported(tmp_path: Path) -> None:
     data = section(write_jsonl(tmp_path / "a.jsonl", [{"messages": messages}]))
     (warning,) = prepared(data, word_tokenizer(template)).audit.warnings
     assert "the template drops a message's text, a call or a tool: 1" in warning
-    assert "(the text of message 1, system)" in warning
+    assert "(the text of message 1, system; data.system: merge puts the system text" in warning
+    made = prepared(data.model_copy(update={"system": "merge"}), word_tokenizer(template))
+    assert made.audit.warnings == ()
 
 
 def test_text_that_a_template_only_quotes_or_trims_is_not_called_dropped(tmp_path: Path) -> None:

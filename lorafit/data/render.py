@@ -16,14 +16,13 @@ from lorafit.data.rows import Chat, Message, Pair, Row, Text, answers, as_chat, 
 from lorafit.data.seen import writes_python
 from lorafit.data.templates import ALPACA_INPUT, Templates, alpaca_prompt
 from lorafit.data.tool_calls import with_argument_text
-from lorafit.data.turns import Rendered, Turns, times_the_text
+from lorafit.data.turns import MERGE, Rendered, Turns, times_the_text
 from lorafit.recipe.sections import DataSection
 
 logger = logging.getLogger(__name__)
 
 COSTLY = 2
 """How often a conversation's text is trained from which on that is said before all rows are rendered."""
-MERGE = "data.system: merge puts the system text before the first user's message"
 
 
 class Renderer:

@@ -23,6 +23,7 @@ Span = tuple[int, int]
 OPENING = 64
 """Characters before an answer that may already hold its beginning."""
 
+MERGE = "data.system: merge puts the system text before the first user's message"
 TAIL = 100
 """Characters at the end of a text that hold its last token and the white space after it."""
 
@@ -181,7 +182,8 @@ class Turns:
         for index in sorted(indices):
             if lost := missing(self._chat.messages[index], text, with_reasoning=with_reasoning):
                 role = self._chat.messages[index]["role"]
-                self.notes.append(("content_dropped", f"the {lost} of message {index + 1}, {role}"))
+                mend = f"; {MERGE}" if role == "system" and not index else ""
+                self.notes.append(("content_dropped", f"the {lost} of message {index + 1}, {role}{mend}"))
                 return
         tool = missing_tool(self._chat.tools or [], text, lambda: self._without_tools(count))
         if tool:
