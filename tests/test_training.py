@@ -365,18 +365,19 @@ def test_advice_is_said_and_can_be_silenced(tmp_path: Path, tiny_base: Path) -> 
         assert len([line for line in said if "1e-05 is a rate for full fine-tuning" in line]) == expected
 
 
-@pytest.mark.parametrize("kind", ["chat", "alpaca", "file"])
+@pytest.mark.parametrize("kind", ["chat", "alpaca", "file", "file with variables"])
 def test_the_adapters_chat_template_prompts_as_it_was_trained(kind: str, tmp_path: Path, tiny_base: Path) -> None:
     from transformers import AutoTokenizer
 
     from lorafit.training.inputs import read_inputs
 
     (tmp_path / "own.jinja").write_text(
-        "{% for m in messages %}<|im_start|>[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
+        "{{ mood }}{% for m in messages %}<|im_start|>[{{ m.role }}]{{ m.content }}<|im_end|>{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>[assistant]{% endif %}"
     )
-    template = "own.jinja" if kind == "file" else kind
-    data = {"template": template, "over_length": "truncate"}
+    template = "own.jinja" if kind.startswith("file") else kind
+    variables = {"mood": "calm"} if kind == "file with variables" else {}
+    data = {"template": template, "template_kwargs": variables, "over_length": "truncate"}
     loaded = small_recipe(tmp_path, tiny_base, data=data, training={"max_length": 256})
     result, _ = run(loaded)
     tokenizer = AutoTokenizer.from_pretrained(result.adapter)
@@ -387,6 +388,22 @@ def test_the_adapters_chat_template_prompts_as_it_was_trained(kind: str, tmp_pat
     prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
     first_trained = next(i for i, label in enumerate(prepared.train[0]["labels"]) if label != -100)
     assert prompt == prepared.train[0]["input_ids"][:first_trained]
+    assert tokenizer.decode(prompt).startswith("calm") == bool(variables)
+
+
+def test_a_template_that_will_prompt_otherwise_ends_the_run_before_the_base_is_read(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_module, "load_base_model", lambda *_, **__: pytest.fail("the base was read"))
+    (tmp_path / "own.jinja").write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
+    loaded = small_recipe(tmp_path, tiny_base, data={"template": "own.jinja"})
+    with pytest.raises(VerificationError, match=r"train\.jsonl:1: generation will go on with '<think>'") as error:
+        run(loaded)
+    assert error.value.exit_code == 5
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_that_cannot_be_trained_on_end_before_the_base_is_read(
