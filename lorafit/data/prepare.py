@@ -124,13 +124,16 @@ def prepare(
             encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
             if stage is None:  # the files go, what is mapped of them stays
                 return prepared(
-                    _mapped(encoded.tables, fingerprint), encoded.audit, encoded.tokens, renderer.prompts.all()
+                    _mapped(encoded.tables, fingerprint),
+                    encoded.audit,
+                    encoded.tokens,
+                    renderer.prompts.encoded(text_tokenizer),
                 )
-            prompts = as_json(renderer.prompts.all())
+            prompts = as_json(renderer.prompts.encoded(text_tokenizer))
             cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), prompts=prompts, tokens=encoded.tokens)
             tables = _mapped(encoded.tables, fingerprint)
             made.close()
-    return stored() or prepared(tables, encoded.audit, encoded.tokens, renderer.prompts.all())
+    return stored() or prepared(tables, encoded.audit, encoded.tokens, renderer.prompts.encoded(text_tokenizer))
 
 
 def _new_entry(cache_dir: Path | None, fingerprint: str, made: ExitStack) -> Path | None:

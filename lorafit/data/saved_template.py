@@ -12,8 +12,7 @@ from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData
 from lorafit.data.prompts import Prompt
 from lorafit.data.templates import saved_chat_template
-from lorafit.data.tokens import TextTokenizer
-from lorafit.errors import Problem, VerificationError
+from lorafit.errors import DiskError, Problem, VerificationError
 from lorafit.recipe.sections import DataSection
 
 SHOWN = 40
@@ -29,10 +28,9 @@ def refuse_other_prompts(data: PreparedData, section: DataSection, tokenizer: Pr
     if not data.prompts or data.parts[DATE] not in ("None", str(date.today())):
         return
     saved = _as_saved(section, tokenizer)
-    texts = TextTokenizer(tokenizer)
     problems: dict[str, Problem] = {}
     for prompt in data.prompts:
-        if message := _difference(prompt, saved, texts):
+        if message := _difference(prompt, saved):
             problems.setdefault(message, Problem(f"{data.files[prompt.place[0]]}:{prompt.place[1]}", message))
     if problems:
         raise VerificationError(problems.values())
@@ -45,6 +43,9 @@ def _as_saved(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> PreTr
         tokenizer.chat_template = saved_chat_template(section, tokenizer)
         try:
             tokenizer.save_pretrained(directory)
+        except OSError as error:
+            message = f"the tokenizer cannot be saved to be checked ({error.strerror}); make room, or set TMPDIR"
+            raise DiskError(message, where=directory) from None
         finally:
             tokenizer.chat_template = own
         # The code of a tokenizer from the Hub is not saved with it; its class is here already.
@@ -52,9 +53,9 @@ def _as_saved(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> PreTr
         return (type(tokenizer) if is_foreign else AutoTokenizer).from_pretrained(directory)
 
 
-def _difference(prompt: Prompt, saved: PreTrainedTokenizerBase, texts: TextTokenizer) -> str:
+def _difference(prompt: Prompt, saved: PreTrainedTokenizerBase) -> str:
     """What is wrong with a prompt; nothing where its tokens are those that were trained on."""
-    trained, is_shared = texts.prompt_ids(prompt.rendered)
+    trained = prompt.ids
     try:
         found = saved.apply_chat_template(
             prompt.messages, tools=prompt.tools, add_generation_prompt=True, return_dict=False
@@ -63,7 +64,7 @@ def _difference(prompt: Prompt, saved: PreTrainedTokenizerBase, texts: TextToken
         said = " ".join(str(error).split())
         return f"the chat template that is saved refuses the prompt of this row ({said}); use another data.template"
     # A token that holds the end of the prompt and the beginning of the answer is trained; the audit counts such rows.
-    if found == trained or (is_shared and found[: len(trained)] == trained):
+    if found == trained or (prompt.is_shared and found[: len(trained)] == trained):
         return ""
     same = next((index for index, pair in enumerate(zip(found, trained, strict=False)) if pair[0] != pair[1]), None)
     if same is None:
