@@ -27,7 +27,7 @@ from transformers import LlamaConfig, PreTrainedConfig
 from lorafit import launch
 from lorafit.planning.depth import whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
-from lorafit.planning.gpus import Gpu, gpu_of_this_machine
+from lorafit.planning.gpus import Gpu, device_of
 from lorafit.planning.known_shapes import architecture
 from lorafit.planning.real_step import Measurement, RealRun
 from lorafit.planning.roofline import duration
@@ -159,7 +159,7 @@ def main() -> int:
     launch.use_expandable_segments()  # as every command of lorafit
     datasets.disable_progress_bars()
     # Asked in a process of its own: this one must not touch the GPU before it forks.
-    gpu = None if chosen.tiny else apart(lambda: gpu_of_this_machine(this_machine()))
+    gpu = None if chosen.tiny else apart(lambda: device_of(this_machine()))
     if isinstance(gpu, str):
         print(gpu, file=sys.stderr)
         return 4

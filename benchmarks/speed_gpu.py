@@ -201,14 +201,14 @@ def main() -> int:
         (chosen.work / "measured.json").write_text(json.dumps(measured))
         return 0
 
-    from lorafit.planning.gpus import gpu_of_this_machine
+    from lorafit.planning.gpus import device_of
     from lorafit.preflight import this_machine
 
     machine = this_machine()
     if machine.device != "cuda" and not chosen.tiny:
         print("there is no GPU here; --tiny runs the same on the CPU", file=sys.stderr)
         return 4
-    peak = None if chosen.tiny else gpu_of_this_machine(machine).bf16_tflops
+    peak = None if chosen.tiny else device_of(machine).bf16_tflops
     rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)

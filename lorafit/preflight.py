@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HOME
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
 from lorafit.packages import COMPILER_MEND, missing_compiler, missing_packages
-from lorafit.precision import computes_bfloat16
+from lorafit.precision import computes_bfloat16, cpu_computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
@@ -58,7 +58,13 @@ def this_machine() -> Machine:
             has_bf16=computes_bfloat16(),
             memory_bytes=properties.total_memory,
         )
-    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=computes_bfloat16(), memory_bytes=_ram_bytes())
+    return this_cpu()
+
+
+def this_cpu() -> Machine:
+    """The CPU of this machine, whatever else it has."""
+    has_bf16 = cpu_computes_bfloat16()
+    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=has_bf16, memory_bytes=_ram_bytes())
 
 
 def _cpu_name() -> str:

@@ -11,17 +11,18 @@ from typing import Any
 
 import pytest
 from accelerate import PartialState
-from tiny import build_base, llama_config
+from tiny import build_base, llama_config, write_jsonl
 
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
 from lorafit.planning.advice import proposals
-from lorafit.planning.answer import CONTEXT, WORKSPACES, verdict
-from lorafit.planning.answers import answer
+from lorafit.planning.answer import CONTEXT, WORKSPACES, RowsOfRun, verdict
+from lorafit.planning.answers import answer, planned_steps
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
-from lorafit.planning.gpus import KNOWN, Gpu, gpu_named, gpu_of_this_machine
+from lorafit.planning.gpus import KNOWN, Gpu, device_of, gpu_named
 from lorafit.planning.largest import search
 from lorafit.planning.plan import Question
+from lorafit.planning.rows import rows_of_run
 from lorafit.planning.variants import changed, written_as
 from lorafit.preflight import Machine, checkpointing_choice
 from lorafit.recipe import load
@@ -76,7 +77,62 @@ def test_bad_input_is_one_line_with_its_mend(directory: Path, capsys: pytest.Cap
     assert said(capsys, recipe, "--gpu", "0GiB") == (2, one_line("24GiB"))
     assert said(capsys, recipe, "--gpu", "l4", "--count", "0") == (2, one_line("--count"))
     assert said(capsys, recipe, "--gpu", "l4", "--fix", "--output", recipe) == (2, one_line("never overwritten"))
-    assert said(capsys, recipe) == (4, one_line("--gpu"))
+
+
+ROWS = [{"prompt": f"What is {i}?", "completion": "It is " + "9" * (i % 50)} for i in range(40)]
+
+
+def test_a_cpu_is_planned_with_the_steps_and_the_time_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build_base(tmp_path / "base")
+    write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    training = (
+        "max_length=256",
+        "num_train_epochs=3",
+        "per_device_train_batch_size=4",
+        "gradient_accumulation_steps=1",
+    )
+    keys = [word for key in training for word in ("--set", f"training.{key}")]
+    recipe = str(written(tmp_path, RECIPE))
+    assert _exit_code(["plan", recipe, "--gpu", "cpu", "--measure", "--json", *keys]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["is_cpu"] and plan["verdict"] == "fits" and plan["gradient_checkpointing"] is False
+    assert plan["allocated_bytes"] == pytest.approx(plan["measured_bytes"], rel=0.005)
+    assert plan["device_bytes"] > plan["allocated_bytes"] + 100 * 2**20  # Python and the libraries
+    assert (plan["rows"]["rows"], plan["rows"]["counted_on"], plan["steps"]) == (40, 40, 30)
+    assert plan["rows"]["tokens_per_row"] < plan["rows"]["batch_length"] < 256
+    assert 0 < plan["seconds_expected"] < plan["seconds"]
+    assert plan["measured_seconds"] > 0
+
+
+def test_packed_rows_are_told_from_their_tokens(tmp_path: Path) -> None:
+    packed = loaded(tmp_path, RECIPE, overrides=["training.packing=true", "training.max_length=256"]).recipe
+    assert planned_steps(packed, RowsOfRun(1000, 64.0, 80.0, 500), count=1) == 16  # 250 packed rows, 16 a step
+    assert planned_steps(packed, RowsOfRun(1000, None, None, 0), count=1) is None
+
+
+def test_what_no_cpu_trains_is_refused_with_the_way_to_plan_a_gpu(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, err = said(capsys, str(directory / "x.yaml"), "--gpu", "cpu", "--set", "training.optim=paged_adamw_8bit")
+    first, second = err.splitlines()
+    assert code == 4 and "on CPU use adamw_torch_fused" in first and "--gpu rtx4090" in second
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "steps"),
+    [(["training.packing=true"], True, None), ([], True, 3), ([], False, None), (["training.max_steps=7"], False, 7)],
+)
+def test_without_a_tokenizer_or_rows_the_plan_says_what_it_does_not_know(
+    tmp_path: Path, keys: list[str], rows: bool, steps: int | None
+) -> None:
+    if rows:
+        write_jsonl(tmp_path / "rows.jsonl", ROWS)
+    recipe = loaded(tmp_path, RECIPE, overrides=keys).recipe
+    found = None if recipe.training.max_steps else rows_of_run(recipe, has_model=False)
+    assert (found is not None) == (rows and steps != 7)
+    assert planned_steps(recipe, found, count=1) == steps
 
 
 class one_line:
@@ -127,9 +183,9 @@ def test_a_gpu_is_known_by_many_names() -> None:
 
 def test_the_gpu_of_a_machine_has_the_memory_that_the_driver_shows() -> None:
     machine = Machine("cuda", "NVIDIA A100-SXM4-40GB", 8, True, 40 * GIB)
-    gpu = gpu_of_this_machine(machine)
+    gpu = device_of(machine)
     assert (gpu.memory_bytes, gpu.bandwidth_gb) == (40 * GIB, KNOWN["a100-40"].bandwidth_gb)
-    unknown = gpu_of_this_machine(Machine("cuda", "NVIDIA Something", 1, True, GIB))
+    unknown = device_of(Machine("cuda", "NVIDIA Something", 1, True, GIB))
     assert (unknown.memory_bytes, unknown.bf16_tflops) == (GIB, None)
 
 

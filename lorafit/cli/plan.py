@@ -15,7 +15,9 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            "--gpu", metavar="GPU", help="A name (rtx4090, a100-80) or a size (24GiB); by default this machine's."
+            "--gpu",
+            metavar="GPU",
+            help="A name (rtx4090, a100-80), a size (24GiB), or cpu; else what is here.",
         ),
     ] = None,
     count: Annotated[int | None, typer.Option("--count", min=1, help="GPUs that train together.")] = None,
@@ -27,7 +29,7 @@ def plan(
         bool, typer.Option("--largest", help="Find the largest batch, the longest rows and the highest rank that fit.")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Run one step and one evaluation for real, on a GPU of this machine.")
+        bool, typer.Option("--measure", help="Run one step and one evaluation for real, on this machine.")
     ] = False,
     fix: Annotated[bool, typer.Option("--fix", help="Write a recipe that fits.")] = False,
     output: Annotated[
@@ -39,7 +41,7 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a recipe fits, how fast it is and what to change, before anything is downloaded or loaded."""
-    from lorafit.planning.gpus import gpu_named, gpu_of_this_machine
+    from lorafit.planning.gpus import device_of, gpu_named
     from lorafit.planning.plan import Question, ask, refuse_to_overwrite, write_fixed
     from lorafit.planning.plan import measure as measured_too
     from lorafit.recipe import load
@@ -47,13 +49,13 @@ def plan(
 
     loaded = load(recipe, overrides=set_ or ())
     asked = count or loaded.recipe.launch.num_processes
-    if gpu is not None:
+    if gpu is not None and gpu.lower() != "cpu":
         one, number = gpu_named(gpu), 1 if asked == "auto" else asked
     else:
-        from lorafit.preflight import this_machine
+        from lorafit.preflight import this_cpu, this_machine
 
-        machine = this_machine()
-        one, number = gpu_of_this_machine(machine), machine.gpus if asked == "auto" else asked
+        machine = this_machine() if gpu is None else this_cpu()
+        one, number = device_of(machine), max(1, machine.gpus) if asked == "auto" else asked
     out = output or recipe.with_name(f"{recipe.stem}-fits.yaml")
     if fix:
         refuse_to_overwrite(out)

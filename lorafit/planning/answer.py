@@ -26,14 +26,16 @@ MARGIN = 0.05
 """The prediction is claimed to this; what is nearer to the limit is tight."""
 
 
-def surroundings(count: int) -> int:
-    """Bytes on a GPU outside the caching allocator."""
+def surroundings(gpu: Gpu, count: int) -> int:
+    """Bytes on a GPU outside the caching allocator; of a process on a CPU besides its tensors."""
+    if gpu.is_cpu:
+        return gpu.process_bytes
     return WORKSPACES + CONTEXT + (NCCL if count > 1 else 0)
 
 
 def verdict(allocated: int, reserved: int, *, gpu: Gpu, count: int) -> Verdict:
     """`tight`: within 5 % of the limit, or above it only by cached blocks, which the allocator gives back first."""
-    around = surroundings(count)
+    around = surroundings(gpu, count)
     if allocated + around > gpu.memory_bytes:
         return "does not fit"
     return "fits" if (reserved + around) * (1 + MARGIN) <= gpu.memory_bytes else "tight"
@@ -51,6 +53,30 @@ class Speed:
     model_flops_utilization: float
     """Share of the peak that the counted operations reach."""
     arithmetic: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What was allocated at the peak, and on a GPU what was reserved."""
+
+    allocated: int
+    reserved: int | None
+    seconds: float | None
+    """Of the last step."""
+
+
+@dataclass(frozen=True)
+class RowsOfRun:
+    """The training rows, and how many tokens they have."""
+
+    rows: int
+    """Of one epoch."""
+    tokens_per_row: float | None
+    """None where no tokenizer is at hand, as of `batch_length`."""
+    batch_length: float | None
+    """Tokens that the rows of a batch are padded to, in the mean; without `training.packing`."""
+    counted_on: int
+    """Rows that the tokens were counted on."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +135,8 @@ class Plan:
     """What one recipe takes; the JSON of `lorafit plan`."""
 
     gpu: str
+    """Its name; that of the processor where a CPU is planned."""
+    is_cpu: bool
     memory_bytes: int
     count: int
     strategy: str
@@ -129,14 +157,20 @@ class Plan:
     speed: Speed | None
     tokens_per_second: float | None
     steps: int | None
+    rows: RowsOfRun | None
+    """What the run reads; None where `training.max_steps` alone says how long it is, or the rows are not at hand."""
     seconds: float | None
-    """Of training; None where the number of steps is not known."""
+    """Of training, at most: every batch as long as it may be. None where the number of steps is not known."""
+    seconds_expected: float | None
+    """The same with batches as long as the rows are in the mean; None where their tokens are not known."""
     disk: Disk
     advice: tuple[Advice, ...]
     largest: tuple[Largest, ...]
     fixed: Fixed | None
     measured_bytes: int | None
     """What a real step allocated, where one was run."""
+    measured_seconds: float | None
+    """What it took."""
     notes: tuple[str, ...]
     """What is not modelled, and makes the figures an upper bound."""
 

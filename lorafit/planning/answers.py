@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import difflib
+import math
+from dataclasses import replace
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from lorafit.builders.model_files import is_on_hub
-from lorafit.data import scan
-from lorafit.errors import DataError, MachineError, ModelError, RecipeError
+from lorafit.errors import MachineError, ModelError, Problem, RecipeError
 from lorafit.planning.advice import advice, fitting
-from lorafit.planning.answer import Disk, Fixed, Plan, Speed, line, surroundings
+from lorafit.planning.answer import Disk, Fixed, Plan, RowsOfRun, Speed, line, surroundings
+from lorafit.planning.cpu import measured as measured_cpu
+from lorafit.planning.cpu import shared
 from lorafit.planning.estimate import Estimate, Estimator, eval_batch, train_batch
+from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture, known_shape, known_shapes
 from lorafit.planning.largest import largest_that_fit
 from lorafit.planning.plan import Question
-from lorafit.planning.real_step import RealRun
+from lorafit.planning.real_step import Measurement, RealRun
 from lorafit.planning.roofline import ARITHMETIC, BANDWIDTH, LAUNCH, SHORTEST
+from lorafit.planning.rows import rows_of_run
 from lorafit.planning.unmodelled import notes, refuse_unmodelled
-from lorafit.preflight import bf16_choice, this_machine
+from lorafit.planning.variants import changed
+from lorafit.preflight import bf16_choice, refuse_what_this_machine_lacks, this_cpu, this_machine
 from lorafit.recipe import Recipe
 from lorafit.recipe.arithmetic import total_steps
 from lorafit.recipe.sections import ModelSection
@@ -28,17 +34,20 @@ from lorafit.recipe.sections import ModelSection
 def answer(question: Question) -> Plan:
     """The whole plan. Raises ModelError, AdapterError and MachineError."""
     refuse_unmodelled(question.loaded)
+    if question.gpu.is_cpu:
+        question = _on_this_cpu(question)
     config = _config(question)
     estimator = Estimator(question.loaded, config=config, gpu=question.gpu, count=question.count)
     recipe = question.loaded.recipe
     estimate = estimator.estimate(recipe, replay=True)
     speed = estimate.tokens_per_second
-    steps = _steps(recipe, count=question.count)
-    step_seconds = None if speed is None else _tokens_of_step(estimate) / speed
+    rows = None if recipe.training.max_steps else rows_of_run(recipe, has_model=question.model_shape is None)
+    steps = planned_steps(recipe, rows, count=question.count)
     wants_advice = question.with_advice and estimate.verdict != "fits"
     longest = getattr(config.get_text_config(), "max_position_embeddings", None) or recipe.training.max_length
     return Plan(
         gpu=question.gpu.name,
+        is_cpu=question.gpu.is_cpu,
         memory_bytes=question.gpu.memory_bytes,
         count=question.count,
         strategy=recipe.launch.strategy,
@@ -47,7 +56,7 @@ def answer(question: Question) -> Plan:
         checkpointing_reason=estimate.checkpointing_reason,
         allocated_bytes=estimate.allocated,
         reserved_bytes=estimate.reserved,
-        device_bytes=estimate.reserved + surroundings(question.count),
+        device_bytes=estimate.reserved + surroundings(question.gpu, question.count),
         parts=estimate.parts,
         peak_at=estimate.peak_at,
         verdict=estimate.verdict,
@@ -55,23 +64,36 @@ def answer(question: Question) -> Plan:
         speed=_speed(estimate, question),
         tokens_per_second=None if speed is None else speed * question.count,
         steps=steps,
-        seconds=None if steps is None or step_seconds is None else steps * step_seconds,
+        rows=rows,
+        seconds=None if steps is None else _seconds(estimate, steps),
+        seconds_expected=None if steps is None else _seconds(_as_long_as_the_rows(estimator, estimate, rows), steps),
         disk=_disk(estimate, config),
         advice=advice(estimator, estimate, config=config) if wants_advice else (),
         largest=largest_that_fit(estimator, recipe, longest=longest) if question.with_largest else (),
         fixed=_fixed(estimator, estimate, config) if question.with_fix else None,
         measured_bytes=None,
-        notes=tuple(notes(recipe, config, count=question.count)),
+        measured_seconds=None,
+        notes=tuple(notes(recipe, config, gpu=question.gpu, count=question.count)),
     )
 
 
-def measured(question: Question) -> int:
-    """Bytes allocated at the peak of a real step and evaluation, with random weights, on this machine's GPU.
+def _on_this_cpu(question: Question) -> Question:
+    """Its rates measured. Raises MachineError for what no CPU trains."""
+    try:
+        refuse_what_this_machine_lacks(question.loaded, this_cpu())
+    except MachineError as error:
+        mend = Problem("--gpu", "there is no GPU here, so the CPU is planned; name one to plan for (--gpu rtx4090)")
+        raise MachineError([*error.problems, mend]) from None
+    return replace(question, gpu=shared(measured_cpu(question.gpu), question.count))
 
-    Raises MachineError where there is none.
+
+def measured(question: Question) -> Measurement:
+    """A real step and evaluation, with random weights: what is allocated at their peak, and what the step takes.
+
+    Raises MachineError where this machine is not what is planned for.
     """
-    recipe, machine = question.loaded.recipe, this_machine()
-    if machine.device != "cuda":
+    recipe, machine = question.loaded.recipe, this_cpu() if question.gpu.is_cpu else this_machine()
+    if machine.device != "cuda" and not question.gpu.is_cpu:
         raise MachineError("there is no GPU here to run a step on", where="--measure")
     if recipe.launch.strategy != "ddp":
         raise MachineError("one process runs the step: only ddp can be measured so", where="--measure")
@@ -80,11 +102,11 @@ def measured(question: Question) -> int:
         config=_config(question),
         bf16=bf16_choice(recipe.training, machine).value,
         checkpointing=recipe.training.gradient_checkpointing is True,
-        device="cuda",
+        device=machine.device,
     )
     passes = min(2, recipe.training.gradient_accumulation_steps)
     try:
-        return run.measure(train_batch(recipe), eval_batch=eval_batch(recipe), passes=passes).allocated
+        return run.measure(train_batch(recipe), eval_batch=eval_batch(recipe), passes=passes)
     except torch.OutOfMemoryError as error:
         raise MachineError(f"the step does not fit: {str(error).splitlines()[0]}", where="--measure") from error
 
@@ -116,17 +138,34 @@ def _tokens_of_step(estimate: Estimate) -> int:
     return estimate.recipe.training.gradient_accumulation_steps * estimate.batch.size * estimate.batch.length
 
 
-def _steps(recipe: Recipe, *, count: int) -> int | None:
-    """None where the rows cannot be counted without a tokenizer (packing), the Hub, or at all."""
+def planned_steps(recipe: Recipe, rows: RowsOfRun | None, *, count: int) -> int | None:
+    """Of the whole run; None where the rows cannot be counted here, or with packing, their tokens."""
     if recipe.training.max_steps is not None:
         return recipe.training.max_steps
-    if recipe.training.packing:
+    if rows is None:
         return None
-    try:
-        data = scan(recipe.data, seed=recipe.training.seed)
-    except DataError:
+    if not recipe.training.packing:
+        return total_steps(recipe, rows.rows, processes=count).value
+    if rows.tokens_per_row is None:
         return None
-    return None if data.skipped_hub else total_steps(recipe, data.train_rows, processes=count).value
+    packed = math.ceil(rows.rows * rows.tokens_per_row / recipe.training.max_length)  # hardly a token stays empty
+    return total_steps(recipe, packed, processes=count).value
+
+
+def _seconds(estimate: Estimate | None, steps: int) -> float | None:
+    """Of that many steps, each of batches as the estimate's."""
+    if estimate is None or (speed := estimate.tokens_per_second) is None:
+        return None
+    return steps * _tokens_of_step(estimate) / speed
+
+
+def _as_long_as_the_rows(estimator: Estimator, estimate: Estimate, rows: RowsOfRun | None) -> Estimate | None:
+    """The same step with batches as long as they are in the mean."""
+    if rows is None or rows.batch_length is None or estimate.recipe.training.packing:
+        return None
+    keys = {"training.max_length": round(rows.batch_length), "training.gradient_checkpointing": estimate.checkpointing}
+    made = changed(estimate.recipe, keys)
+    return None if made is None else estimator.estimate(made)
 
 
 def _speed(estimate: Estimate, question: Question) -> Speed | None:
@@ -137,8 +176,7 @@ def _speed(estimate: Estimate, question: Question) -> Speed | None:
     tokens, seconds = _tokens_of_step(estimate), passes * one.seconds + update.seconds
     bound = "the launches take longer" if one.seconds > one.kernels else "longer than the launches"
     lines = (
-        f"an operation takes max(FLOPs / ({ARITHMETIC} x {gpu.bf16_tflops:g} TFLOP/s), "
-        f"bytes / ({BANDWIDTH} x {gpu.bandwidth_gb:,.0f} GB/s), {SHORTEST * 1e6:g} us); assumed shares of the peaks",
+        f"an operation takes max({_rates(gpu)}, {SHORTEST * 1e6:g} us); {_source_of_rates(gpu)}",
         f"one pass: {one.launches:,.0f} operations, {one.flops / 1e12:,.1f} TFLOP, {one.kernels:.4g} s of kernels, "
         f"{one.launches * LAUNCH:.4g} s of launches at {LAUNCH * 1e6:g} us: {bound}",
         f"one step: {passes} x {one.seconds:.4g} s + {update.seconds:.4g} s of update = {seconds:.4g} s for {tokens:,} "
@@ -152,6 +190,18 @@ def _speed(estimate: Estimate, question: Question) -> Speed | None:
         model_flops_utilization=one.flops / one.seconds / (gpu.bf16_tflops * 1e12),
         arithmetic=lines,
     )
+
+
+def _rates(gpu: Gpu) -> str:
+    assert gpu.bf16_tflops is not None and gpu.fp32_tflops is not None and gpu.bandwidth_gb is not None
+    if gpu.is_cpu:
+        bf16, fp32 = (f"{rate * 1e3:,.0f} GFLOP/s" for rate in (gpu.bf16_tflops, gpu.fp32_tflops))
+        return f"FLOPs / {bf16} ({fp32} in float32), bytes / {gpu.bandwidth_gb:,.1f} GB/s"
+    return f"FLOPs / ({ARITHMETIC} x {gpu.bf16_tflops:g} TFLOP/s), bytes / ({BANDWIDTH} x {gpu.bandwidth_gb:,.0f} GB/s)"
+
+
+def _source_of_rates(gpu: Gpu) -> str:
+    return f"measured here just now, {torch.get_num_threads()} threads" if gpu.is_cpu else "assumed shares of the peaks"
 
 
 def _disk(estimate: Estimate, config: PreTrainedConfig) -> Disk:
@@ -169,7 +219,7 @@ def _disk(estimate: Estimate, config: PreTrainedConfig) -> Disk:
 def _fixed(estimator: Estimator, estimate: Estimate, config: PreTrainedConfig) -> Fixed:
     changes, then = fitting(estimator, estimate, config=config)
     speed = then.tokens_per_second
-    device = then.reserved + surroundings(estimator.count)
+    device = then.reserved + surroundings(estimator.gpu, estimator.count)
     said = line(
         then.verdict,
         then.allocated,

@@ -12,7 +12,7 @@ from lorafit.planning.depth import WholeStep, whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.roofline import Duration, duration
-from lorafit.preflight import Machine, bf16_choice
+from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice
 from lorafit.recipe import LoadedRecipe, Recipe
 
 NO_CHECKPOINTING_BELOW = 0.85
@@ -68,6 +68,9 @@ class Estimator:
         `replay` looks at what the allocator reserves; otherwise it is taken to be what is allocated.
         """
         wanted = recipe.training.gradient_checkpointing
+        if self.gpu.is_cpu:
+            choice = checkpointing_choice(recipe.training, self._machine())
+            return self._estimate(recipe, choice.value, choice.reason, replay=False)
         if wanted != "auto":
             return self._estimate(recipe, wanted, "training.gradient_checkpointing", replay=replay)
         without = self._estimate(recipe, False, "", replay=False)
@@ -88,7 +91,7 @@ class Estimator:
             parts["communication buffers"] = run.trained_bytes
         allocated = sum(parts.values())
         reserved = allocated + step.reserved - step.peak.total
-        parts["reserve"] = reserved - allocated + surroundings(self.count)
+        parts["reserve"] = reserved - allocated + surroundings(self.gpu, self.count)
         has_rates = self.gpu.bf16_tflops is not None
         return Estimate(
             recipe=recipe,
@@ -120,16 +123,29 @@ class Estimator:
     def _run(self, recipe: Recipe, *, checkpointing: bool) -> FakeRun:
         key = recipe.model_dump_json(exclude={"training": ONLY_READ, "data": True}), checkpointing
         if key not in self._runs:
-            machine = Machine("cuda", self.gpu.name, self.count, self.gpu.has_bf16, self.gpu.memory_bytes)
+            machine = self._machine()
             is_spread = self.count > 1 and recipe.launch.strategy == "fsdp2"
             self._runs[key] = FakeRun(
-                replace(self._loaded, recipe=recipe),
+                replace(self._loaded, recipe=_held_as(recipe, machine)),
                 config=copy.deepcopy(self._config),
                 bf16=bf16_choice(recipe.training, machine).value or recipe.training.fp16,
                 checkpointing=checkpointing,
+                on_cuda=not self.gpu.is_cpu,
                 spread=self.count if is_spread else 1,
             )
         return self._runs[key]
+
+    def _machine(self) -> Machine:
+        device, gpus = ("cpu", 0) if self.gpu.is_cpu else ("cuda", self.count)
+        return Machine(device, self.gpu.name, gpus, self.gpu.has_bf16, self.gpu.memory_bytes)
+
+
+def _held_as(recipe: Recipe, machine: Machine) -> Recipe:
+    """With the type that the base is held in on a CPU without bfloat16."""
+    choice = dtype_choice(recipe, machine) if machine.device == "cpu" else None
+    if choice is None:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": choice.value})})
 
 
 def train_batch(recipe: Recipe) -> Batch:

@@ -9,7 +9,7 @@ from accelerate.utils import broadcast_object_list
 
 from lorafit.errors import LorafitError
 from lorafit.planning.answer import Plan, gib
-from lorafit.planning.gpus import gpu_of_this_machine
+from lorafit.planning.gpus import device_of
 from lorafit.planning.plan import Asked, PlanningFailed, Question
 from lorafit.preflight import Choice, Machine
 from lorafit.recipe import LoadedRecipe
@@ -23,7 +23,7 @@ class PlanOfRun:
         self._is_planned = machine.device == "cuda"
         self._asked: Asked | None = None
         if self._is_planned and state.is_main_process:
-            question = Question(loaded, gpu_of_this_machine(machine), state.num_processes, with_advice=False)
+            question = Question(loaded, device_of(machine), state.num_processes, with_advice=False)
             self._asked = Asked(question)
 
     def answer(self, say: Callable[[str], None]) -> Plan | None:

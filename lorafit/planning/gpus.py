@@ -1,4 +1,4 @@
-"""GPUs by name: memory, arithmetic, bandwidth; and what `--gpu` may say."""
+"""What a plan is made for: GPUs by name (memory, arithmetic, bandwidth), or a CPU; and what `--gpu` may say."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lorafit.errors import MachineError, RecipeError
+from lorafit.errors import RecipeError
 
 if TYPE_CHECKING:  # a plan for a named GPU needs no torch
     from lorafit.preflight import Machine
@@ -17,7 +17,7 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU."""
+    """One GPU, or the CPU of this machine."""
 
     name: str
     memory_bytes: int
@@ -28,6 +28,9 @@ class Gpu:
     bandwidth_gb: float | None = None
     """GB/s of the device memory."""
     has_bf16: bool = True
+    is_cpu: bool = False
+    process_bytes: int = 0
+    """Of a CPU: what Python and the libraries hold besides tensors."""
 
 
 def _gpu(name: str, gib: float, bf16: float, fp32: float, bandwidth: float, *, has_bf16: bool = True) -> Gpu:
@@ -72,13 +75,14 @@ def gpu_named(text: str) -> Gpu:
         return found[plain]
     near = difflib.get_close_matches(plain, found, n=1, cutoff=0.6)
     mend = f"did you mean {found[near[0]].name}?" if near else "write its memory (24GiB)"
-    raise RecipeError(f"{text!r} is not known; {mend} Known are {', '.join(KNOWN)}, or a size (24GiB)", where="--gpu")
+    message = f"{text!r} is not known; {mend} Known are {', '.join(KNOWN)}, a size (24GiB), or cpu"
+    raise RecipeError(message, where="--gpu")
 
 
-def gpu_of_this_machine(machine: Machine) -> Gpu:
-    """The GPU that the driver names, with the rates of the table where that knows it. Raises MachineError."""
+def device_of(machine: Machine) -> Gpu:
+    """The GPU that the driver names, with the rates of the table where that knows it; else the CPU."""
     if machine.device != "cuda":
-        raise MachineError("there is no GPU here: name one to plan for (--gpu rtx4090, --gpu 24GiB)", where="--gpu")
+        return Gpu(machine.name, machine.memory_bytes, has_bf16=machine.has_bf16, is_cpu=True)
     plain = _plain(machine.name)
     inside = [gpu for known, gpu in KNOWN.items() if _plain(known.split("-")[0]) in plain]
     near = min(inside, key=lambda gpu: abs(gpu.memory_bytes - machine.memory_bytes), default=Gpu("", 0))

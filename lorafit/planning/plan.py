@@ -82,11 +82,12 @@ def ask(question: Question) -> Plan:
 
 
 def measure(question: Question, plan: Plan) -> Plan:
-    """The plan with what one step takes for real, on a GPU of this machine, in a fresh process; raises as `ask`."""
+    """The plan with what one step takes for real, on this machine, in a fresh process; raises as `ask`."""
     keys = {"training.gradient_checkpointing": plan.gradient_checkpointing}
     recipe = changed(question.loaded.recipe, keys) or question.loaded.recipe
     asked = replace(question, loaded=replace(question.loaded, recipe=recipe))
-    return replace(plan, measured_bytes=Asked(asked, kind="measure").answer())
+    found = Asked(asked, kind="measure").answer()
+    return replace(plan, measured_bytes=found.allocated, measured_seconds=found.seconds)
 
 
 def refuse_to_overwrite(out: Path) -> None:

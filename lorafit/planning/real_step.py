@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import gc
+import time
 from contextlib import nullcontext
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +12,7 @@ import bitsandbytes as bnb
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from lorafit.planning.answer import Measurement
 from lorafit.planning.empty_base import quantization_state
 from lorafit.planning.fake_model import materialise
 from lorafit.planning.fake_step import Batch, FakeRun
@@ -19,16 +20,6 @@ from lorafit.planning.spread import local, spread_over
 
 STEPS = 3
 """Of which the last is as every later one: optimizer states and the kernels' workspaces are there."""
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """What was allocated at the peak, and on a GPU what was reserved."""
-
-    allocated: int
-    reserved: int | None
-    seconds: float | None
-    """Of the last step, on a GPU."""
 
 
 class RealRun(FakeRun):
@@ -67,12 +58,13 @@ class RealRun(FakeRun):
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as observed:
             step()
             evaluation()
+        seconds = min(_seconds(step) for _ in range(STEPS))  # without the profiler, and what else ran meanwhile
         events = [event for event in observed.profiler.kineto_results.events() if event.name() == "[memory]"]
         now = most = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
             now += event.nbytes()
             most = max(most, now)
-        return Measurement(static + most, None, None)
+        return Measurement(static + most, None, seconds)
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """With values: which rows are padded, and where documents begin, is looked at."""
@@ -121,6 +113,12 @@ class RealRun(FakeRun):
                 tensors += averages.values()
         storages = [local(tensor).untyped_storage() for tensor in tensors]
         return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def _seconds(step: Any) -> float:
+    started = time.perf_counter()
+    step()
+    return time.perf_counter() - started
 
 
 def _on_gpu(step: Any, evaluation: Any) -> Measurement:

@@ -114,8 +114,10 @@ def duration(work: Counter[Work], gpu: Gpu) -> Duration:
     """Of operations one after another on a GPU whose rates are known."""
     if gpu.bf16_tflops is None or gpu.fp32_tflops is None or gpu.bandwidth_gb is None:
         raise ValueError(f"no rates are known of {gpu.name}")
-    tensor_cores, cores = gpu.bf16_tflops * 1e12 * ARITHMETIC, gpu.fp32_tflops * 1e12 * ARITHMETIC
-    bandwidth = gpu.bandwidth_gb * 1e9 * BANDWIDTH
+    # The rates of a CPU are measured, and reached; those of a GPU are printed by its maker.
+    arithmetic, share = (1.0, 1.0) if gpu.is_cpu else (ARITHMETIC, BANDWIDTH)
+    tensor_cores, cores = gpu.bf16_tflops * 1e12 * arithmetic, gpu.fp32_tflops * 1e12 * arithmetic
+    bandwidth = gpu.bandwidth_gb * 1e9 * share
     kernels = sum(
         count * max(one.flops / (cores if one.in_float32 else tensor_cores), one.traffic / bandwidth, SHORTEST)
         for one, count in work.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedConfig
 
 from lorafit.errors import MachineError
+from lorafit.planning.gpus import Gpu
 from lorafit.recipe import LoadedRecipe, Recipe
 
 MODELLED = ("ddp", "fsdp2")
@@ -26,11 +27,14 @@ def refuse_unmodelled(loaded: LoadedRecipe) -> None:
         raise MachineError(problems)
 
 
-def notes(recipe: Recipe, config: PreTrainedConfig, *, count: int) -> Iterator[str]:
+def notes(recipe: Recipe, config: PreTrainedConfig, *, gpu: Gpu, count: int) -> Iterator[str]:
     """One line each."""
     training = recipe.training
     yield "not in the step: loading the model, saving, and what an initialisation computes (pissa, eva, ...)"
-    if count > 1:
+    if gpu.is_cpu:
+        yield "there is no GPU here, or none was asked for: name one to plan for it (--gpu rtx4090, --gpu 24GiB)"
+        yield "on a CPU the loss is taken of the trained positions alone, which a plan does not know: an upper bound"
+    elif count > 1:
         yield "several GPUs: what they wait for each other is not counted in the time"
     if training.torch_compile:
         yield "training.torch_compile: planned without it, an upper bound of memory and of time"

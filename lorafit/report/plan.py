@@ -12,20 +12,33 @@ if TYPE_CHECKING:
     from lorafit.planning.answer import Advice
 
 
+CLAIM_ON_CPU = "a guide to a factor of two (--measure times a real step)"
+"""Steps of Llamas of 26 M and 90 M parameters took 0.55 to 1.05 times what was planned (CPU time of one thread)."""
+
+
 def plan_text(plan: Plan) -> str:
     """The peak by part, the three totals, speed, disk, what to change, and the verdict last."""
-    return "\n".join(
-        [*_memory(plan), *_time(plan), *_disk(plan), *_notes(plan), *_largest(plan), *_advice(plan), "", plan.line()]
-    )
+    parts = (_memory, _time, _length, _disk, _notes, _largest, _advice)
+    return "\n".join([*(line for part in parts for line in part(plan)), "", plan.line()])
 
 
 def _memory(plan: Plan) -> Iterator[str]:
-    gpus = f"{plan.count} GPUs, each" if plan.count > 1 else "one GPU"
-    yield f"memory of {gpus} {plan.gpu}, {plan.batch}; the peak is at {plan.peak_at}"
+    if plan.is_cpu:
+        where = f"memory of {f'each of {plan.count} processes' if plan.count > 1 else 'a process'} on {plan.gpu}"
+    else:
+        where = f"memory of {f'{plan.count} GPUs, each' if plan.count > 1 else 'one GPU'} {plan.gpu}"
+    yield f"{where}, {plan.batch}; the peak is at {plan.peak_at}"
     yield from (f"  {part:<22} {gib(plan.parts[part]):>12}" for part in PARTS if plan.parts.get(part))
-    yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   what torch.cuda.max_memory_allocated shows"
-    yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   what the allocator takes for it, in expandable segments"
-    yield f"  {'device':<22} {gib(plan.device_bytes):>12}   with CUDA, cuBLAS and NCCL; it has {gib(plan.memory_bytes)}"
+    if plan.is_cpu:
+        yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   tensors"
+        has = f"it has {gib(plan.memory_bytes)}"
+        yield f"  {'process':<22} {gib(plan.device_bytes):>12}   with Python and the libraries as measured here; {has}"
+    else:
+        allocator = "what the allocator takes for it, in expandable segments"
+        around = f"with CUDA, cuBLAS and NCCL; it has {gib(plan.memory_bytes)}"
+        yield f"  {'allocated':<22} {gib(plan.allocated_bytes):>12}   what torch.cuda.max_memory_allocated shows"
+        yield f"  {'reserved':<22} {gib(plan.reserved_bytes):>12}   {allocator}"
+        yield f"  {'device':<22} {gib(plan.device_bytes):>12}   {around}"
     if plan.measured_bytes is not None:
         off = plan.allocated_bytes / plan.measured_bytes - 1
         measured = gib(plan.measured_bytes)
@@ -39,10 +52,38 @@ def _time(plan: Plan) -> Iterator[str]:
     if plan.speed is None:
         yield f"speed: not known, only the memory of {plan.gpu} is; name a GPU (--gpu rtx4090)"
         return
-    yield f"speed: {plan.speed.tokens_per_second:,.0f} tokens/s, claimed to 20 % on one GPU"
+    claim = CLAIM_ON_CPU if plan.is_cpu else "claimed to 20 % on one GPU"
+    yield f"speed: {plan.speed.tokens_per_second:,.0f} tokens/s, {claim}"
     yield from (f"  {line}" for line in plan.speed.arithmetic)
-    if plan.seconds is not None:
-        yield f"  {plan.steps:,} steps take at most {_duration(plan.seconds)}: every batch as long as it may be"
+    if plan.measured_seconds is not None:
+        yield f"  measured: {plan.measured_seconds:.4g} s for a real step of at most two passes"
+
+
+def _length(plan: Plan) -> Iterator[str]:
+    """Steps and time of the whole run, with the rows they come from."""
+    yield ""
+    rows = plan.rows
+    if rows is not None:
+        tokens = "their tokens are not known: no tokenizer is at hand"
+        if rows.tokens_per_row is not None:
+            tokens = f"{rows.tokens_per_row:,.0f} tokens each in the mean of {rows.counted_on:,}"
+        yield f"run: {rows.rows:,} rows an epoch, {tokens}"
+    if plan.steps is None:
+        why = "with training.packing it takes the tokenizer" if rows else "the rows are not at hand to be counted"
+        yield f"{'  ' if rows else 'run: '}steps and time are not known: {why}"
+        return
+    lead = "  " if rows else "run: "
+    if plan.seconds is None:
+        yield f"{lead}{plan.steps:,} steps; how long one takes is not known"
+    elif plan.seconds_expected is not None and rows is not None and rows.batch_length is not None:
+        yield (
+            f"{lead}{plan.steps:,} steps take about {_duration(plan.seconds_expected)} with batches of "
+            f"{rows.batch_length:,.0f} tokens, at most {_duration(plan.seconds)} if all were as long as they may be"
+        )
+    elif rows is not None:
+        yield f"{lead}{plan.steps:,} steps of packed rows take about {_duration(plan.seconds)}"
+    else:
+        yield f"{lead}{plan.steps:,} steps take at most {_duration(plan.seconds)}: every batch as long as it may be"
 
 
 def _disk(plan: Plan) -> Iterator[str]:
