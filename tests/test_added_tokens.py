@@ -19,13 +19,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from lorafit.builders.added_tokens import added_tokens, begin_rows
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.tokenizer import load_tokenizer
-from lorafit.errors import ModelError
+from lorafit.errors import DataError, ModelError
+from lorafit.evaluation.models import models
+from lorafit.evaluation.subject import read_subject
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.merge import read_base
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify import judge, verification_job
 from lorafit.merging.verify_reference import reference
 from lorafit.merging.verify_written import compare
+from lorafit.planning.fake_step import FakeRun
+from lorafit.planning.known_shapes import architecture
 from lorafit.recipe.sections import ModelSection
 from lorafit.training.token_rows import tokens_line
 from lorafit.training.train import run_training
@@ -210,3 +214,40 @@ def test_what_is_added_is_said(tmp_path: Path) -> None:
         "<tool> is 259, <|im_end|> is 2; the embedding grows from 259 to 260 rows; of the base already: <|im_end|>"
     )
     assert tokens_line(files.added) == f"trained tokens: {expected}"
+
+
+def test_tokens_beyond_the_embedding_are_given_rows_by_the_mend_that_is_named(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(TOKENS)
+    tokenizer.save_pretrained(base)
+    with pytest.raises(DataError, match=r'has 259 embeddings; give .* model.add_tokens: \["<tool>", "</tool>"\]'):
+        _trained(tmp_path, base, model={"model_name_or_path": str(base)})
+    run, _ = _trained(tmp_path, base)
+    assert json.loads((run / "manifest.json").read_text())["added_tokens"] == {"<tool>": 259, "</tool>": 260}
+
+
+def test_a_plain_adapter_with_new_tokens_is_evaluated_with_them(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    run, _ = _trained(tmp_path, base)
+    rows = tmp_path / "eval.jsonl"
+    subject = read_subject(
+        str(run / "adapter"), data=rows, merged=None, base=str(base), overrides=[], say=lambda line: None
+    )
+    assert subject.recipe.model.add_tokens == tuple(TOKENS)
+    losses = {}
+    for name, model in models(subject, with_base=True):
+        with torch.no_grad():
+            losses[name] = model(input_ids=torch.tensor([[67, 259, 68, 260]])).logits[0, -1, 259]
+    assert losses["base"] != losses["adapter"]
+
+
+def test_a_plan_counts_the_rows_of_added_tokens(tmp_path: Path) -> None:
+    base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
+    model = {"model_name_or_path": str(base)}
+    trained = [
+        FakeRun(loaded, config=architecture(loaded.recipe.model), bf16=False, checkpointing=False).trained_bytes
+        for tokens in ([], TOKENS)
+        for loaded in [small_recipe(tmp_path, base, model=model | {"add_tokens": tokens})]
+    ]
+    assert trained[1] - trained[0] == 2 * 2 * 64 * 4

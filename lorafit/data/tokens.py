@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ NOT_TRAINED = -100
 TEXTS_PER_BATCH = 1024
 CHARACTERS_PER_BATCH = 1 << 20
 """An encoded token takes some two hundred bytes, as long as its batch is looked at."""
+MOST_LISTED = 8
+"""Tokens of a list that is to be copied into a recipe; a tokenizer may hold thousands."""
 TOKENS_AFTER_STOP = 4
 """How far before the end of an answer its stop token is looked for: templates write a newline or two after it."""
 
@@ -153,10 +156,15 @@ class TextTokenizer:
             )
 
     def _foreign(self, token: int, vocab_size: int) -> str:
-        return (
-            f"token {self._tokenizer.decode([token])!r} has id {token}, the base model has {vocab_size} embeddings; "
-            "use the model's own tokenizer, or remove the token"
-        )
+        added = self._tokenizer.added_tokens_decoder
+        beyond = [added[id_].content for id_ in sorted(added) if id_ >= vocab_size]
+        mend = "use the model's own tokenizer, or remove the token"
+        if token in added:
+            more = ", ..." if len(beyond) > MOST_LISTED else ""
+            listed = ", ".join(json.dumps(content, ensure_ascii=False) for content in beyond[:MOST_LISTED])
+            mend = f"give them rows with model.add_tokens: [{listed}{more}], or use the model's own tokenizer"
+        text = self._tokenizer.decode([token])
+        return f"token {text!r} has id {token}, the base model has {vocab_size} embeddings; {mend}"
 
 
 def _batches(rendered: Iterable[tuple[Side, Rendered]]) -> Iterator[Batch]:

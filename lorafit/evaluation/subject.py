@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from lorafit.builders.base_model import check_base_model
 from lorafit.builders.hub_snapshot import SMALL_FILES, hub_snapshot
 from lorafit.builders.model_files import TOKENIZER_FILES, BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
+from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.data.familiar import familiar_mapping, first_row
 from lorafit.errors import ModelError, RecipeError, RunDirError
 from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter
@@ -96,7 +97,11 @@ def _with_recipe(adapter: Adapter, *, data: Path | None, overrides: Sequence[str
     name = adapter.base.model_name_or_path
     here = str(Path(name).resolve()) if looks_local(name, Path()) else name
     written: dict[str, Any] = {
-        "model": {**adapter.base.model_dump(exclude_unset=True), "model_name_or_path": here},
+        "model": {
+            **adapter.base.model_dump(exclude_unset=True),
+            "model_name_or_path": here,
+            "add_tokens": list(_trained_tokens(adapter)),
+        },
         "data": {"train": [{"path": "none"}], "eval": [_source(data, None)]},
     }
     with tempfile.TemporaryDirectory(prefix="lorafit-") as work:
@@ -104,6 +109,13 @@ def _with_recipe(adapter: Adapter, *, data: Path | None, overrides: Sequence[str
         path.write_text(dump(written), encoding="utf-8")
         loaded = load(path, overrides=overrides)
     return replace(adapter, base=loaded.recipe.model, recipe=loaded)
+
+
+def _trained_tokens(adapter: Adapter) -> Iterator[str]:
+    """The tokens whose rows an adapter holds, by the tokenizer beside it; none where it trains no rows."""
+    if adapter.rows_needed and any((adapter.directory / name).is_file() for name in TOKENIZER_FILES):
+        added = read_tokenizer(adapter.directory, trust_remote_code=False).added_tokens_decoder
+        yield from (added[id_].content for id_ in adapter.trained_token_ids if id_ in added)
 
 
 def _instead(data: Path, recipe: Recipe) -> list[str]:

@@ -38,11 +38,16 @@ class Adapter:
         return self.directory / WEIGHTS
 
     @property
-    def rows_needed(self) -> int:
-        """Rows of the embedding that hold every token it trains by itself; 0 where it trains none."""
+    def trained_token_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens whose rows it trains by themselves."""
         indices = self.config.get("trainable_token_indices") or []
         lists = indices.values() if isinstance(indices, dict) else [indices]
-        return 1 + max((id_ for ids in lists for id_ in ids), default=-1)
+        return tuple(sorted({id_ for ids in lists for id_ in ids}))
+
+    @property
+    def rows_needed(self) -> int:
+        """Rows of the embedding that hold all of these; 0 where there are none."""
+        return 1 + max(self.trained_token_ids, default=-1)
 
     @property
     def total_bytes(self) -> int:

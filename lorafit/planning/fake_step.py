@@ -94,12 +94,20 @@ class FakeRun:
         self._device = device
         self._stand_in()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        config, token_ids = _with_added_tokens(config, len(self._recipe.model.add_tokens))
         base = empty_base(self._recipe.model, self._recipe.quantization, config=config)
         # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
         lora = self._recipe.lora.model_copy(
             update={"init_lora_weights": True, "eva_config": None, "corda_config": None}
         )
-        settings = lora_config(lora, adalora=self._recipe.adalora, model=base, where=loaded.problem, by_fsdp=spread > 1)
+        settings = lora_config(
+            lora,
+            adalora=self._recipe.adalora,
+            model=base,
+            where=loaded.problem,
+            by_fsdp=spread > 1,
+            token_ids=token_ids,
+        )
         with torch.device("meta"):
             model = attach_adapter(
                 base,
@@ -293,6 +301,14 @@ class _Places:
                 self._tracker.place("head", "loss head")
 
         return hook
+
+
+def _with_added_tokens(config: PreTrainedConfig, count: int) -> tuple[PreTrainedConfig, range]:
+    """A config whose embedding has grown by `count` rows, and their ids: as if the base had none to spare."""
+    grown = copy.deepcopy(config)
+    text = grown.get_text_config()
+    text.vocab_size += count
+    return grown, range(text.vocab_size - count, text.vocab_size)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
