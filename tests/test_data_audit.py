@@ -5,7 +5,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sources import PAIR, json_lines, prepare_problems, prepared, rows_of, scanned, section, word_tokenizer
+from sources import (
+    PAIR,
+    json_lines,
+    prepare_problems,
+    prepared,
+    rows_of,
+    scanned,
+    section,
+    trained_texts,
+    word_tokenizer,
+)
 from test_data_labels import CHATML, TWO_TURNS
 from tiny import byte_tokenizer, write_jsonl
 
@@ -146,10 +156,18 @@ def test_a_row_of_which_the_template_drops_part_of_the_answer_is_lost(
 
 
 def test_a_prompt_that_changes_once_it_is_answered_is_lost(tmp_path: Path) -> None:
-    template = "{{ messages | length }}" + CHATML
+    template = "{{ messages | length }}" + CHATML.replace("<|im_start|>assistant", "{{ messages | length }} says:")
     data = section(write_jsonl(tmp_path / "a.jsonl", [PAIR]))
     problems = prepare_problems(data, word_tokenizer(template))
     assert "whose prompt is rendered differently once the answer follows: 1" in problems[1]
+
+
+def test_an_answer_is_set_after_the_prompt_that_generation_sees_where_that_changes(tmp_path: Path) -> None:
+    tokenizer = word_tokenizer("{{ messages | length }}" + CHATML)
+    made = prepared(section(write_jsonl(tmp_path / "a.jsonl", [PAIR])), tokenizer)
+    assert trained_texts(made, tokenizer) == [["Two.<|im_end|>\n"]]
+    assert tokenizer.decode(made.train[0]["input_ids"]).startswith("1<|im_start|>user\nOne?<|im_end|>")
+    assert "answers set after the prompt that generation sees" in made.audit.warnings[0]
 
 
 def test_a_generation_prompt_that_the_conversation_lacks_is_reported(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_a_marked_answer_is_no_part_of_the_labels_under_any_choice(tmp_path: Pat
         ("phi3", 1, ["<|user|>\nOne?<|end|>\n<|assistant|>", "<|user|>\nAnd?<|end|>\n"]),
         ("harmony", 1, ["One?<|end|><|start|>assistant", "<|end|><|start|>user<|message|>And?<|end|>"]),
         ("harmony", 3, ["<|start|>assistant<|channel|>final<|message|>Two.<|end|><|start|>user<|message|>And?<|end|>"]),
+        ("qwen3", 1, ["One?<|im_end|>\n<|im_start|>assistant\n|\n<|im_start|>user\nAnd?<|im_end|>\n"]),
         ("glm4", 1, ["[gMASK]<sop><|user|>\nOne?<|assistant|>\n", "\nAnd?"]),
     ],
 )
@@ -92,7 +93,9 @@ def test_any_message_can_be_left_out_where_everything_is_trained(
 
 
 def test_a_message_that_cannot_be_told_apart_is_lost_where_everything_is_trained(tmp_path: Path) -> None:
-    row = {"messages": [THINKING[0], THINKING[1] | {"train": False}, *THINKING[2:]]}
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    marked = {"role": "assistant", "tool_calls": [call], "train": False}
+    row = {"messages": [user("Rome?"), marked, {"role": "tool", "content": "blue"}, *TURNS[1:]], "tools": [TOOL]}
     assert "(message 2 is marked as untrained)" in refused(tmp_path, "qwen3", row, train_on="all")[1]
 
 
@@ -247,6 +250,15 @@ def test_an_answer_stands_after_the_prompt_that_generation_sees(tmp_path: Path) 
     prompt = tokenizer.apply_chat_template(messages[:3], [TOOL], add_generation_prompt=True)["input_ids"]
     assert made.train[0]["input_ids"][: len(prompt)] == prompt
     assert "answers set after the prompt that generation sees" in made.audit.warnings[0]
+
+
+def test_a_second_answer_in_a_row_stands_after_the_first_as_generation_sees_it(tmp_path: Path) -> None:
+    messages = [user("One?"), answer("Two."), answer("Three.")]
+    trained, made = made_of(tmp_path, "qwen3", {"messages": messages})
+    assert trained == [[f"<think>\n\n</think>\n\n{text}<|im_end|>\n" for text in ("Two.", "Three.")]]
+    tokenizer = FAMILIES["qwen3"].tokenizer()
+    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
+    assert made.train[0]["input_ids"][: len(prompt)] == prompt
 
 
 def test_the_marker_of_the_next_speaker_is_trained_where_generation_stops_on_it(tmp_path: Path) -> None:

@@ -111,14 +111,22 @@ class Turns:
             self.notes.append(self._openings.parted(self._chat, index, header, template=self._template))
             return answered, shared
         # Others drop reasoning from the messages before, which generation still saw. Then the answer is what follows
-        # the last of these messages, and is set after the prompt of generation.
-        earlier = self._render(index - 1) if index > 1 else prompt
-        last = prompt[len(earlier) :] if prompt.startswith(earlier) else ""
-        _, found, answer = answered.rpartition(last) if last else ("", "", "")
-        if not found:
-            raise RowProblem("", kind="prompt_not_prefix")
-        self.notes.append(("set_after_prompt", ""))
-        return prompt + answer, len(prompt)
+        # the last of these messages, or the header after them, and is set after the prompt of generation.
+        for count in (index - 1, index):
+            last = self._after(count, prompt)
+            _, found, answer = answered.rpartition(last) if last.strip() else ("", "", "")
+            if found and not missing(self._chat.messages[index], answer, with_reasoning=True):
+                self.notes.append(("set_after_prompt", ""))
+                return prompt + answer, len(prompt)
+        raise RowProblem("", kind="prompt_not_prefix")
+
+    def _after(self, count: int, text: str) -> str:
+        """What the text goes on with after the first messages; nothing when it has them otherwise or not at all."""
+        try:
+            earlier = self._render(count) if count else ""
+        except RowProblem:
+            return ""
+        return text[len(earlier) :] if text.startswith(earlier) else ""
 
     def _stopped(self, index: int, text: str) -> str:
         """The text with the token generation stops on: for some families it is the marker of whoever speaks next."""
@@ -156,6 +164,12 @@ class Turns:
         if index and not start:
             start = self._end_of(index, text)
         end = self._end_of(index + 1, text)
+        if end is None and start is not None:
+            # The template has it otherwise as the last message; what is left of its text follows its header.
+            told = (self._chat.messages[index].get("content") or "").rpartition("</think>")[2].strip()
+            at = text.find(told, start) if told else -1
+            end = at + len(told) if at >= 0 and not text[start:at].strip() else None
+            end = end and end + self._stop_length(text[:end], text)
         if start is None or end is None:
             raise RowProblem(f"message {index + 1} is marked as untrained", kind="prompt_not_prefix")
         return start, end
