@@ -140,6 +140,12 @@ def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path, wrong: Any) 
         chat_templates(write(tmp_path, tokenizer_config_dot_json=wrong))
 
 
+@pytest.mark.parametrize("name", ["../x", "/x", "", ".x", "a\\b"])
+def test_a_chat_template_whose_name_would_leave_its_directory_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ModelError, match=r"names a chat template .*, which no file can be called"):
+        chat_templates(write(tmp_path, tokenizer_config_dot_json={name: "a"}))
+
+
 def test_a_chat_template_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"chat_template\.jinja: is not UTF-8 text"):
         chat_templates(write(tmp_path, chat_template_dot_jinja="ü".encode("latin-1")))

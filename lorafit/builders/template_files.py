@@ -58,6 +58,8 @@ def _named(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, Mapping) or not all(isinstance(one, str) for pair in value.items() for one in pair):
         message = "has a chat_template that is neither a text nor texts by name: write one of them, or take it out"
         raise ModelError(message, where=str(path))
+    if odd := [name for name in value if name.startswith(".") or not name or "/" in name or "\\" in name]:
+        raise ModelError(f"names a chat template {odd[0]!r}, which no file can be called: rename it", where=str(path))
     return {name: text.removeprefix("\ufeff") for name, text in value.items()}
 
 
