@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -144,3 +145,10 @@ def _remove(stage: Path) -> None:
                 path.unlink(missing_ok=True)
         (stage / MARKER).unlink(missing_ok=True)
         stage.rmdir()
+
+
+def read_regular(path: Path) -> bytes:
+    """What a file holds. Raises OSError, also for what is no file: reading a pipe would wait forever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "it is a directory, a pipe or a device, not a file", str(path))
+    return path.read_bytes()

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import flush, write_file
+from lorafit.durable import flush, read_regular, write_file
 from lorafit.errors import RunDirError
 
 
@@ -66,9 +66,24 @@ class RunDir:
 
     def events_of(self, kind: str) -> list[dict[str, Any]]:
         """The events of one kind, oldest first; a line that was cut off by a kill is none."""
-        lines = self.events.read_text(encoding="utf-8").splitlines() if self.events.is_file() else []
-        events = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [event for event in events if event["kind"] == kind]
+        lines = read_regular(self.events).split(b"\n") if self.events.is_file() else []
+        return [event for line in lines if (event := _event(line)) and event["kind"] == kind]
+
+    def set_torn_events_aside(self) -> int:
+        """Move the lines of events.jsonl that are no events, as a kill or a bad disk leaves them, to the quarantine.
+
+        So that the next event begins a line of its own. How many there were.
+        """
+        lines = read_regular(self.events).split(b"\n") if self.events.is_file() else []
+        torn = [line for line in lines if line.strip() and not _event(line)]
+        if torn or lines[-1:] not in ([], [b""]):
+            whole = [line for line in lines if _event(line)]
+            if torn:
+                self.quarantine.mkdir(exist_ok=True)
+                with (self.quarantine / self.events.name).open("ab") as aside:
+                    aside.write(b"".join(line + b"\n" for line in torn))
+            write_file(self.events, "".join(line.decode() + "\n" for line in whole))
+        return len(torn)
 
     def add_event(
         self,
@@ -131,3 +146,12 @@ class RunDir:
             if lines.is_file():
                 flush(lines)
         write_file(self.manifest, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+
+
+def _event(line: bytes) -> dict[str, Any] | None:
+    """The event of a line; None where it is not whole."""
+    try:
+        event = json.loads(line)
+    except (ValueError, RecursionError):  # not UTF-8 is a ValueError, too
+        return None
+    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None

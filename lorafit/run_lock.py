@@ -90,7 +90,7 @@ class RunLock:
         path = self._run.path
         self._made = [place for place in (path, *path.parents) if not place.exists()]
         while self._file is None:
-            path.mkdir(parents=True, exist_ok=True)
+            _make(path)
             self._file = self._open()
         before = _holder(self._file)
         if before is not None and before.pid == os.getpid() and before.is_alive(self._run.lock):
@@ -162,6 +162,16 @@ class RunLock:
         if holder is not None and holder.host != socket.gethostname():
             mend += f"; if it is gone, wait {SILENCE_SECONDS:.0f} seconds, or delete {self._run.lock}"
         return RunDirError(f"is in use by {who}; {mend}", where=str(self._run.path))
+
+
+def _make(path: Path) -> None:
+    """The directory, with those above it. Raises RunDirError where there can be none; a full disk stays an OSError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+            raise
+        raise RunDirError(f"cannot be made ({error.strerror}); choose another output_dir", where=str(path)) from error
 
 
 def _holder(file: int) -> Holder | None:

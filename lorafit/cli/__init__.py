@@ -4,8 +4,11 @@ The only place that imports inside functions: `lorafit --help` and `lorafit vali
 """
 
 import errno
+import io
+import os
 import sys
 import traceback
+from pathlib import Path
 
 import typer
 
@@ -39,6 +42,8 @@ def _report(error: LorafitError) -> int:
 
 def _exit_code(arguments: list[str]) -> int:
     try:
+        _refuse_no_directory()
+        arguments = [_at_home(word) for word in arguments]
         code = app(arguments, prog_name="lorafit", standalone_mode=False) or 0
         if code == 130:  # what typer makes of it
             raise KeyboardInterrupt
@@ -64,11 +69,30 @@ def _exit_code(arguments: list[str]) -> int:
         )
 
 
+def _refuse_no_directory() -> None:
+    """Relative paths start somewhere. Raises RecipeError."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        message = "the current directory no longer exists; change into one that does (`cd`)"
+        raise RecipeError(message) from None
+
+
+def _at_home(word: str) -> str:
+    """`~/x` and `--option=~/x` with the home directory in them, where no shell has done it."""
+    option, equals, value = word.partition("=")
+    if equals and option.startswith("--") and value.startswith("~"):
+        return f"{option}={os.path.expanduser(value)}"  # noqa: PTH111
+    return os.path.expanduser(word) if word.startswith("~") else word  # noqa: PTH111
+
+
 def main() -> None:
     """Entry point of the `lorafit` command."""
     if launch.is_worker():
         launch.end_with_launcher()
     launch.use_expandable_segments()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a pipe without UTF-8, as stderr has it
     try:
         sys.exit(_exit_code(sys.argv[1:]))
     except Exception:

@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from lorafit import __version__
 from lorafit.errors import RecipeError
 from lorafit.pulse import Counted, Counting, counting_in_lines, counting_unseen
+from lorafit.report.inert import inert
 
 
 class _Commands(TyperGroup):
@@ -81,14 +82,22 @@ def lorafit(
         raise typer.Exit(2)
 
 
-def print_result(result: dict[str, Any], *, as_json: bool, text: str) -> None:
-    """The result on stdout: JSON for scripts, `text` for people."""
-    print(json.dumps(result, ensure_ascii=False, allow_nan=False) if as_json else text)
+def print_result(result: dict[str, Any], *, as_json: bool, text: str, is_styled: bool = False) -> None:
+    """The result on stdout: JSON for scripts, `text` for people, in which paths and names of theirs steer nothing."""
+    if not as_json:
+        print(text if is_styled else inert(text))
+        return
+    line = json.dumps(result, ensure_ascii=False, allow_nan=False)
+    try:
+        line.encode(sys.stdout.encoding)
+    except UnicodeEncodeError:  # a terminal without UTF-8, or a file name that is none
+        line = json.dumps(result, allow_nan=False)
+    print(line)
 
 
 def speaker(*, quiet: bool) -> Callable[[str], None]:
     """Takes one line for people at a time; on stderr, so that stdout holds the result alone."""
-    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+    return (lambda line: None) if quiet else (lambda line: print(inert(line), file=sys.stderr, flush=True))
 
 
 def counting(*, quiet: bool) -> Counting:

@@ -84,7 +84,7 @@ def preview(
         html.write_text(preview_page(result), encoding="utf-8")
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org
     text = f"{html}: open it in a browser" if html is not None else preview_text(result, in_colour=in_colour)
-    print_result(result.as_dict(), as_json=as_json, text=text)
+    print_result(result.as_dict(), as_json=as_json, text=text, is_styled=html is None)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,8 +17,8 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorafit.durable import write_file
-from lorafit.errors import DataError, HealthStop, RecipeError
+from lorafit.durable import read_regular, write_file
+from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
 from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.harness import Harness
 from lorafit.evaluation.memory import scoring_tokens
@@ -31,6 +32,7 @@ from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 
 Say = Callable[[str], None]
+RESULT = "eval.json"
 SAMPLES = 10
 """Answers kept in the result where the command line does not say."""
 
@@ -61,6 +63,8 @@ def evaluate(
     started = time.monotonic()
     subject = read_subject(run_or_adapter, data=data, merged=merged, base=base, overrides=overrides, say=say)
     section = subject.recipe.eval
+    if subject.adapter.run_dir is not None:
+        _refuse_unwritable(subject.adapter.run_dir.path / RESULT)
     if fail_if_worse and not section.compare_base:
         raise RecipeError("needs the base to compare with: leave eval.compare_base true", where="--fail-if-worse")
     harness = Harness([*section.tasks, *tasks], subject.tokenizer)
@@ -78,8 +82,18 @@ def evaluate(
     result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
     if subject.adapter.run_dir is not None:
         text = json.dumps(result.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_file(subject.adapter.run_dir.path / "eval.json", f"{text}\n")
+        write_file(subject.adapter.run_dir.path / RESULT, f"{text}\n")
     return result
+
+
+def _refuse_unwritable(result: Path) -> None:
+    """Where the result cannot be put, before anything is measured. Raises RunDirError."""
+    if result.exists() and not result.is_file():
+        raise RunDirError("is not a file, and the result goes there; move it away", where=str(result))
+    if not os.access(result.parent, os.W_OK | os.X_OK):
+        raise RunDirError(
+            "may not be written, and the result goes there; copy the run to where you may", where=str(result.parent)
+        )
 
 
 @dataclass(frozen=True)
@@ -158,7 +172,7 @@ def _warn_of_another_split(subject: Subject, reader: RowReader, *, say: Say) -> 
     now = reader.split_fingerprint()
     if now is None or subject.adapter.run_dir is None:
         return
-    manifest = json.loads(subject.adapter.run_dir.manifest.read_text(encoding="utf-8"))
+    manifest = json.loads(read_regular(subject.adapter.run_dir.manifest))
     if manifest.get("data", {}).get("fingerprint") != now:
         say(
             "warning: data.eval_fraction: the data are not those of training (manifest.json), so rows that were "

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.builders.weight_files import TensorInfo, tensors_in
+from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, ModelError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import ModelSection
@@ -98,8 +99,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json. Raises AdapterError when it is not the settings of a LoRA or AdaLoRA adapter."""
     path = directory / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        config = json.loads(read_regular(path))
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from lorafit.builders.model_files import BaseModelFiles
+from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, ModelError, Problem
 from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter
 
@@ -59,10 +60,10 @@ def _manifest(adapter: Adapter) -> Mapping[str, Any]:
         return {}
     path = adapter.run_dir.manifest
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read_regular(path))
         if not isinstance(manifest, dict):
             raise ValueError("it is no object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         message = f"cannot be read ({error}): copy the run again, or merge {adapter.directory} as a plain adapter"
         raise AdapterError(message, where=str(path)) from None
     return manifest

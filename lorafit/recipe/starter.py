@@ -71,13 +71,14 @@ def starter_recipe(
     written: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": [source]}}
     told = moved(written, here, here / output.parent)
     settings = _GOALS[goal]
+    shown = str(output) if str(output).isprintable() else ascii(str(output))
     dora = "  use_dora: true                      # direction and magnitude apart; about 1.5 to 2 times the time\n"
     return f"""\
 # {preset} for {goal}: {settings.why}.
 #
-#   lorafit validate {output}      every problem of this recipe and its data, and what it will do
-#   lorafit preview {output}       the rows as the model will see them
-#   lorafit train {output}
+#   lorafit validate {shown}      every problem of this recipe and its data, and what it will do
+#   lorafit preview {shown}       the rows as the model will see them
+#   lorafit train {shown}
 #
 # Left out, a key has its default: `lorafit schema --output lorafit.schema.json` describes every one, and editors
 # complete them where a recipe says `yaml-language-server: $schema=lorafit.schema.json` in a comment on its first line.

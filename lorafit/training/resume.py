@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.digest import TOKENS
-from lorafit.durable import remove_abandoned
+from lorafit.durable import read_regular, remove_abandoned
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.load import load
@@ -75,10 +75,10 @@ def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | Non
     Raises RecipeError when the recipe no longer is that of the run: nothing more would be trained.
     """
     try:
-        manifest: dict[str, Any] = json.loads(run.manifest.read_bytes())
-    except (OSError, ValueError):
+        manifest: dict[str, Any] = json.loads(read_regular(run.manifest))
+    except (OSError, ValueError, RecursionError):
         return None
-    if manifest.get("outcome") not in FINISHED or not run.adapter.is_dir():
+    if not isinstance(manifest, dict) or manifest.get("outcome") not in FINISHED or not run.adapter.is_dir():
         return None
     then, now = (kept_keys(recipe.model_dump(mode="json")) for recipe in (load(run.recipe).recipe, loaded.recipe))
     refuse([loaded.problem(key, f"{change}: the run is finished") for key, change in changes(then, now)], [])
@@ -90,6 +90,10 @@ def settle(run: RunDir, begun: Departure, *, now: Mapping[str, Any], say: Callab
     if begun.is_again:
         remove_abandoned(run.path)
         remove_abandoned(run.checkpoints)
+        if torn := run.set_torn_events_aside():
+            lines = f"{torn} line{'s' * (torn > 1)} of {run.events.name} not whole"
+            aside = (run.quarantine / run.events.name).relative_to(run.path)
+            say(f"warning: {lines}; set aside as {aside}")
     step = begun.checkpoint.step if begun.checkpoint else 0
     for path, reason in begun.damaged:
         target = quarantine(path, run.quarantine)

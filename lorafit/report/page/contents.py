@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.durable import read_regular
 from lorafit.errors import Problem, RunDirError
 from lorafit.run_dir import RunDir
 
@@ -58,7 +59,7 @@ def read_contents(path: Path) -> Contents:
     """Everything there is to report. Raises RunDirError for what is no run, and for what is broken in one."""
     if not path.is_dir():
         raise RunDirError("is not a directory; name the output_dir of a run", where=str(path))
-    run, reader = RunDir(path), _Reader()
+    run, reader = RunDir(path), _Reader(path)
     contents = Contents(
         path=path,
         manifest=reader.object(run.manifest),
@@ -102,14 +103,19 @@ def read_examples(contents: Contents, *, rows: int) -> Examples:
 class _Reader:
     """Reads files and collects what is wrong with them."""
 
-    def __init__(self) -> None:
+    def __init__(self, run: Path) -> None:
+        self._run = run.resolve()
         self.problems: list[Problem] = []
         self.notes: list[str] = []
 
     def text(self, file: Path) -> str:
         """The text of a file; empty when there is none."""
+        if not file.resolve().is_relative_to(self._run):
+            message = "is a link out of the run, which is not followed: its text would stand on the page"
+            self.problems.append(Problem(str(file), message))
+            return ""
         try:
-            return file.read_text(encoding="utf-8")
+            return read_regular(file).decode("utf-8")
         except FileNotFoundError:
             return ""
         except UnicodeDecodeError:
