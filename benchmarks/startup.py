@@ -119,7 +119,11 @@ def write_validated(directory: Path) -> None:
             ]
             file.write(json.dumps({"messages": turns}) + "\n")
     (directory / "validated.yaml").write_text(
-        "model: {model_name_or_path: gpt2}\ndata: {train: [{path: chats.jsonl}], eval_fraction: 0.1}\n",
+        "model: {model_name_or_path: org/elsewhere}\ndata: {train: [{path: chats.jsonl}], eval_fraction: 0.1}\n",
+        encoding="utf-8",
+    )
+    (directory / "with_base.yaml").write_text(
+        "model: {model_name_or_path: ./base}\ndata: {train: [{path: chats.jsonl}], eval_fraction: 0.1}\n",
         encoding="utf-8",
     )
 
@@ -132,6 +136,8 @@ def compare_commands(directory: Path, *, rounds: int) -> None:
         "python -c pass": [sys.executable, "-c", "pass"],
         "lorafit --help": [*lorafit, "--help"],
         f"lorafit validate ({VALIDATED_ROWS:,} rows)": [*lorafit, "validate", "validated.yaml"],
+        "the same, with a base on disk": [*lorafit, "validate", "with_base.yaml"],
+        "the same, every row tokenized": [*lorafit, "validate", "with_base.yaml", "--set", "training.max_length=400"],
         "trl --help": [trl, "--help"],
     }
     for name, command in commands.items():
@@ -141,7 +147,6 @@ def compare_commands(directory: Path, *, rounds: int) -> None:
 
 def compare_first_steps(directory: Path, *, rounds: int, rows: int) -> None:
     """lorafit and TRL by turns, and the medians of the ratios."""
-    write_base(directory / "base")
     write_rows(directory / "rows.jsonl", count=rows)
     (directory / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
     (directory / "train.py").write_text(TRL, encoding="utf-8")
@@ -184,6 +189,7 @@ def main() -> None:
     chosen = parser.parse_args()
     rounds = 2 if chosen.quick else chosen.rounds
     with tempfile.TemporaryDirectory() as name:
+        write_base(Path(name, "base"))
         compare_commands(Path(name), rounds=rounds)
         compare_first_steps(Path(name), rounds=rounds, rows=FEW_ROWS if chosen.quick else ROWS)
 
