@@ -211,3 +211,19 @@ def test_an_embedding_that_is_the_head_too_is_not_trained_under_fsdp(keys: dict[
     with pytest.raises(AdapterError, match="fsdp2 would train another model") as caught:
         lora_config(section, adalora=None, model=tied, where=_where, by_fsdp=True)
     assert caught.value.problems[0].where == f"lora.{next(iter(keys))}"
+
+
+@pytest.mark.parametrize(
+    ("own", "untied", "tied"),
+    [
+        (None, {"embed_tokens": [5], "lm_head": [5]}, {"embed_tokens": [5]}),
+        ((7,), {"embed_tokens": [5, 7], "lm_head": [5]}, {"embed_tokens": [5, 7]}),
+        ({"lm_head": (7,)}, {"embed_tokens": [5], "lm_head": [5, 7]}, {"embed_tokens": [5], "lm_head": [7]}),
+    ],
+)
+def test_added_tokens_reach_the_rows_of_embedding_and_head(own: Any, untied: Any, tied: Any, model: Any) -> None:
+    section = LoraSection(trainable_token_indices=own)
+    other = AutoModelForCausalLM.from_config(llama_config(tie_word_embeddings=True))
+    for base, expected in ((model, untied), (other, tied)):
+        config = lora_config(section, adalora=None, model=base, where=_where, token_ids=(5,))
+        assert config.trainable_token_indices == expected
