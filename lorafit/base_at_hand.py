@@ -25,7 +25,7 @@ from lorafit.builders.modules import Modules, modules_on_disk
 from lorafit.builders.positions import advise_on_positions, positions, positions_exceeded
 from lorafit.builders.template_files import DEFAULT, chat_templates, chosen
 from lorafit.builders.weight_files import shard_names, tensor_table
-from lorafit.errors import AdapterError, LorafitError, ModelError, Problem, RecipeError
+from lorafit.errors import AdapterError, DataError, LorafitError, ModelError, Problem, RecipeError
 from lorafit.recipe import Advice, LoadedRecipe
 from lorafit.recipe.paths import NAMED_TEMPLATE, TEMPLATES
 from lorafit.recipe.sections import ModelSection
@@ -161,17 +161,29 @@ class _Look:
         section = self._recipe.data
         if section.template in ("alpaca", "plain"):
             return
-        found = chat_templates(directory)
-        if section.template not in TEMPLATES and not section.template.startswith(NAMED_TEMPLATE):
+        is_file = section.template not in TEMPLATES and not section.template.startswith(NAMED_TEMPLATE)
+        if is_file:
             path = Path(section.template)
             found = {DEFAULT: path.read_text(encoding="utf-8-sig", errors="replace")} if path.is_file() else {}
-        elif found:
-            found = chosen(section.template, found)
+        else:
+            named = chat_templates(directory)
+            found = chosen(section.template, named) if named else {}
         self.has_template = bool(found)
-        if section.template_kwargs and found:
-            from lorafit.data.template_text import unread_variables  # jinja takes 0.05 s
+        if found and (is_file or section.template_kwargs):
+            self._read(found, where=section.template if is_file else "")
 
-            unread = unread_variables(section.template_kwargs, found.values())
+    def _read(self, templates: Mapping[str, str], *, where: str) -> None:
+        """Whether they are Jinja, and read the variables that the recipe hands over."""
+        import jinja2  # 0.05 s, for few recipes
+
+        from lorafit.data.template_text import unread_variables
+
+        try:
+            unread = list(unread_variables(self._recipe.data.template_kwargs, templates.values()))
+        except jinja2.TemplateSyntaxError as error:
+            place = f"{where}:{error.lineno}" if where else "the tokenizer's chat template"
+            self.add(DataError, (Problem(place, f"{error.message}; mend the template"),))
+        else:
             self.add(RecipeError, tuple(Problem(f"data.template_kwargs.{name}", said) for name, said in unread))
 
 

@@ -274,3 +274,13 @@ def test_all_that_is_wrong_with_recipe_base_and_rows_comes_at_once(
     assert _exit_code(["validate", str(path)]) == 2
     lines = capsys.readouterr().err.replace(f"{tmp_path}/", "").splitlines()
     assert [line.split(": ")[1] for line in lines] == ["x.yaml:4", "x.yaml:1", "rows.jsonl:1"]
+
+
+def test_a_template_that_is_no_jinja_is_named_with_its_line(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.jinja").write_text(
+        "{% for message in messages %}\n{{ message. }}\n{% endfor %}", encoding="utf-8"
+    )
+    with pytest.raises(LorafitError) as caught:
+        right(tmp_path, RECIPE.replace("]}", "], template: ./broken.jinja}") + SHORT)
+    assert caught.value.exit_code == 3
+    assert str(caught.value).replace(f"{tmp_path}/", "").startswith("broken.jinja:2: ")

@@ -8,8 +8,6 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import NamedTuple
 
-from tokenizers import Tokenizer
-
 from lorafit.data.rows import Chat, Pair, Place, Row, Text, answers, texts
 
 CHARACTERS_AT_ONCE = 4_000_000
@@ -71,6 +69,8 @@ class LongRows:
         doubtful = self._let_go + len(self._longest)
         if tokenizer_file is None or not self._longest:
             return Lengths([], doubtful)
+        from tokenizers import Tokenizer  # not before it is needed: most rows are short
+
         core = Tokenizer.from_file(str(tokenizer_file))
         core.no_truncation()
         core.no_padding()
