@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,18 @@ class _Look:
         if has_files and not ends and settings.get("tokenizer_class") in NAMES_ITS_OWN_END:
             message = 'the tokenizer has no end-of-text token: write "eos_token": "..." in tokenizer_config.json'
             self.add(ModelError, (Problem(str(directory), message),))
+        self._stop_token(directory / TOKENIZER)
         self._templates(directory)
+
+    def _stop_token(self, file: Path) -> None:
+        """Whether the token that the recipe names stands in the tokenizer's file, which is not parsed for that."""
+        token = self._recipe.data.stop_token
+        if token is None or token in self._recipe.model.add_tokens or not file.is_file():
+            return
+        content = file.read_bytes()
+        if not any(json.dumps(token, ensure_ascii=ascii).encode() in content for ascii in (True, False)):
+            message = f'"{token}" is no token of the tokenizer; name one of its tokens, or add it with model.add_tokens'
+            self.add(ModelError, (Problem("data.stop_token", message),))
 
     def _templates(self, directory: Path) -> None:
         """What the tokenizer brings along, and whether it reads the variables of the recipe."""

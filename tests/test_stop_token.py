@@ -12,6 +12,7 @@ from runs import run, small_recipe
 from tiny import build_base, byte_tokenizer
 from transformers import AutoTokenizer, GenerationConfig
 
+from lorafit.base_at_hand import look_at_base
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.preview import recipe_preview
 from lorafit.errors import DataError, ModelError
@@ -89,3 +90,19 @@ def test_what_is_not_one_token_is_refused(stop_token: str, said: str, tmp_path: 
     with pytest.raises(ModelError, match=said):
         run(small_recipe(tmp_path, tiny_base, **_data(stop_token=stop_token)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("stop_token", "tokens", "said"),
+    [
+        ("<|im_end|>", [], None),
+        ("<end>", ["<end>"], None),
+        ("<end>", [], '"<end>" is no token of the tokenizer; name one of its tokens, or add it with model.add_tokens'),
+    ],
+)
+def test_validate_looks_for_it_in_the_tokenizers_file(
+    stop_token: str, tokens: list[str], said: str | None, tmp_path: Path, tiny_base: Path
+) -> None:
+    model = {"model_name_or_path": str(tiny_base), "add_tokens": tokens}
+    look = look_at_base(small_recipe(tmp_path, tiny_base, model=model, **_data(stop_token=stop_token)))
+    assert [problem.message for problem in look.problems] == ([said] if said else [])
