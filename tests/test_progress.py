@@ -39,6 +39,7 @@ def test_lines_with_news_keep_their_distance_and_silence_has_an_end(
     monkeypatch.setattr(pulse, "LEAST_SECONDS", 1000.0)
     assert steps_said() == ["step 1/3"]  # the first at once
     monkeypatch.setattr(pulse, "MOST_SECONDS", 0.0)
+    monkeypatch.setattr(pulse, "LEAST_SECONDS", 0.0)
     assert steps_said(logging_steps=100) == ["step 1/3", "step 2/3", "step 3/3"]
 
 

@@ -44,7 +44,7 @@ class SignsOfLife(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Between two logged steps."""
-        if self._pulse.is_silent():
+        if not control.should_log and self._pulse.is_silent():
             self._say(": ".join([_at(state), *self._left(state)]))
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
