@@ -173,7 +173,7 @@ def test_an_empty_thought_is_said_once_with_the_setting_that_decides_it(tmp_path
 
 def test_a_thought_that_generation_opens_and_rows_do_not_have_is_said_with_the_setting(tmp_path: Path) -> None:
     prompt = "assistant\n{% if thinks is not defined or thinks %}<think>\n{% endif %}{% endif %}"
-    tokenizer = word_tokenizer(CHATML.replace("assistant\n{% endif %}", prompt))
+    tokenizer = word_tokenizer("{% if aside %}aside{% endif %}" + CHATML.replace("assistant\n{% endif %}", prompt))
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"messages": [user("One?"), answer("Two."), user("And?"), answer("No.")]}]
     )
