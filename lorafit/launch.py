@@ -9,10 +9,14 @@ import ctypes
 import os
 import re
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from lorafit import placement
+from lorafit.placement import ALONE, Place
 
 if TYPE_CHECKING:  # `lorafit --help` answers without pydantic
     from lorafit.recipe.sections import LaunchSection
@@ -28,17 +32,37 @@ def config_file(strategy: str) -> Path:
 
 def rank() -> int:
     """This process's number among those that train together; 0 when it trains alone."""
-    return int(os.environ.get("RANK", "0"))
+    return int(os.environ["RANK"]) if is_worker() else 0
 
 
 def is_worker() -> bool:
     """Whether accelerate or torchrun started this process as one of those that train."""
-    return "RANK" in os.environ
+    return placement.is_process_of_a_launcher(os.environ)
+
+
+def machine_rank() -> int:
+    """The number of this machine among those of the run, in a process that trains there."""
+    return int(os.environ.get("GROUP_RANK") or "0") if is_worker() else 0
+
+
+def take_variables() -> dict[str, str]:
+    """What launchers have told a process that none of them started to train, taken out of its environment: torch and
+    accelerate would wait for others who are not there. Raises MachineError where a started one was told nonsense.
+    """
+    if threads := os.environ.get("OMP_NUM_THREADS"):  # `4,2`: of nested loops, which accelerate cannot read
+        os.environ["OMP_NUM_THREADS"] = threads.partition(",")[0].strip()
+        if not os.environ["OMP_NUM_THREADS"].isdecimal() or not int(os.environ["OMP_NUM_THREADS"]):
+            del os.environ["OMP_NUM_THREADS"]
+    if is_worker():
+        placement.refuse_contradictions_of_a_launcher(os.environ)
+        return {}
+    of_slurm = {name: text for name, text in os.environ.items() if name.startswith("SLURM_")}
+    return of_slurm | {name: os.environ.pop(name) for name in placement.FOREIGN if name in os.environ}
 
 
 def processes_here() -> int:
     """Processes of this run on this machine; 1 when it trains alone."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]) if is_worker() else 1
 
 
 def end_with_launcher() -> None:
@@ -55,16 +79,28 @@ def name_this_launcher() -> None:
     os.environ["LORAFIT_LAUNCHER"] = str(os.getpid())
 
 
+def name_sign_of_lost_machine(path: Path) -> None:
+    """Let the processes that this one starts know by a file that another machine is gone."""
+    os.environ["LORAFIT_LOST_MACHINE"] = str(path)
+
+
+def has_lost_machine() -> bool:
+    """Whether the process that started this one knows that another machine is gone."""
+    path = os.environ.get("LORAFIT_LOST_MACHINE")
+    return path is not None and Path(path).exists()
+
+
 def processes_asked_for(section: LaunchSection, *, gpus: int) -> int:
     """Processes on this machine: what the recipe says; by itself one a GPU, or what started this process chose."""
     if section.num_processes != "auto":
         return section.num_processes
-    return int(os.environ["WORLD_SIZE"]) if is_worker() else max(gpus, 1)
+    return processes_here() if is_worker() else max(gpus, 1)
 
 
-def needs_processes(section: LaunchSection, *, gpus: int) -> bool:
+def needs_processes(section: LaunchSection, *, gpus: int, place: Place = ALONE) -> bool:
     """Whether this process cannot train by itself and has to start those that do."""
-    return not is_worker() and (processes_asked_for(section, gpus=gpus) > 1 or section.strategy != "ddp")
+    is_one = place.count == 1 and section.strategy == "ddp" and processes_asked_for(section, gpus=gpus) == 1
+    return not is_worker() and not is_one
 
 
 def is_first_machine(section: LaunchSection) -> bool:
@@ -87,28 +123,60 @@ def shards_by_fsdp(section: LaunchSection) -> bool:
 
 
 def launch_command(
-    section: LaunchSection, arguments: Sequence[str], *, gpus: int, run: Path | None = None
+    section: LaunchSection,
+    arguments: Sequence[str],
+    *,
+    gpus: int,
+    run: Path | None = None,
+    place: Place = ALONE,
+    link: str | None = None,
 ) -> list[str]:
     """The command that trains `lorafit ARGUMENTS` in as many processes as the recipe asks for; `run` is what this
-    process has locked, and goes on holding when it has become that command."""
+    process has locked, and `link` its connections to other machines: both go on being held by that command."""
     count = processes_asked_for(section, gpus=gpus)
-    own_count = section.num_processes == "auto" and Path(section.strategy).is_absolute()
+    own_count = section.num_processes == "auto" and Path(section.strategy).is_absolute() and place.count == 1
     return [
         *(sys.executable, "-m", "lorafit", "processes"),
         *(() if run is None else ("--run-dir", str(run))),
+        *(() if link is None else ("--link", link)),
         *("--config_file", str(config_file(section.strategy))),
-        *(() if own_count else ("--num_processes", str(count))),
-        # A port that is free, so that two runs on one machine do not meet; a file of the user's may name one.
-        *(() if Path(section.strategy).is_absolute() else ("--main_process_port", "0")),
+        *(() if own_count else ("--num_processes", str(count * place.count))),
+        *(_meeting(place) if place.count > 1 else _alone(section)),
         *("--mixed_precision", "no"),  # the recipe's training.bf16 decides
         *("--num_cpu_threads_per_process", str(_threads(count, gpus=gpus))),
         *("-m", "lorafit", *arguments),
     ]
 
 
+def _alone(section: LaunchSection) -> tuple[str, ...]:
+    """A port that is free, so that two runs on one machine do not meet; a file of the user's may name one."""
+    return () if Path(section.strategy).is_absolute() else ("--main_process_port", "0")
+
+
+def _meeting(place: Place) -> tuple[str, ...]:
+    """Where the processes of all machines meet: they are all there, so none waits long."""
+    return (
+        *("--num_machines", str(place.count), "--machine_rank", str(place.rank), "--same_network"),
+        *("--main_process_ip", place.host, "--main_process_port", str(place.port), "--rdzv_conf", "timeout=120"),
+    )
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.create_server(("", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+def use_interface(name: str | None) -> None:
+    """Let gloo meet the other machines there: it would take the address that this machine's own name stands for."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else a warning for each address without a name
+    if name and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
 def _threads(count: int, *, gpus: int) -> int:
     """OMP_NUM_THREADS of each process: the user's, else 1 beside a GPU (torchrun's), else its share of the cores."""
-    if chosen := os.environ.get("OMP_NUM_THREADS"):
+    if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
         return int(chosen)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return 1 if gpus else max(1, cores // count)

@@ -7,14 +7,17 @@ import signal
 import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
+from pathlib import Path
 
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
+from lorafit.machines import Link
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
@@ -25,11 +28,12 @@ _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 
 
-def run_processes(arguments: Sequence[str], *, requests: PassOn) -> int:
+def run_processes(arguments: Sequence[str], *, requests: PassOn, link: Link | None = None) -> int:
     """`accelerate launch ARGUMENTS`: start the processes and wait for them; the exit code of the one that failed, or 0.
 
-    A process reports its own error. Raises MachineError for one that was killed, which could not, and StopRequested
-    when all were told to stop before they could say so. All have ended when this returns.
+    A process reports its own error. Raises MachineError for one that was killed, which could not, and for a machine
+    that is gone, and StopRequested when all were told to stop before they could say so. All have ended when this
+    returns.
     """
     logging.disable(logging.ERROR)  # the launcher's own account of a failure, a page long
     launch.name_this_launcher()
@@ -40,10 +44,21 @@ def run_processes(arguments: Sequence[str], *, requests: PassOn) -> int:
         try:
             launch_command(settings)
         except ChildFailedError as error:
+            if link is not None and link.lost is not None and not _has_own_cause(error.failures):
+                raise link.lost from None
             return _exit_code_of(error.failures, was_asked=requests.heard is not None)
         except (SignalException, KeyboardInterrupt) as error:
             raise StopRequested("stopped on request; all processes were ended", where="launch") from error
+        except (DistError, ConnectionError, TimeoutError) as error:  # while the machines' processes come together
+            lost = link.lost if link is not None else None
+            raise lost or MachineError(str(error).splitlines()[0], where="launch") from error
     return 0
+
+
+def _has_own_cause(failures: dict[int, ProcessFailure]) -> bool:
+    """Whether a process failed of something else than that others were gone, and has said so."""
+    others = (-signal.SIGTERM, -signal.SIGKILL, ENDED_WITH_ANOTHER)
+    return any(failure.exitcode not in others for failure in failures.values())
 
 
 def _exit_code_of(failures: dict[int, ProcessFailure], *, was_asked: bool) -> int:
@@ -71,11 +86,24 @@ def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialSt
     seconds = loaded.recipe.training.extra.get("ddp_timeout", 1800)
     timeout = {"timeout": timedelta(seconds=seconds)} if launch.is_worker() else {}
     state = PartialState(cpu=device == "cpu", **timeout)
-    asked = launch.processes_asked_for(loaded.recipe.launch, gpus=gpus)
-    if launch.is_worker() and state.num_processes != asked:
-        message = f"{asked} processes were asked for, {state.num_processes} started; start it with `lorafit train`"
-        raise MachineError(loaded.problem("launch.num_processes", message))
+    if launch.is_worker():
+        _refuse_other_numbers(loaded, state, gpus=gpus)
     return state
+
+
+def _refuse_other_numbers(loaded: LoadedRecipe, state: PartialState, *, gpus: int) -> None:
+    section, here = loaded.recipe.launch, launch.processes_here()
+    machines = state.num_processes // here
+    is_own_file = Path(section.strategy).is_absolute()  # accelerate counts the processes of all machines
+    asked = launch.processes_asked_for(section, gpus=gpus)
+    started = state.num_processes if is_own_file and section.num_processes != "auto" else here
+    by = "RANK and WORLD_SIZE in the environment say so; without them start it with `lorafit train`"
+    if started != asked:
+        message = f"{asked} processes were asked for, {started} started: {by}"
+        raise MachineError(loaded.problem("launch.num_processes", message))
+    if section.machines not in ("auto", machines):
+        message = f"{section.machines} machines were asked for, {machines} started: {by}"
+        raise MachineError(loaded.problem("launch.machines", message))
 
 
 def leave_processes() -> None:

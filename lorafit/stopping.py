@@ -12,12 +12,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 
 import psutil
 
 from lorafit import launch
-from lorafit.errors import StopRequested
+from lorafit.errors import MachineError, StopRequested
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -120,7 +121,7 @@ class StopRequest:
 
 
 def has_lost_another(*, within_seconds: float = 0.0) -> bool:
-    """Whether a process that trains with this one on this machine has ended, or the one that started them.
+    """Whether a process that trains with this one on this machine has ended, the one that started them, or a machine.
 
     A broken connection is noticed a moment before the process at its other end is gone.
     """
@@ -133,6 +134,8 @@ def has_lost_another(*, within_seconds: float = 0.0) -> bool:
 
 
 def _is_one_gone() -> bool:
+    if launch.has_lost_machine():
+        return True
     try:
         siblings = psutil.Process(os.getppid()).children()
         alive = [process for process in siblings if process.status() != psutil.STATUS_ZOMBIE]
@@ -170,6 +173,26 @@ class PassOn:
         if first:
             for process in started:
                 process.terminate()
+
+
+def end_after_lost_machine(sign: Path, why: Callable[[], object]) -> None:
+    """End what this process has started, which waits for a machine that is gone and may hear nothing any more.
+
+    Where nothing was started yet this process itself may wait in torch, and is left without a goodbye.
+    """
+    sign.touch()
+    until, has_ended_some = time.monotonic() + 8, False
+    while time.monotonic() < until or has_ended_some:
+        started = psutil.Process().children()
+        has_ended_some = has_ended_some or bool(started)
+        for process in started:
+            process.terminate()
+        _, alive = psutil.wait_procs(started, timeout=4)
+        for process in alive:
+            process.kill()
+        time.sleep(0.5)
+    _write_line(f"error: {why()}")
+    os._exit(MachineError.exit_code)
 
 
 def _write_line(text: str) -> None:

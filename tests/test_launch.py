@@ -12,16 +12,17 @@ from runs import small_recipe
 
 from lorafit import cli, launch
 from lorafit.errors import MachineError
+from lorafit.placement import Place
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import LaunchSection
 
-STARTED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}
+STARTED = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if started from a shell that says nothing of processes and threads."""
-    for name in (*STARTED, "OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "ACCELERATE_USE_FSDP"):
+    for name in (*STARTED, "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "ACCELERATE_USE_FSDP"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,6 +44,8 @@ def test_auto_is_what_was_started_by_hand(monkeypatch: pytest.MonkeyPatch) -> No
     for name, text in STARTED.items():
         monkeypatch.setenv(name, text)
     assert launch.processes_asked_for(section(), gpus=8) == 4
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert launch.processes_asked_for(section(), gpus=8) == 2, "of two machines, those of this one"
     assert launch.rank() == 1
 
 
@@ -82,6 +85,16 @@ def test_a_file_of_the_users_keeps_its_own_count_unless_the_recipe_has_one(tmp_p
     command = launch.launch_command(section(strategy=own, num_processes=4), ["train"], gpus=2)
     assert value(command, "--config_file") == own
     assert value(command, "--num_processes") == "4"
+
+
+def test_processes_of_several_machines_are_counted_together_and_meet_at_the_first() -> None:
+    place = Place(1, 2, "10.0.0.1", 4000)
+    assert launch.needs_processes(section(num_processes=1), gpus=0, place=place)
+    command = launch.launch_command(section(num_processes=4), ["train"], gpus=4, place=place, link="[]")
+    said = {option: value(command, option) for option in ("--num_machines", "--machine_rank", "--main_process_ip")}
+    assert said == {"--num_machines": "2", "--machine_rank": "1", "--main_process_ip": "10.0.0.1"}
+    assert (value(command, "--num_processes"), value(command, "--main_process_port")) == ("8", "4000")
+    assert value(command, "--link") == "[]"
 
 
 def test_cpu_processes_share_the_cores_unless_the_user_chose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import typer
 
 from lorafit import launch
 from lorafit.cli.app import app
-from lorafit.errors import DiskError, LorafitError, RecipeError, StopRequested
+from lorafit.errors import DiskError, HealthStop, LorafitError, RecipeError, StopRequested
 from lorafit.report.inert import inert
 
 # Each adds its commands, which `lorafit --help` lists in this order.
@@ -32,7 +32,8 @@ from lorafit.cli import doctor  # noqa: F401
 
 def _report(error: LorafitError) -> int:
     """Print every problem as one line on stderr, by one process of those that train together; the exit code."""
-    if launch.is_first_to_fail():
+    agreed_on = isinstance(error, StopRequested | HealthStop)  # by all machines: the first of them says it
+    if launch.is_first_to_fail() and not (agreed_on and launch.machine_rank()):
         is_of_all = isinstance(error, StopRequested) or not launch.is_worker()
         process = "" if is_of_all else f"process {launch.rank()}: "
         for problem in error.problems:
@@ -44,7 +45,7 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _refuse_no_directory()
         arguments = [_at_home(word) for word in arguments]
-        code = app(arguments, prog_name="lorafit", standalone_mode=False) or 0
+        code = app(arguments, prog_name="lorafit", standalone_mode=False, obj=launch.take_variables()) or 0
         if code == 130:  # what typer makes of it
             raise KeyboardInterrupt
         return code

@@ -4,8 +4,9 @@ import contextlib
 import json
 import shlex
 import sys
+import tempfile
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,13 +14,18 @@ import typer
 
 from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
-from lorafit.errors import RecipeError
+from lorafit.errors import LorafitError, RecipeError
 from lorafit.imports import without_collections
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from lorafit.machines import Link
+    from lorafit.placement import Place
     from lorafit.pulse import Say
     from lorafit.recipe import LoadedRecipe
     from lorafit.stopping import StopRequest
+    from lorafit.training.inputs import RunInputs
     from lorafit.training.progress import Progress
     from lorafit.training.resume import Begin
     from lorafit.training.train import TrainResult
@@ -57,13 +63,26 @@ Restart = Annotated[
         help="With --resume: where there are checkpoints and all of them are damaged, start over at the first step.",
     ),
 ]
+MachineRank = Annotated[
+    int | None,
+    typer.Option("--machine-rank", metavar="I", help="With launch.machines: which of them this is, from 0."),
+]
+MainAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--main-address", metavar="HOST[:PORT]", help="With launch.machines: an address of machine 0; the port is free."
+    ),
+]
 
 
 @app.command()
 def train(
+    context: typer.Context,
     recipe: RecipePath,
     set_: Overrides = None,
     output_dir: OutputDir = None,
+    machine_rank: MachineRank = None,
+    main_address: MainAddress = None,
     is_smoke: Smoke = False,
     selftest: SelfTest = False,
     resume: Resume = False,
@@ -109,13 +128,20 @@ def train(
             from lorafit.run_dir import RunDir
             from lorafit.run_lock import held
 
-            is_ours = launch.is_first_machine(loaded.recipe.launch)
-            held_run = held(RunDir(loaded.output_dir()), say=speaker(quiet=quiet)) if is_ours else nullcontext()
-            with held_run:
-                with without_collections():
-                    quiet_libraries(debug=debug)
-                trained = _train(loaded, stop, begin=begin, quiet=quiet)
-            if launch.rank() != 0:
+            say = speaker(quiet=quiet)
+            place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address, say=say)
+            with without_collections():
+                quiet_libraries(debug=debug)
+                from lorafit.preflight import this_machine
+                from lorafit.training.several_machines import met_by_recipe
+            machine = this_machine()
+            is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
+            with (
+                met_by_recipe(loaded, place, begin=begin, device=machine.device, gpus=machine.gpus, say=say) as link,
+                held(RunDir(loaded.output_dir()), say=say) if is_ours else nullcontext(),
+            ):
+                trained = _train(loaded, stop, begin=begin, quiet=quiet, place=place, link=link)
+            if trained is None or launch.rank() != 0:
                 return
             from lorafit.report.tables import train_table
 
@@ -129,25 +155,42 @@ def _resume_command() -> str:
     return shlex.join(["lorafit", *words, "--resume"])
 
 
-def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet: bool) -> "TrainResult":
-    """Train in this process, or first become the launcher of those that train."""
+def _place(
+    loaded: "LoadedRecipe",
+    variables: "Mapping[str, str]",
+    *,
+    rank: int | None,
+    main_address: str | None,
+    say: "Say",
+) -> "Place":
+    """Which machine of the run this is; what other launchers left in the environment is said in a line."""
+    from lorafit import placement
+
+    if launch.is_worker():
+        return placement.ALONE
+    told = placement.told(variables)
+    machines = loaded.recipe.launch.machines
+    count = None if machines == "auto" else machines
+    place = placement.settled(told.place, machines=count, rank=rank, main_address=main_address)
+    if told.left_aside:
+        say(f"left aside: {', '.join(told.left_aside)} of another launcher, which did not start this process")
+    if place.told_by and place.count > 1:
+        say(str(place))
+    return place
+
+
+def _train(
+    loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet: bool, place: "Place", link: "Link | None"
+) -> "TrainResult | None":
+    """Train in this process, or first become the launcher of those that train; None where another machine has it."""
     with without_collections():
-        from lorafit.preflight import cache_directory, this_machine
-        from lorafit.training.inputs import read_inputs, refuse_before_reading
+        from lorafit.preflight import cache_directory
 
-    machine, inputs = this_machine(), None
-    if not launch.is_worker() and not _is_finished(loaded, begin=begin):
-        starts_others = launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus)
-        meanwhile = None if starts_others else "lorafit.training.train"
-        begun = refuse_before_reading(loaded, machine, begin=begin)
-        inputs = read_inputs(loaded, cache_dir=cache_directory(), begun=begun, meanwhile=meanwhile)
-        if starts_others:
-            from lorafit.stopping import hold_back
-
-            run = loaded.output_dir() if launch.is_first_machine(loaded.recipe.launch) else None
-            command = launch.launch_command(loaded.recipe.launch, sys.argv[1:], gpus=machine.gpus, run=run)
-            hold_back()
-            launch.replace_this_process(command)
+    inputs = None
+    if not launch.is_worker():
+        inputs, is_over = _before_training(loaded, begin=begin, place=place, link=link)
+        if is_over:
+            return None
     with without_collections():
         from lorafit.processes import leave_processes
         from lorafit.training.train import train as train_adapter
@@ -165,6 +208,53 @@ def _train(loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet
     )
     leave_processes()
     return result
+
+
+def _before_training(
+    loaded: "LoadedRecipe", *, begin: "Begin", place: "Place", link: "Link | None"
+) -> "tuple[RunInputs | None, bool]":
+    """What this process has read for its run, which does not return where others train it; whether all is said."""
+    with without_collections():
+        from lorafit.preflight import cache_directory, refuse_what_this_machine_lacks, this_machine
+        from lorafit.training.inputs import read_inputs, refuse_before_reading
+        from lorafit.training.several_machines import ready_to_start, tell_others, told_by_first
+
+    machine = this_machine()
+    if link is None or link.is_first:
+        begun = None if _is_finished(loaded, begin=begin) else refuse_before_reading(loaded, machine, begin=begin)
+        if link is not None:
+            tell_others(link, loaded, begun)
+        if begun is None:
+            return None, False
+        as_of = begun.as_of
+    else:
+        refuse_what_this_machine_lacks(loaded, machine)
+        is_finished, as_of = told_by_first(link, loaded)
+        if is_finished:
+            return None, True
+    starts_others = launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus, place=place)
+    meanwhile = None if starts_others else "lorafit.training.train"
+    inputs = read_inputs(loaded, cache_dir=cache_directory(), as_of=as_of, meanwhile=meanwhile)
+    if starts_others:
+        from lorafit.stopping import hold_back
+
+        handed = None
+        if link is not None:
+            place = replace(place, port=ready_to_start(link, inputs))
+            launch.use_interface(link.interface())
+            handed = link.handed_over()
+        is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
+        command = launch.launch_command(
+            loaded.recipe.launch,
+            sys.argv[1:],
+            gpus=machine.gpus,
+            run=loaded.output_dir() if is_ours else None,
+            place=place,
+            link=handed,
+        )
+        hold_back()
+        launch.replace_this_process(command)
+    return inputs, False
 
 
 def _progress(say: "Say", *, quiet: bool) -> "Progress | None":
@@ -185,7 +275,11 @@ def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:
 @app.command(
     hidden=True, add_help_option=False, context_settings={"ignore_unknown_options": True, "allow_extra_args": True}
 )
-def processes(context: typer.Context, run_dir: Annotated[Path | None, typer.Option("--run-dir")] = None) -> None:
+def processes(
+    context: typer.Context,
+    run_dir: Annotated[Path | None, typer.Option("--run-dir")] = None,
+    link: Annotated[str | None, typer.Option("--link")] = None,
+) -> None:
     """`accelerate launch`, ending with the exit code of the process that failed; what `train` turns itself into."""
     from lorafit.stopping import PassOn
 
@@ -194,7 +288,33 @@ def processes(context: typer.Context, run_dir: Annotated[Path | None, typer.Opti
     from lorafit.run_dir import RunDir
     from lorafit.run_lock import held
 
-    with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)):
+    with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)), _linked(link) as others:
         from lorafit.processes import run_processes
 
-        raise typer.Exit(run_processes(context.args, requests=requests))
+        code = run_processes(context.args, requests=requests, link=others)
+        if others is not None:
+            others.close(code)
+        raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def _linked(handed: str | None) -> "Iterator[Link | None]":
+    """The other machines of the run, watched from now on; how this one ends badly is told to them."""
+    if handed is None:
+        yield None
+        return
+    from lorafit.machines import taken_over
+    from lorafit.stopping import end_after_lost_machine
+
+    link = taken_over(handed)
+    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
+        sign = Path(directory) / "lost-machine"
+        launch.name_sign_of_lost_machine(sign)
+        link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost))
+        try:
+            yield link
+        except LorafitError as error:
+            link.close(error.exit_code, said=str(error).splitlines()[0])
+            raise
+        finally:
+            link.close(1)

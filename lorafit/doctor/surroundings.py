@@ -9,12 +9,12 @@ from pathlib import Path
 import yaml
 from huggingface_hub import constants, get_token
 
+from lorafit import placement
 from lorafit.doctor.ask import Answers
 from lorafit.doctor.line import Line
 from lorafit.launch import CONFIGS
 
 TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
-OF_A_LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 
 
@@ -56,8 +56,8 @@ def accelerate_lines(environment: Mapping[str, str]) -> Iterator[Line]:
         if not is_whole:
             yield Line("accelerate", f"{file} is missing or broken", "pip install --force-reinstall --no-deps lorafit")
             return
-    left = [name for name in OF_A_LAUNCHER if name in environment]
-    if "RANK" in left:
+    left = [name for name in placement.FOREIGN if name in environment and not name.startswith("ACCELERATE_")]
+    if any(not name.startswith("MASTER_") for name in left):
         yield Line("accelerate", f"the shell sets {', '.join(left)}, as in a run of several", f"unset {' '.join(left)}")
         return
     changing = sorted(name for name in environment if name.startswith("ACCELERATE_"))
@@ -91,7 +91,7 @@ def shown_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "LORAFIT_",
         "BNB_",
     )
-    others = (*OF_A_LAUNCHER, *TOKEN_NAMES, "TOKENIZERS_PARALLELISM", "XDG_CACHE_HOME")
+    others = (*placement.FOREIGN, *TOKEN_NAMES, "TOKENIZERS_PARALLELISM", "XDG_CACHE_HOME")
     return {name: value for name, value in sorted(environment.items()) if name.startswith(prefixes) or name in others}
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, reduce
+from accelerate.utils import broadcast_object_list, gather_object, reduce
 from peft import AdaLoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
@@ -20,11 +22,12 @@ from transformers.trainer_callback import ExportableState
 
 from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.durable import stage_beside
-from lorafit.errors import MachineError, RunDirError
+from lorafit.errors import RunDirError
 from lorafit.processes import DATA_PARALLEL
 from lorafit.training import checkpoints, rank_allocation
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.save import WEIGHTS, give_usual_permissions
+from lorafit.training.sent_checkpoints import seen_here
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,17 @@ class CommittingTrainer(AdapterTrainer):
 
     _stage: Path | None = None
 
+    _taken_up: Path | None = None
+    """The checkpoint that this session goes on from, as this machine sees it."""
+
     def train_in(self, room: CheckpointRoom, *, after: Checkpoint | None) -> None:
         """Train from the first step, or from the one after a checkpoint; new checkpoints go into `room`."""
         self.room = room
-        self.train(resume_from_checkpoint=None if after is None else str(after.path))
+        if after is None:
+            self.train()
+            return
+        with seen_here(after.path) as self._taken_up:
+            self.train(resume_from_checkpoint=str(self._taken_up))
 
     # Saving
 
@@ -92,19 +102,33 @@ class CommittingTrainer(AdapterTrainer):
         with stage_beside(target) if is_first else nullcontext(target) as stage:
             if self.args.world_size > 1:
                 stage = Path(broadcast_object_list([str(stage)])[0])
+            written = checkpoints.path_of(stage, self.state.global_step)
+            unknown = [place for place in (written, *written.parents) if not place.exists()]
             self._stage = stage
             try:
                 yield stage
             finally:
                 self._stage = None
+                if not is_first and stage in unknown:  # on a disk of another machine, where libraries made it
+                    for place in unknown:
+                        with suppress(OSError):
+                            place.rmdir()
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """That of every process, written by the first, whose disk the others may not see."""
+        if self.args.world_size == 1:
+            super()._save_rng_state(output_dir)
+            return
+        with tempfile.TemporaryDirectory(prefix="lorafit-") as own:
+            super()._save_rng_state(own)
+            states = gather_object([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
+        if self.is_world_process_zero():
+            for name, content in states:
+                (Path(output_dir) / name).write_bytes(content)
 
     def _commit(self, written: Path, step: int) -> None:
         # The library notes the best checkpoint by its path, which would be that of the stage, on this machine.
         replace(self.state, best_model_checkpoint=None).save_to_json(str(written / TRAINER_STATE_NAME))
-        missing = [rank for rank in range(self.args.world_size) if not any(written.glob(f"rng_state_{rank}.pth"))]
-        if self.args.world_size > 1 and missing:
-            message = f"the random state of process {missing[0]} is not in the checkpoint: the nodes share no directory"
-            raise MachineError(f"{message}; choose an output_dir that all of them see", where=str(self.room.directory))
         give_usual_permissions(written)
         contents = {
             "step": step,
@@ -165,15 +189,18 @@ class CommittingTrainer(AdapterTrainer):
 
     def _load_best_model(self) -> None:
         """The adapter with the lowest held-out loss. Raises RunDirError when its checkpoint was damaged meanwhile."""
-        best = Path(self.state.best_model_checkpoint)
-        try:
-            checkpoints.verified(best)
-        except checkpoints.Damaged as reason:
-            raise RunDirError(f"the best adapter cannot be read: {reason}", where=str(best)) from None
-        if self._holds_adapter_whole():
-            self._take_weights(best)
-        else:
-            super()._load_best_model()
+        kept = self.state.best_model_checkpoint
+        with seen_here(Path(kept)) as best:
+            try:
+                checkpoints.verified(best)
+            except checkpoints.Damaged as reason:
+                raise RunDirError(f"the best adapter cannot be read: {reason}", where=kept) from None
+            if self._holds_adapter_whole():
+                self._take_weights(best)
+            else:
+                self.state.best_model_checkpoint = str(best)
+                super()._load_best_model()
+                self.state.best_model_checkpoint = kept
 
     def _holds_adapter_whole(self) -> bool:
         return self.accelerator.distributed_type in DATA_PARALLEL
@@ -194,10 +221,26 @@ class CommittingTrainer(AdapterTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """The last thing to come back before the first step: with it, the loss that was being summed up."""
-        super()._load_rng_state(checkpoint)
+        if checkpoint is not None:
+            with self._rng_state_of_this_process(Path(checkpoint)) as directory:
+                super()._load_rng_state(str(directory))
         window = self.state.stateful_callbacks["loss window"]
         self._tr_loss = torch.tensor(window["loss"], device=self.args.device)
         self._globalstep_last_logged = window["since"]
+
+    @contextmanager
+    def _rng_state_of_this_process(self, checkpoint: Path) -> Iterator[Path]:
+        """A directory with it under the name that the library looks for: of other processes than now, where they were
+        more or fewer."""
+        world, process = self.args.world_size, self.args.process_index
+        own = "rng_state.pth" if world == 1 else f"rng_state_{process}.pth"
+        saved = sorted(checkpoint.glob("rng_state*.pth"))
+        if (checkpoint / own).is_file() or not saved:
+            yield checkpoint
+            return
+        with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
+            shutil.copyfile(saved[process % len(saved)], Path(directory) / own)
+            yield Path(directory)
 
     def _run_epoch(self, **named: Any) -> None:
         """Nothing, when the checkpoint was that of a run which had come to its end."""

@@ -21,11 +21,12 @@ from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, AdaptedModule
 from lorafit.preflight import Machine
 from lorafit.processes import distribution
 from lorafit.recipe import Recipe
+from lorafit.recipe.sections import TrainingSection
 from lorafit.run_dir import RunDir
 from lorafit.training.checks import Before
 from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.inputs import RunInputs
-from lorafit.training.resume import ROUNDING, Departure, kept_keys
+from lorafit.training.resume import ROUNDING, SEQUENCES, Departure, kept_keys
 from lorafit.training.trainer import LoraTrainer
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
@@ -73,13 +74,20 @@ def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
     return [os.path.relpath(file, run.path) if Path(file).is_absolute() else file for file in files]
 
 
-def kept_facts(recipe: Recipe, inputs: RunInputs, *, machine: Machine, bf16: bool) -> dict[str, Any]:
-    """What must be the same when a run goes on, as far as it is known before the model is loaded."""
+def kept_facts(
+    recipe: Recipe, inputs: RunInputs, *, machine: Machine, bf16: bool, divided: TrainingSection
+) -> dict[str, Any]:
+    """What must be the same when a run goes on, as far as it is known before the model is loaded.
+
+    `divided` is how the sequences of a step are shared out, where that is not as the recipe says.
+    """
+    on_device = divided.per_device_train_batch_size * divided.gradient_accumulation_steps
     return {
         "recipe": kept_keys(recipe.model_dump(mode="json")),
         "base model": inputs.base_files.fingerprint(),
         **inputs.data.parts,
         "processes": PartialState().num_processes,
+        SEQUENCES: on_device * PartialState().num_processes,
         "device": machine.device,
         "bf16": bf16,
     }

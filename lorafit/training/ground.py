@@ -10,7 +10,14 @@ from lorafit.builders.positions import advise_on_positions, positions
 from lorafit.errors import RecipeError
 from lorafit.planning.answer import Plan
 from lorafit.planning.for_training import PlanOfRun, planned_checkpointing
-from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice, this_machine
+from lorafit.preflight import (
+    Machine,
+    bf16_choice,
+    checkpointing_choice,
+    dtype_choice,
+    refuse_what_this_machine_lacks,
+    this_machine,
+)
 from lorafit.processes import join_processes
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.advice import advise
@@ -21,13 +28,17 @@ from lorafit.training.announce import Say, say_data
 from lorafit.training.disk import Space, refuse_too_little_space, space_needed
 from lorafit.training.facts import kept_facts
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
-from lorafit.training.resume import Begin, Departure, refuse_changes
+from lorafit.training.resume import Begin, Departure, divided_anew, refuse_changes
+from lorafit.training.sent_checkpoints import by_first
 from lorafit.training.token_rows import check_token_rows, tokens_line
 
 
 @dataclass(frozen=True)
 class Ground:
     """What is settled before the model is loaded."""
+
+    loaded: LoadedRecipe
+    """The recipe, with the sequences of a step divided among the processes that there are."""
 
     machine: Machine
     begun: Departure
@@ -52,12 +63,15 @@ def find_ground(
     begin: Begin,
 ) -> Ground:
     """Read the rows, choose what the recipe leaves open, and refuse what can be seen by now."""
-    recipe, machine = loaded.recipe, this_machine()
+    written, machine = loaded.recipe, this_machine()
     state = join_processes(loaded, device=machine.device, gpus=machine.gpus)
-    begun = refuse_before_reading(loaded, machine, begin=begin)
+    begun = by_first(lambda: refuse_before_reading(loaded, machine, begin=begin))
+    refuse_what_this_machine_lacks(loaded, machine)
+    loaded = divided_anew(loaded, begun.checkpoint, processes=state.num_processes)
+    recipe = loaded.recipe
     planning = None if is_loaded else PlanOfRun(loaded, machine, state=state)
     with state.main_process_first():  # the others find the rows in the cache
-        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, begun=begun)
+        inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, as_of=begun.as_of)
     if not recipe.training.packing:  # else the trainer, which fills the rows, knows the steps
         refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
     say_data(inputs.data, say)
@@ -75,13 +89,13 @@ def find_ground(
         say(f"base weights in {dtype.value}: {dtype.reason}")
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
-    kept = kept_facts(recipe, inputs, machine=machine, bf16=bf16.value)
+    kept = kept_facts(written, inputs, machine=machine, bf16=bf16.value, divided=recipe.training)
     if begun.checkpoint:
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
     space = space_needed(loaded, inputs.base_files)
     if state.is_main_process:
         refuse_too_little_space(space, run)
-    return Ground(machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)
+    return Ground(loaded, machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)
 
 
 def refuse_what_outlasts(loaded: LoadedRecipe, steps: int) -> None:

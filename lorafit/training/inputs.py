@@ -14,7 +14,6 @@ from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles, stop_problems
 from lorafit.builders.positions import positions, positions_exceeded
 from lorafit.builders.tokenizer import load_tokenizer
-from lorafit.data.digest import DATE
 from lorafit.data.prepare import PreparedData, prepare
 from lorafit.data.saved_template import refuse_other_prompts
 from lorafit.errors import AdapterError, ModelError, RecipeError
@@ -42,13 +41,14 @@ class RunInputs:
 
 
 def read_inputs(
-    loaded: LoadedRecipe, *, cache_dir: Path | None, begun: Departure | None = None, meanwhile: str | None = None
+    loaded: LoadedRecipe, *, cache_dir: Path | None, as_of: str | None = None, meanwhile: str | None = None
 ) -> RunInputs:
     """The base model's files, its tokenizer and the audited rows.
 
     Raises RecipeError, ModelError, DataError, and VerificationError where the saved template prompts otherwise.
 
-    `meanwhile` names a module that is imported while the rows are read: tokenizing leaves Python to others.
+    `as_of` is the date of the rows of a run that goes on. `meanwhile` names a module that is imported while the rows
+    are read: tokenizing leaves Python to others.
     """
     recipe = loaded.recipe
     try:
@@ -64,7 +64,7 @@ def read_inputs(
                 stop_token_ids=base_files.stop_token_ids,
                 vocab_size=base_files.vocab_size,
                 cache_dir=cache_dir,
-                as_of=begun.checkpoint.facts.get(DATE) if begun and begun.checkpoint else None,
+                as_of=as_of,
             )
     except (RecipeError, ModelError) as error:
         raise loaded.placed(error) from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lorafit.data.digest import TOKENS
+from lorafit.data.digest import DATE, TOKENS
 from lorafit.durable import read_regular, remove_abandoned
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
@@ -26,7 +27,7 @@ MAY_CHANGE = frozenset(
         *("output_dir", "model.model_name_or_path", "model.revision", "data.template"),
         *(f"data.{side}.{key}" for side in ("train", "eval") for key in ("path", "hub", "name", "split", "revision")),
         # The number of processes and how the model is spread over them are compared as they come out
-        *("launch.num_processes", "launch.strategy"),
+        "launch",
         # What is told, kept and watched
         *("training.logging_steps", "training.report_to", "training.run_name", "silence"),
         *("checkpoints.every", "checkpoints.keep", "health"),
@@ -38,6 +39,14 @@ MAY_CHANGE = frozenset(
 
 ROUNDING = "how it is computed"
 """Facts of a checkpoint that a run may go on without, in other last bits: versions, machine, threads, fast paths."""
+
+SEQUENCES = "sequences per step"
+SHARES = (
+    "processes",
+    *(f"recipe.training.{key}" for key in ("per_device_train_batch_size", "gradient_accumulation_steps")),
+)
+"""How those of a step are divided: a run may go on with another division of as many, but under ZeRO, whose checkpoints
+hold a part for each process."""
 
 FINISHED = ("finished", "stopped early")
 
@@ -52,6 +61,11 @@ class Departure:
     """Checkpoints that were passed over, and why."""
     is_again: bool = False
     """Whether the directory holds what an earlier session left."""
+
+    @property
+    def as_of(self) -> str | None:
+        """The date of the rows of the run that goes on, where a template writes it."""
+        return self.checkpoint.facts.get(DATE) if self.checkpoint else None
 
 
 def departure(run: RunDir, begin: Begin) -> Departure:
@@ -102,6 +116,10 @@ def settle(run: RunDir, begun: Departure, *, now: Mapping[str, Any], say: Callab
         run.add_event("quarantined", message, step=step)
     if begun.checkpoint:
         message = f"goes on after step {step}, from {begun.checkpoint.path.relative_to(run.path)}"
+        before, count = begun.checkpoint.facts["processes"], now["processes"]
+        if before != count:
+            message = f"{message}, in {count} process{'es' * (count > 1)} instead of {before}"
+            message = f"{message}, with {now[SEQUENCES]} sequences per step as before"
         others = [f"{key} {change}" for key, change in changes(begun.checkpoint.facts[ROUNDING], now[ROUNDING])]
         if others:
             say(f"warning: {', '.join(others)}: the adapter may differ in its last bits from an undisturbed run's")
@@ -139,14 +157,49 @@ def _are_sources(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(isinstance(entry, Mapping) for entry in value)
 
 
+def sequences_per_step(facts: Mapping[str, Any]) -> int:
+    """Those of a checkpoint; older ones say only how they were divided."""
+    training = facts["recipe"]["training"]
+    shares = training["per_device_train_batch_size"], training["gradient_accumulation_steps"], facts["processes"]
+    return int(facts.get(SEQUENCES, math.prod(shares)))
+
+
+def divided_anew(loaded: LoadedRecipe, checkpoint: Checkpoint | None, *, processes: int) -> LoadedRecipe:
+    """The recipe with the sequences of a step divided among other processes than those the run was begun with.
+
+    As many on a device as before, or the next smaller number that goes. Raises RunDirError where none does.
+    """
+    if checkpoint is None:
+        return loaded
+    training, whole = loaded.recipe.training, sequences_per_step(checkpoint.facts)
+    then = checkpoint.facts["recipe"]["training"]
+    shares = {key: getattr(training, key) for key in ("per_device_train_batch_size", "gradient_accumulation_steps")}
+    if math.prod(shares.values()) * processes == whole or any(then[key] != value for key, value in shares.items()):
+        return loaded
+    if whole % processes:
+        possible = ", ".join(str(count) for count in range(1, min(whole, 64) + 1) if whole % count == 0)
+        message = f"{checkpoint.facts['processes']} -> {processes}: they cannot share the {whole} sequences of a step"
+        raise RunDirError(f"{message}; go on in {possible}", where=f"{checkpoint.path.parent.parent}: processes")
+    device = next(
+        size
+        for size in range(min(shares["per_device_train_batch_size"], whole), 0, -1)
+        if whole % (size * processes) == 0
+    )
+    divided = {"per_device_train_batch_size": device, "gradient_accumulation_steps": whole // (device * processes)}
+    return replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training.model_copy(update=divided)}))
+
+
 def refuse_changes(loaded: LoadedRecipe, run: RunDir, checkpoint: Checkpoint, *, now: Mapping[str, Any]) -> None:
     """The run is what it was at `checkpoint`: recipe, base, data, processes. `now` holds the facts known so far.
 
     Raises RecipeError or RunDirError with a line for every difference, old -> new.
     """
-    then = {name: checkpoint.facts.get(name) for name in now}
+    then = {name: checkpoint.facts.get(name) for name in now} | {SEQUENCES: sequences_per_step(checkpoint.facts)}
     found = list(changes(then, now))
-    found = [(key, change) for key, change in found if key != TOKENS] or found  # what made them other is among those
+    if then[SEQUENCES] == now[SEQUENCES] and not str(checkpoint.facts.get("distribution")).startswith("ZeRO"):
+        found = [(key, change) for key, change in found if key not in SHARES]
+    follows = (TOKENS, SEQUENCES)  # what made them other is among the rest
+    found = [(key, change) for key, change in found if key not in follows] or found
     of_recipe = [(key.removeprefix("recipe."), change) for key, change in found if key.startswith("recipe.")]
     refuse(
         [loaded.problem(key, change) for key, change in of_recipe],

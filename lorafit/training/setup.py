@@ -18,8 +18,6 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
 from lorafit.processes import refuse_other_distribution
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.recipe.arithmetic import warm_up
-from lorafit.recipe.rules.run import WITHOUT_WARM_UP
 from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
@@ -112,10 +110,6 @@ def set_up(
     refuse_what_outlasts(loaded, steps)
     set_total_steps(model, steps)
     say_steps(loaded, trainer, steps, say)
-    begins = warm_up(recipe, steps)
-    if begins.value != arguments.get_warmup_steps(steps) and recipe.training.lr_scheduler_type not in WITHOUT_WARM_UP:
-        arguments.warmup_steps = begins.value  # the schedule is made when training starts
-        say(f"warm-up: {begins}")
     for line in levers.lines:
         say(line)
     return Setup(model, table, trainer, metrics, updates, halving, levers, steps)

@@ -15,7 +15,6 @@ from lorafit import launch
 from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
 from lorafit.run_dir import RunDir
 from lorafit.stopping import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
-from lorafit.training import checkpoints
 from lorafit.training.committing_trainer import CommittingTrainer
 from lorafit.training.disk import full_disk_is_said
 
@@ -94,7 +93,7 @@ class StoppableTrainer(CommittingTrainer):
             wanted = DefaultFlowCallback().on_epoch_end(self.args, self.state, wanted)
         if wanted.should_evaluate:
             # Else what is saved below would hold the random state of now, and the run take that up.
-            self._load_rng_state(str(checkpoints.path_of(self.room.directory, self.state.global_step)))
+            self._load_rng_state(None if self._taken_up is None else str(self._taken_up))
             is_best = self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
             if is_best and self.args.save_strategy == "best":
                 self.save_stopped()

@@ -126,6 +126,7 @@ def run_training(
     ground = find_ground(
         loaded, run, say=say, cache_dir=cache_dir, inputs=inputs, is_loaded=base is not None, begin=begin
     )
+    written, loaded = loaded, ground.loaded
     with nothing_left_of(run):
         setup = set_up(loaded, run, ground, say=say, base=base, watchers=watchers, stop=stop, progress=progress)
         tested = self_test_once(
@@ -169,7 +170,7 @@ def run_training(
         ending_is_recorded(setup.trainer, run, stop=stop, steps=setup.steps, record=record),
         initial_adapter(setup.model, init_method=loaded.recipe.lora.init_lora_weights) as initial,
     ):
-        _open(loaded, run, ground, room=room, tested=tested, say=say)
+        _open(written, run, ground, room=room, tested=tested, say=say)
         record(outcome="running")
         forget_peak()
         stopped_early = _fit(loaded, run, ground, setup, room=room)

@@ -63,7 +63,15 @@ class LaunchSection(Section):
     """How many processes train, and how they share the work."""
 
     num_processes: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Processes, one per GPU. `auto`: every GPU of this machine, one process without GPUs."""
+    """Processes on each machine, one per GPU. `auto`: every GPU of the machine, one process without GPUs."""
+
+    machines: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Machines that train together, each started with the same command. `auto`: as many as SLURM or a Kubernetes job
+    say in their variables, else one."""
+
+    shared_disk: bool = False
+    """Say that all machines see the output directory, which is then checked before anything is read. false asks nothing
+    of the disks: the first machine writes, and sends the others what they need of a checkpoint. ZeRO needs true."""
 
     strategy: str = Field(default="ddp", min_length=1)
     """`ddp`, `fsdp2`, `zero2`, `zero3`, or the path of an accelerate config file."""
