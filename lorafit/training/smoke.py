@@ -138,6 +138,9 @@ class _Changes:
             if recipe.lora.trainable_token_indices is not None:
                 lora["trainable_token_indices"] = None
                 self.said.append("no lora.trainable_token_indices: they are ids of the model's own tokenizer")
+            if recipe.data.template_kwargs:
+                data["template_kwargs"] = {}
+                self.said.append("no data.template_kwargs: they are variables of the model's own chat template")
             if recipe.data.stop_token is not None:
                 data["stop_token"] = None
                 self.said.append("no data.stop_token: it is a token of the model's own tokenizer")
