@@ -52,17 +52,17 @@ def _is_hidden(file: Path, root: Path) -> bool:
     return any(part.startswith(".") or part == "__MACOSX" for part in file.relative_to(root).parts)
 
 
-def refuse_other_splits(files: list[DataFile], directory: Path, *, is_for_training: bool) -> None:
-    """Raises FileProblem when files of a directory are named as rows for the other side."""
+def refuse_other_splits(files: list[DataFile], root: str, *, is_for_training: bool) -> None:
+    """Raises FileProblem when files of a directory, which is named `root`, are named as rows for the other side."""
     others = HELD_OUT if is_for_training else TRAINING
-    names = [file.path.relative_to(directory).as_posix() for file in files]
+    names = [file.name.removeprefix(root).lstrip("/") for file in files]
     foreign = [name for name in names if not others.isdisjoint(_words(name))]
     if not foreign:
         return
     kept = [name for name in names if name not in foreign]
     shown = f"{', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
     what = "held-out rows" if is_for_training else "training rows"
-    mend = f"name the others with a glob, e.g. path: {_glob(kept, names, directory)}" if kept else "name them by a glob"
+    mend = f"name the others with a glob, e.g. path: {_glob(kept, names, root)}" if kept else "name them by a glob"
     raise FileProblem(f"holds {what} ({shown}); {mend}, or these as well if they are meant")
 
 
@@ -74,9 +74,8 @@ def _words(name: str) -> set[str]:
     return {*directories, words[0], words[-1]}
 
 
-def _glob(kept: list[str], names: list[str], directory: Path) -> str:
+def _glob(kept: list[str], names: list[str], root: str) -> str:
     """A pattern for the files that are kept and none of the others; the first of them where there is no simple one."""
-    root = data_file(directory).name
     if len(kept) > 1:
         start, end = _shared(kept), _shared([name[::-1] for name in kept])[::-1]
         pattern = f"{start}*{end}" if len(start) + len(end) <= min(map(len, kept)) else f"{start}*"

@@ -28,7 +28,7 @@ def first_row(path: str) -> dict[str, Any] | None:
 def first_rows(path: str, count: int) -> list[dict[str, Any]]:
     """The first rows of a data file that are objects; none where the file cannot be read."""
     try:
-        files, _ = files_of(path)
+        files = files_of(path)
         with closing(read_rows(files[0], broken=lambda _line, _message: None, needed=list)) as rows:
             return [row for _, row in islice(rows, count) if isinstance(row, dict)]
     except (FileProblem, UnicodeError):

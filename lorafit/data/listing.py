@@ -7,11 +7,15 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from lorafit.data.directory import files_in, refuse_other_splits
 from lorafit.data.files import DataFile, FileProblem, data_file, matching, shown
+from lorafit.recipe.paths import is_url
 from lorafit.recipe.sections import DataSection, Source
+
+if TYPE_CHECKING:
+    from lorafit.data.remote import Downloads
 
 Side = Literal["train", "eval"]
 
@@ -42,45 +46,66 @@ class Listed:
         return self.first + len(self.names)
 
 
-def listing(section: DataSection, *, is_held_out: bool = False) -> tuple[Listed, ...]:
-    """Training sources, then held-out ones. `is_held_out` says that nothing is trained: all are rows to measure on."""
-    return tuple(_listed(section, is_held_out))
+def listing(
+    section: DataSection, *, is_held_out: bool = False, downloads: Downloads | None = None
+) -> tuple[Listed, ...]:
+    """Training sources, then held-out ones. `is_held_out` says that nothing is trained: all are rows to measure on.
+
+    Remote files are kept in `downloads`; without, they are read as they come, anew each time.
+    """
+    return tuple(_listed(section, is_held_out, downloads))
 
 
-def _listed(section: DataSection, is_held_out: bool) -> Iterator[Listed]:
+def _listed(section: DataSection, is_held_out: bool, downloads: Downloads | None) -> Iterator[Listed]:
     first = 0
     sides: tuple[tuple[Side, tuple[Source, ...]], ...] = (("train", section.train), ("eval", section.eval))
     for side, sources in sides:
         for source in sources:
-            listed = _list(source, side, first, is_held_out)
+            listed = _list(source, side, first, is_held_out, downloads)
             yield listed
             first = listed.end
 
 
-def _list(source: Source, side: Side, first: int, is_held_out: bool) -> Listed:
+def _list(source: Source, side: Side, first: int, is_held_out: bool, downloads: Downloads | None) -> Listed:
     if source.path is None:
         return Listed(source, side, f"hub:{source.hub}[{source.split}]", first)
-    given = Path(source.path)
+    name = _shown(source.path)
     try:
-        files, ignored = files_of(source.path)
-        if given.is_dir() and not is_held_out:
-            refuse_other_splits(files, given, is_for_training=side == "train")
+        files, ignored, directory = _files(source.path, downloads)
+        if directory and not is_held_out:
+            refuse_other_splits(files, directory, is_for_training=side == "train")
     except FileProblem as problem:
-        return Listed(source, side, shown(given), first, problem=problem.message)
-    return Listed(source, side, shown(given), first, tuple(files), tuple(file.name for file in ignored))
+        return Listed(source, side, name, first, problem=problem.message)
+    return Listed(source, side, name, first, tuple(files), tuple(file.name for file in ignored))
 
 
-def files_of(path: str) -> tuple[list[DataFile], list[DataFile]]:
-    """The data files a `path` of the recipe means, sorted, and the files of a directory that are left out.
+def files_of(path: str) -> list[DataFile]:
+    """The data files a `path` of the recipe means, sorted. Raises FileProblem when there is none."""
+    return _files(path, None)[0]
 
-    Raises FileProblem when there is none.
-    """
+
+def _shown(path: str) -> str:
+    if not is_url(path):
+        return shown(Path(path))
+    from lorafit.data.remote import shown_url
+
+    return shown_url(path)
+
+
+def _files(path: str, downloads: Downloads | None) -> tuple[list[DataFile], list[DataFile], str]:
+    """The files, those of a directory that are left out, and the directory, if it is one."""
+    if is_url(path):
+        # fsspec takes 0.1 s to import: only when a remote file is there.
+        from lorafit.data.remote import remote_files
+
+        remote, directory = remote_files(path, downloads)
+        return remote, [], directory
     given = Path(path)
     try:
         if given.is_dir():
-            return files_in(given)
+            return *files_in(given), shown(given)
         if not given.exists() and glob.has_magic(path):
-            return matching(path), []
+            return matching(path), [], ""
     except OSError as error:
         raise FileProblem(f"cannot be read ({os.strerror(error.errno or 0)}); check its name") from None
-    return [data_file(given)], []
+    return [data_file(given)], [], ""

@@ -68,7 +68,7 @@ def _arrow(source: Any, needed: Needed) -> tuple[pyarrow.Schema, Iterator[pyarro
 def _random_access(file: DataFile) -> Iterator[Any]:
     """What Parquet's footer needs: the file itself, or a temporary one of what its gzip holds."""
     with content(file) as stream:
-        if not file.is_compressed:
+        if not file.is_compressed and stream.seekable():
             yield pyarrow.PythonFile(stream, mode="r")
             return
         with tempfile.TemporaryFile() as unpacked:

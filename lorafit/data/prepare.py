@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -29,10 +30,11 @@ from lorafit.data.encode import encode
 from lorafit.data.hub import HubTables
 from lorafit.data.listing import listing
 from lorafit.data.prompts import Prompt, as_json, from_json
+from lorafit.data.remote import Downloads
 from lorafit.data.render import Renderer
 from lorafit.data.scan import CHANGED, scan
 from lorafit.data.tokens import Limits, TextTokenizer
-from lorafit.durable import stage_beside
+from lorafit.durable import remove_abandoned, stage_beside
 from lorafit.errors import DataError, DiskError
 from lorafit.recipe.sections import DataSection
 from lorafit.stopping import ends_clean
@@ -89,51 +91,67 @@ def prepare(
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)
-    hub, sources = HubTables(), listing(section, is_held_out=is_held_out)
-    now = digests(sources, section, hub=hub, cache_dir=cache_dir)
-    facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
-    then = facts | {"date": as_of}
-    if cache_dir and as_of and facts["date"] and cache.load(cache_dir, _hash(then)):
-        facts = then
-    fingerprint = _hash(facts)
-
-    def prepared(
-        tables: Mapping[str, datasets.Dataset], audit: Audit, tokens: str, prompts: tuple[Prompt, ...]
-    ) -> PreparedData:
-        parts = {name: _hash(facts[fact])[:12] for name, fact in PARTS.items()}
-        parts |= {DATE: str(facts["date"]), TOKENS: tokens}
-        return PreparedData(tables["train"], tables.get("eval"), audit, fingerprint, parts, audit.files, prompts)
-
-    def stored() -> PreparedData | None:
-        entry = cache.load(cache_dir, fingerprint) if cache_dir else None
-        if entry is None:
-            return None
-        tables = {name: datasets.Dataset.from_file(str(path)) for name, path in entry.tables.items()}
-        files = tuple(name for listed in sources for name in listed.names)
-        return prepared(tables, Audit.from_dict(entry.audit, files=files), entry.tokens, from_json(entry.prompts))
-
-    if found := stored():
-        return found
     with ends_clean(), ExitStack() as made:
+        downloads = Downloads(lambda: _aside("downloads", cache_dir, made))
+        hub, sources = HubTables(), listing(section, is_held_out=is_held_out, downloads=downloads)
+        now = digests(sources, section, hub=hub, cache_dir=cache_dir)
+        facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
+        then = facts | {"date": as_of}
+        if cache_dir and as_of and facts["date"] and cache.load(cache_dir, _hash(then)):
+            facts = then
+        known = _Known(facts, tuple(name for listed in sources for name in listed.names))
+        if found := known.stored(cache_dir):
+            return found
         scanned = scan(section, seed=seed, hub_rows=hub.rows, listed=sources)
         if any(now[number] != digest for number, digest in scanned.reading.digests.items()):
             raise DataError(CHANGED, where="data")
-        stage = _new_entry(cache_dir, fingerprint, made)
-        into = stage or made.enter_context(stage_beside(Path(tempfile.gettempdir()) / "lorafit-tokens"))
+        stage = _new_entry(cache_dir, known.fingerprint, made)
+        into = stage or _aside("lorafit-tokens", None, made)
         with _full_disk_is_said(into):
             encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
-            if stage is None:  # the files go, what is mapped of them stays
-                return prepared(
-                    _mapped(encoded.tables, fingerprint),
-                    encoded.audit,
-                    encoded.tokens,
-                    renderer.prompts.encoded(text_tokenizer),
-                )
-            prompts = as_json(renderer.prompts.encoded(text_tokenizer))
-            cache.seal(stage, encoded.tables, audit=encoded.audit.as_dict(), prompts=prompts, tokens=encoded.tokens)
-            tables = _mapped(encoded.tables, fingerprint)
+            prompts = renderer.prompts.encoded(text_tokenizer)
+            # What is mapped of the files stays, also when they are gone.
+            fresh = known.data(_mapped(encoded.tables, known.fingerprint), encoded.audit, encoded.tokens, prompts)
+            if stage is None:
+                return fresh
+            audit = encoded.audit.as_dict()
+            cache.seal(stage, encoded.tables, audit=audit, prompts=as_json(prompts), tokens=encoded.tokens)
             made.close()
-    return stored() or prepared(tables, encoded.audit, encoded.tokens, renderer.prompts.encoded(text_tokenizer))
+        return known.stored(cache_dir) or fresh
+
+
+class _Known:
+    """Everything the tokens depend on, and with it prepared data."""
+
+    def __init__(self, facts: dict[str, Any], files: tuple[str, ...]) -> None:
+        self._facts, self._files = facts, files
+        self.fingerprint = _hash(facts)
+
+    def stored(self, cache_dir: Path | None) -> PreparedData | None:
+        """What the cache holds of it."""
+        entry = cache.load(cache_dir, self.fingerprint) if cache_dir else None
+        if entry is None:
+            return None
+        tables = {name: datasets.Dataset.from_file(str(path)) for name, path in entry.tables.items()}
+        audit = Audit.from_dict(entry.audit, files=self._files)
+        return self.data(tables, audit, entry.tokens, from_json(entry.prompts))
+
+    def data(
+        self, tables: Mapping[str, datasets.Dataset], audit: Audit, tokens: str, prompts: tuple[Prompt, ...]
+    ) -> PreparedData:
+        """The same of tables that were made just now."""
+        parts = {name: _hash(self._facts[fact])[:12] for name, fact in PARTS.items()}
+        parts |= {DATE: str(self._facts["date"]), TOKENS: tokens}
+        return PreparedData(tables["train"], tables.get("eval"), audit, self.fingerprint, parts, self._files, prompts)
+
+
+def _aside(name: str, cache_dir: Path | None, made: ExitStack) -> Path:
+    """A directory that is gone once `made` is closed: in the cache, or where temporary files go."""
+    for parent in (cache_dir, Path(tempfile.gettempdir())):
+        if parent and (not parent.exists() or (os.access(parent, os.W_OK | os.X_OK) and parent.is_dir())):
+            remove_abandoned(parent)
+            return made.enter_context(stage_beside(parent / name))
+    raise DiskError("cannot be written to; set TMPDIR or LORAFIT_CACHE", where=tempfile.gettempdir())
 
 
 def _new_entry(cache_dir: Path | None, fingerprint: str, made: ExitStack) -> Path | None:
@@ -159,7 +177,6 @@ def _full_disk_is_said(directory: Path) -> Iterator[None]:
 
 
 def _mapped(tables: Mapping[str, Path], fingerprint: str) -> dict[str, datasets.Dataset]:
-    """The tables as they are on disk, also when their names are gone."""
     opened = {}
     for name, path in tables.items():
         with pyarrow.ipc.open_stream(pyarrow.memory_map(str(path))) as stream:

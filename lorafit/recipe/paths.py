@@ -1,6 +1,7 @@
 """The kinds of recipe values that may be paths: made absolute on loading, relative again on writing."""
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,14 @@ NAMED_TEMPLATE = "chat:"
 """Before the name of one of several templates of a tokenizer."""
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 OUTPUT_DIR: KeyPath = ("output_dir",)
+
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/+[^/]")
+
+
+def is_url(text: str) -> bool:
+    """Whether a path names a file elsewhere (`s3://bucket/rows.jsonl`)."""
+    return bool(_URL.match(text))
 
 
 def resolved(value: Any, base: Path, *, at: KeyPath = ()) -> Any:
@@ -88,6 +97,8 @@ def _is_path(text: str, at: KeyPath, base: Path) -> bool:
         return looks_local(text, base)
     if at[:2] == ("eval", "tasks"):
         return text.endswith((".yaml", ".yml"))
+    if at[-1] == "path" and is_url(text):
+        return False
     if at[1] == "template" and text.startswith(NAMED_TEMPLATE):
         return False
     return text not in {"template": TEMPLATES, "strategy": STRATEGIES}.get(str(at[1]), ())

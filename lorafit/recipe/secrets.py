@@ -12,7 +12,9 @@ _SECRET_KEY = re.compile(
 )
 SECRET_VALUE = re.compile(
     r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|AKIA[A-Z0-9]{12,}|xox[bp]-[A-Za-z0-9-]{10,})"
-    r"|://[^/\s:@]+:[^/\s@]+@"
+    r"|:/+[^/\s:@]+:(?!\d{1,5}/)[^\s@]+@|https?:/+[^/\s@]+@"
+    r"|[?&][^=&\s]*(?:signature|credential|token|secret|passw(?:or)?d|api_?key|access_?key)[^=&\s]*=|[?&](?:sig|key|auth)=",
+    re.IGNORECASE,
 )
 
 MESSAGE = (
