@@ -229,6 +229,8 @@ def test_an_alpaca_row_without_earlier_turns_stays_a_pair(tmp_path: Path, histor
         ({"content": "b", "value": "c"}, ": content and value differ; keep one of them"),
         ({"content": "b", "from": "gpt"}, ": role and from differ; keep one of them"),
         ({"content": "b", "reasoning_content": ["c"]}, '.reasoning_content: a list (["c"]) where text belongs'),
+        ({"reasoning_content": ["c"]}, '.reasoning_content: a list (["c"]) where text belongs'),
+        ({"thinking": 3, "content": None}, ".thinking: a number (3) where text belongs"),
         ({"content": "b", "name": 3}, ".name: a number (3) where text belongs; write it as text"),
         ({"content": "b", "name": "\ud800"}, ".name: holds half of a surrogate pair"),
         ({"tool_calls": [{"name": "\ud800"}]}, ".tool_calls[0]: holds half of a surrogate pair"),
@@ -286,6 +288,15 @@ def test_what_a_message_cannot_be_is_refused_with_its_place(
         ({"messages": "[", "tools": []}, 'messages: text ("["): broken JSON: Expecting value at column 2; write JSON'),
         ({"messages": [USER, ASSISTANT], "tools": [TOOL], "functions": [SCHEMA]}, "tools and functions both hold sche"),
         ({"messages": [USER, ASSISTANT], "functions": SCHEMA}, "functions: an object ("),
+        (
+            {"messages": [USER, ASSISTANT], "tools": [TOOL, {"type": "function", "function": "weather"}]},
+            'tools[1].function: text ("weather") where a schema belongs; write {"name": ',
+        ),
+        ({"messages": [USER, ASSISTANT], "tools": [{"function": None}]}, "tools[0].function: null where a schema bel"),
+        (
+            {"messages": [{"role": "user", "tool_calls": [CALL]}, ASSISTANT]},
+            "messages[0]: no content (there are role, tool_calls); write the text as content",
+        ),
         (
             {"instruction": "a", "output": "b", "history": [["c"]]},
             'history[0]: a list (["c"]) where [question, answer]',

@@ -124,13 +124,13 @@ def _message(message: Any, where: str) -> Message:
         _read_calls(kept, where)
     if isinstance(content, list):
         kept["content"] = content = joined(content, f"{where}.content")
-    if content is None and (kept.get("tool_calls") or thinks(kept)):
-        del kept["content"]
-    else:
-        _check_content(kept["content"], message, where)
     for key in (*REASONING, "name"):
         if key in kept:
             _check_content(kept[key], message, where, key=key)
+    if content is None and known == "assistant" and (kept.get("tool_calls") or thinks(kept)):
+        del kept["content"]
+    else:
+        _check_content(kept["content"], message, where)
     media = None if OTHER_THAN_TEXT.isdisjoint(kept) else next((key for key in OTHER_THAN_TEXT if kept.get(key)), None)
     if media:
         raise RowProblem(f"{where}.{media}: {shown(kept[media])}; {ONLY_TEXT}, so remove such rows", kind="not_text")

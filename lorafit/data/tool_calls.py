@@ -14,6 +14,7 @@ Schema = dict[str, Any]
 
 OTHER_NAMES_OF_ARGUMENTS = ("parameters", "args", "kwargs", "input")
 EXAMPLE = '{"city": "Rome"}'
+A_SCHEMA = '{"name": "weather", "parameters": {...}}'
 A_CALL = f'{{"name": "weather", "arguments": {EXAMPLE}}}'
 
 
@@ -120,6 +121,10 @@ def schemas(tools: Any, column: str) -> list[Schema] | None:
         ]
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowProblem(f"{column}: {shown(tools)} where a list of schemas belongs; write [{{...}}]")
+    for index, tool in enumerate(tools):
+        if not isinstance(tool.get("function", {}), dict):
+            function = shown(tool["function"])
+            raise RowProblem(f"{column}[{index}].function: {function} where a schema belongs; write {A_SCHEMA}")
     _refuse_what_is_no_json(tools, column)
     return tools
 
