@@ -108,6 +108,8 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
     if recipe.quantization is not None:
         names += ", BitsAndBytesConfig"
         settings = recipe.quantization.model_dump(mode="json", exclude={"extra"})
+        if settings["bnb_4bit_compute_dtype"] == "auto":  # a type of lorafit's: the library wants one by name
+            settings["bnb_4bit_compute_dtype"] = "bfloat16"
         used = ", ".join(f"{name}={_literal(value)}" for name, value in settings.items() if _is_used(name, settings))
         arguments.append(f"quantization_config=BitsAndBytesConfig({used})")
     listed = "".join(f"    {argument},\n" for argument in arguments)
