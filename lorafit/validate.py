@@ -55,7 +55,7 @@ class Validation:
         }
 
 
-def validate(path: Path, *, overrides: Sequence[str] = ()) -> Validation:
+def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool = False) -> Validation:
     """The recipe, its data, and its base as far as that lies on this machine, checked.
 
     Raises with every problem of all: the error of a recipe if that has one, else of the first problem in the order
@@ -72,7 +72,7 @@ def validate(path: Path, *, overrides: Sequence[str] = ()) -> Validation:
         if reading.has_whole_data_section:
             rows = LongRows(recipe.training.max_length)
             try:
-                data = scan(recipe.data, seed=recipe.training.seed, each=rows.add)
+                data = scan(recipe.data, seed=recipe.training.seed, each=rows.add, show_progress=show_progress)
                 lengths = rows.lengths(base.tokenizer)
                 found.append((ModelError, _no_template(loaded, base, data)))
                 found.append((DataError, _too_long(loaded, lengths.too_long, data.files)))

@@ -45,7 +45,7 @@ def validate(
     from lorafit.report.validation import validation_text
     from lorafit.validate import validate as validated
 
-    result = validated(recipe, overrides=set_ or ())
+    result = validated(recipe, overrides=set_ or (), show_progress=not quiet)
     print_result(result.as_dict(), as_json=as_json, text=validation_text(result))
     say = speaker(quiet=quiet)
     for warning in result.data.warnings:
@@ -74,7 +74,7 @@ def preview(
     from lorafit.report.preview import preview_page, preview_text
 
     try:
-        result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory())
+        result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory(), show_progress=not quiet)
     except RecipeError as error:
         raise loaded.placed(error) from None
     say = speaker(quiet=quiet)

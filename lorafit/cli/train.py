@@ -188,7 +188,7 @@ def _train(
 
     inputs = None
     if not launch.is_worker():
-        inputs, is_over = _before_training(loaded, begin=begin, place=place, link=link)
+        inputs, is_over = _before_training(loaded, begin=begin, quiet=quiet, place=place, link=link)
         if is_over:
             return None
     with without_collections():
@@ -211,7 +211,7 @@ def _train(
 
 
 def _before_training(
-    loaded: "LoadedRecipe", *, begin: "Begin", place: "Place", link: "Link | None"
+    loaded: "LoadedRecipe", *, begin: "Begin", quiet: bool, place: "Place", link: "Link | None"
 ) -> "tuple[RunInputs | None, bool]":
     """What this process has read for its run, which does not return where others train it; whether all is said."""
     with without_collections():
@@ -234,7 +234,7 @@ def _before_training(
             return None, True
     starts_others = launch.needs_processes(loaded.recipe.launch, gpus=machine.gpus, place=place)
     meanwhile = None if starts_others else "lorafit.training.train"
-    inputs = read_inputs(loaded, cache_dir=cache_directory(), as_of=as_of, meanwhile=meanwhile)
+    inputs = read_inputs(loaded, cache_dir=cache_directory(), as_of=as_of, meanwhile=meanwhile, show_progress=not quiet)
     if starts_others:
         from lorafit.stopping import hold_back
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from lorafit.data.audit import Audit, side_audit
 from lorafit.data.findings import refuse_too_many_lost, where
 from lorafit.data.listing import Side
+from lorafit.data.progress import watched
 from lorafit.data.render import Renderer
 from lorafit.data.scan import DataScan
 from lorafit.data.tables import TableWriter
@@ -40,6 +41,7 @@ def encode(
     *,
     into: Path,
     seed: int,
+    show_progress: bool = False,
 ) -> Encoded:
     """Write `train.arrow`, and `eval.arrow` where rows are held out, into a directory.
 
@@ -49,48 +51,49 @@ def encode(
     weights = [source.weight for source in scanned.sources]
     if scanned.longest_chat:
         renderer.say_cost(scanned.longest_chat, where(scanned.longest_chat.place, scanned.files))
-    longest = 0
+    writers, longest = {}, 0
     with ExitStack() as open_tables:
-        writers = {
-            side: open_tables.enter_context(
-                TableWriter(into / f"{side}.arrow", weights=weights, source_of_file=_source_of_file(scanned), seed=seed)
+        for side in sides:
+            table = TableWriter(
+                into / f"{side}.arrow", weights=weights, source_of_file=_source_of_file(scanned), seed=seed
             )
-            for side in sides
-        }
-        rendered = _rendered(scanned, renderer)
+            writers[side] = open_tables.enter_context(table)
+        rendered = _rendered(scanned, renderer, show_progress=show_progress)
         for side, sequence in text_tokenizer.sequences(rendered, limits, scanned.findings):
             writers[side].add(sequence)
             longest = max(longest, len(sequence.input_ids))
     _refuse_errors(scanned, limits, longest)
     for side, writer in writers.items():
+        rows = writer.sequences + scanned.findings[side].count("lost")
         findings = scanned.findings[side]
-        rows = writer.sequences + findings.count("lost")
         refuse_too_many_lost(findings, rows=rows, allowed=section.max_lost_rows, files=scanned.files, side=side)
     _refuse_sources_that_are_gone(scanned, writers)
+    hashes = [(side, *hashed) for side in sorted(writers) for hashed in writers[side].tokens_hashes()]
+    return Encoded(
+        tables={str(side): into / f"{side}.arrow" for side in sides},
+        audit=_audit(scanned, writers),
+        tokens=hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12],
+    )
+
+
+def _audit(scanned: DataScan, writers: dict[Side, TableWriter]) -> Audit:
+    found = scanned.findings
     audits = {
-        side: side_audit(writer.counts.rows, writer.counts.lengths, writer.counts.trained, _lost(scanned, side))
+        side: side_audit(writer.counts.rows, writer.counts.lengths, writer.counts.trained, found[side].count("lost"))
         for side, writer in writers.items()
     }
-    audit = Audit(
-        audits["train"], audits.get("eval"), scanned.findings["train"], scanned.findings["eval"], scanned.files
-    )
-    tables = {str(side): into / f"{side}.arrow" for side in sides}
-    hashes = [(side, *hashed) for side in sorted(writers) for hashed in writers[side].tokens_hashes()]
-    return Encoded(tables, audit, hashlib.sha256(json.dumps(hashes).encode()).hexdigest()[:12])
+    return Audit(audits["train"], audits.get("eval"), found["train"], found["eval"], scanned.files)
 
 
-def _rendered(scanned: DataScan, renderer: Renderer) -> Iterator[tuple[Side, Rendered]]:
-    for side, row in scanned.rows():
+def _rendered(scanned: DataScan, renderer: Renderer, *, show_progress: bool) -> Iterator[tuple[Side, Rendered]]:
+    total = sum(source.rows for source in scanned.sources)
+    for side, row in watched(scanned.rows(), "tokens", is_shown=show_progress, total=total):
         for rendered in renderer.render(row, scanned.findings[side]):
             yield side, rendered
 
 
 def _source_of_file(scanned: DataScan) -> list[int]:
     return [number for number, listed in enumerate(scanned.listing) for _ in listed.names]
-
-
-def _lost(scanned: DataScan, side: Side) -> int:
-    return scanned.findings[side].count("lost")
 
 
 def _refuse_errors(scanned: DataScan, limits: Limits, longest: int) -> None:

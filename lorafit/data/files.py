@@ -30,6 +30,11 @@ class DataFile:
     suffix: str
 
     @property
+    def is_local(self) -> bool:
+        """On a disk of this machine, where it may change while it is read."""
+        return True
+
+    @property
     def is_compressed(self) -> bool:
         """Named as gzip."""
         return self.path.suffix.lower() == ".gz"

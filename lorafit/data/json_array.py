@@ -25,14 +25,15 @@ class _Window:
         self.at = 0
         self.is_whole = False
         self._line, self._column = 1, 1
+        self._counted = 0
 
     def more(self) -> None:
         """Let go of what was read and hold twice as much of the rest; `is_whole` says that there is no more."""
+        self.line()
         passed = self.held[: self.at]
-        self._line += passed.count("\n")
         self._column = len(passed) - passed.rfind("\n") if "\n" in passed else self._column + len(passed)
         read = self._text.read(max(CHUNK, len(self.held) - self.at))
-        self.held, self.at, self.is_whole = self.held[self.at :] + read, 0, not read
+        self.held, self.at, self._counted, self.is_whole = self.held[self.at :] + read, 0, 0, not read
 
     def skip_blank(self) -> str:
         """Go to the next character that is not blank: what it is, or nothing at the end."""
@@ -44,8 +45,10 @@ class _Window:
             self.more()
 
     def line(self, at: int | None = None) -> int:
-        """The line of a place in `held`."""
-        return self._line + self.held.count("\n", 0, self.at if at is None else at)
+        """The line of a place in `held`, from where we are on."""
+        self._line += self.held.count("\n", self._counted, self.at)
+        self._counted = self.at
+        return self._line if at is None else self._line + self.held.count("\n", self.at, at)
 
     def column(self, at: int) -> int:
         """The column of a place in `held`."""
@@ -91,7 +94,9 @@ def _next_element(window: _Window) -> Any:
             if window.is_whole or not is_cut:
                 raise
         else:
-            if end < len(window.held) or window.is_whole:  # a number may go on
+            follows = window.held[end : end + 1]
+            may_go_on = not follows or (isinstance(row, int | float) and follows in ".eE")
+            if window.is_whole or not may_go_on:
                 window.at = end
                 return row
         if len(window.held) - window.at > LONGEST_LINE:

@@ -79,6 +79,22 @@ def _list(source: Source, side: Side, first: int, is_held_out: bool, downloads: 
     return Listed(source, side, name, first, tuple(files), tuple(file.name for file in ignored))
 
 
+def identities(sources: tuple[Listed, ...]) -> dict[int, list[int] | None]:
+    """What changes with each file on disk, by its number."""
+    return {
+        number: file.identity()
+        for listed in sources
+        for number, file in enumerate(listed.files, listed.first)
+        if file.is_local
+    }
+
+
+def bytes_of(sources: tuple[Listed, ...]) -> int:
+    """How large the files on disk are."""
+    found = [file.path for listed in sources for file in listed.files if file.is_local]
+    return sum(path.stat().st_size for path in found if path.is_file())
+
+
 def files_of(path: str) -> list[DataFile]:
     """The data files a `path` of the recipe means, sorted. Raises FileProblem when there is none."""
     return _files(path, None)[0]

@@ -28,7 +28,7 @@ from lorafit.data.audit import Audit
 from lorafit.data.digest import DATE, TOKENS, digests
 from lorafit.data.encode import encode
 from lorafit.data.hub import HubTables
-from lorafit.data.listing import listing
+from lorafit.data.listing import identities, listing
 from lorafit.data.prompts import Prompt, as_json, from_json
 from lorafit.data.remote import Downloads
 from lorafit.data.render import Renderer
@@ -78,6 +78,7 @@ def prepare(
     cache_dir: Path | None,
     as_of: str | None = None,
     is_held_out: bool = False,
+    show_progress: bool = False,
 ) -> PreparedData:
     """Tokens and labels of every row. `vocab_size` is the number of rows of the embedding.
 
@@ -94,6 +95,7 @@ def prepare(
     with ends_clean(), ExitStack() as made:
         downloads = Downloads(lambda: _aside("downloads", cache_dir, made))
         hub, sources = HubTables(), listing(section, is_held_out=is_held_out, downloads=downloads)
+        before = identities(sources)
         now = digests(sources, section, hub=hub, cache_dir=cache_dir)
         facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
         then = facts | {"date": as_of}
@@ -102,13 +104,18 @@ def prepare(
         known = _Known(facts, tuple(name for listed in sources for name in listed.names))
         if found := known.stored(cache_dir):
             return found
-        scanned = scan(section, seed=seed, hub_rows=hub.rows, listed=sources)
+        scanned = scan(section, seed=seed, hub_rows=hub.rows, listed=sources, show_progress=show_progress)
         if any(now[number] != digest for number, digest in scanned.reading.digests.items()):
             raise DataError(CHANGED, where="data")
         stage = _new_entry(cache_dir, known.fingerprint, made)
         into = stage or _aside("lorafit-tokens", None, made)
         with _full_disk_is_said(into):
-            encoded = encode(scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed)
+            encoded = encode(
+                scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed, show_progress=show_progress
+            )
+            after = identities(sources)
+            if any(after[number] != before[number] for number in after.keys() - scanned.reading.digests.keys()):
+                raise DataError(CHANGED, where="data")
             prompts = renderer.prompts.encoded(text_tokenizer)
             # What is mapped of the files stays, also when they are gone.
             fresh = known.data(_mapped(encoded.tables, known.fingerprint), encoded.audit, encoded.tokens, prompts)

@@ -58,15 +58,17 @@ class Preview:
         }
 
 
-def recipe_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> Preview:
+def recipe_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None, show_progress: bool = False) -> Preview:
     """The preview of a recipe's data, from the base model's settings and tokenizer alone: no weight is needed.
 
     Raises DataError and ModelError.
     """
-    return prepared_preview(recipe, rows=rows, cache_dir=cache_dir)[1]
+    return prepared_preview(recipe, rows=rows, cache_dir=cache_dir, show_progress=show_progress)[1]
 
 
-def prepared_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> tuple[str, Preview]:
+def prepared_preview(
+    recipe: Recipe, *, rows: int, cache_dir: Path | None, show_progress: bool = False
+) -> tuple[str, Preview]:
     """The same, after the fingerprint of the prepared data."""
     directory = model_directory(recipe.model)
     config = read_config(directory)
@@ -84,6 +86,7 @@ def prepared_preview(recipe: Recipe, *, rows: int, cache_dir: Path | None) -> tu
         stop_token_ids=stops,
         vocab_size=max(vocab_size, *added, 0),
         cache_dir=cache_dir,
+        show_progress=show_progress,
     )
     return data.fingerprint, preview(data, tokenizer, stop_token_ids=stops, rows=rows)
 

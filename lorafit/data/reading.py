@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 
 from lorafit.data.files import DataFile, FileProblem
@@ -27,6 +28,9 @@ class Reading:
         """What the rows of a source turned out to be, by the number of its first file."""
         self.digests: dict[int, str] = {}
         """SHA-256 by file, of those that were read from end to end."""
+        self.kept: Counter[int] = Counter()
+        """Rows that can be trained on, by the number of the first file of their source."""
+        self.bytes_read = 0
 
     def rows(self, listed: Listed) -> Iterator[Row]:
         """Every row of the source, up to its limit, that can be trained on."""
@@ -40,6 +44,7 @@ class Reading:
                     taken += 1
                     row = shaper.shape(raw, (number, line))
                     if row is not None:
+                        self.kept[listed.first] += 1
                         yield row
                     if taken == left:
                         break
@@ -64,15 +69,27 @@ class Reading:
             yield number, self._file_rows(number, file, listed.side, shaper)
 
     def _file_rows(self, number: int, file: DataFile, side: Side, shaper: Shaper) -> Rows:
-        hashed, findings = hashlib.sha256(), self.findings[side]
+        hashed, findings = _Counted(self), self.findings[side]
 
         def broken(line: int, message: str) -> None:
             findings.add("broken", (number, line), message)
 
         yield from read_rows(file, broken=broken, needed=shaper.needed, hashed=hashed)
         if file.suffix not in (".parquet", ".arrow"):  # those are not read from end to end
-            self.digests[number] = hashed.hexdigest()
+            self.digests[number] = hashed.sha256.hexdigest()
 
     def is_same_as(self, other: Reading) -> bool:
         """Whether both passes read the same bytes, and as many rows."""
         return self.rows_read == other.rows_read and self.digests == other.digests
+
+
+class _Counted:
+    """The hash of one file, and what was read of all."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self.sha256 = hashlib.sha256()
+
+    def update(self, data: memoryview) -> None:
+        self.sha256.update(data)
+        self._reading.bytes_read += len(data)

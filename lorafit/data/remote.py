@@ -58,6 +58,11 @@ class RemoteFile(DataFile):
     downloads: Downloads | None
     """Where it is kept once it was read; None when it is read once, as it comes."""
 
+    @property
+    def is_local(self) -> bool:
+        """Not here."""
+        return False
+
     def open(self) -> io.RawIOBase:
         """The bytes as they are there. Raises FileProblem."""
         if not self.suffix:

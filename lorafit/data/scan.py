@@ -11,10 +11,12 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 from lorafit.data.findings import Findings, refuse_too_many_lost
 from lorafit.data.groups import Groups
-from lorafit.data.listing import Listed, Side, listing
+from lorafit.data.listing import Listed, Side, bytes_of, listing
+from lorafit.data.progress import watched
 from lorafit.data.readers import HubRows
 from lorafit.data.reading import Reading
 from lorafit.data.rows import Chat, Place, Row, content_key
@@ -140,6 +142,7 @@ def scan(
     hub_rows: HubRows | None = None,
     listed: tuple[Listed, ...] | None = None,
     each: Callable[[Row], None] | None = None,
+    show_progress: bool = False,
 ) -> DataScan:
     """Read and check every row of the section. Hub data sets are read by `hub_rows`; without it they are only named.
 
@@ -148,14 +151,17 @@ def scan(
     """
     sources = listing(section) if listed is None else listed
     reading = Reading(section, hub_rows)
-    rows = _Rows()
-    ends = []
-    for source in sources:
-        for row in reading.rows(source):
-            rows.add(row)
-            if each is not None:
-                each(row)
-        ends.append(len(rows))
+    rows, size = _Rows(), bytes_of(sources)
+
+    def estimate(read: int) -> int | None:
+        return read * size // reading.bytes_read if 0 < reading.bytes_read <= size else None
+
+    all_rows = (row for source in sources for row in reading.rows(source))
+    for row in watched(all_rows, "reading", is_shown=show_progress, total=estimate):
+        rows.add(row)
+        if each is not None:
+            each(row)
+    ends = list(accumulate(reading.kept[source.first] for source in sources))
     files = [name for source in sources for name in source.names]
     _refuse_errors(section, sources, reading, files)
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]

@@ -35,9 +35,9 @@ if TYPE_CHECKING:
 
 
 class Hash(Protocol):
-    """What `hashlib` makes."""
+    """What takes the bytes that are read."""
 
-    def update(self, data: Any, /) -> None: ...
+    def update(self, data: memoryview, /) -> None: ...
 
 
 class _Hashed(io.RawIOBase):

@@ -41,7 +41,12 @@ class RunInputs:
 
 
 def read_inputs(
-    loaded: LoadedRecipe, *, cache_dir: Path | None, as_of: str | None = None, meanwhile: str | None = None
+    loaded: LoadedRecipe,
+    *,
+    cache_dir: Path | None,
+    as_of: str | None = None,
+    meanwhile: str | None = None,
+    show_progress: bool = False,
 ) -> RunInputs:
     """The base model's files, its tokenizer and the audited rows.
 
@@ -65,6 +70,7 @@ def read_inputs(
                 vocab_size=base_files.vocab_size,
                 cache_dir=cache_dir,
                 as_of=as_of,
+                show_progress=show_progress and launch.rank() == 0,
             )
     except (RecipeError, ModelError) as error:
         raise loaded.placed(error) from None
