@@ -10,6 +10,7 @@ from typing import Generic, TypeVar
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from transformers.utils import is_torch_tf32_available
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launch import is_worker
@@ -146,6 +147,9 @@ def _missing_here(loaded: LoadedRecipe, machine: Machine) -> Iterable[Problem]:
         yield loaded.problem("launch.strategy", f"{strategy} splits the model over GPUs, there is none; write ddp")
     if recipe.training.fp16 and machine.device == "cpu":
         yield loaded.problem("training.fp16", "needs a GPU; leave it out and let bf16 be auto")
+    if recipe.training.extra.get("tf32") and not is_torch_tf32_available():
+        message = f"{machine.name} does not have it, an NVIDIA GPU from Ampere on does; leave it out"
+        yield loaded.problem("training.extra.tf32", message)
     if recipe.training.optim.startswith("paged_") and machine.device == "cpu":
         yield loaded.problem(
             "training.optim", f"{recipe.training.optim} pages GPU memory; on CPU use adamw_torch_fused"

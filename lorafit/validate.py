@@ -24,7 +24,8 @@ from lorafit.recipe.arithmetic import (
 )
 from lorafit.recipe.load import read
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.rules.run import WITHOUT_WARM_UP, too_long_for
+from lorafit.recipe.rules.run import too_long_for
+from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,12 @@
 import dataclasses
 import inspect
 import re
-from typing import get_args
+from typing import get_args, get_type_hints
 
 from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
 from lorafit.recipe.rules.data import FORMAT_COLUMNS
-from lorafit.recipe.rules.run import SCHEDULE_KEYS
+from lorafit.recipe.rules.extra import BACKENDS, OPTIM_ARGS, TRAINING_EXTRA
+from lorafit.recipe.rules.schedule import SCHEDULE_ARGUMENTS, phases_in_steps
 from lorafit.recipe.sections import training
 
 
@@ -45,13 +46,44 @@ def test_every_schedule_and_its_arguments_are_the_librarys() -> None:
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     from transformers.trainer_utils import SchedulerType
 
-    assert set(SCHEDULE_KEYS) == set(get_args(training.Scheduler))
+    assert set(SCHEDULE_ARGUMENTS) == set(get_args(training.Scheduler))
     ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
-    for name, known in SCHEDULE_KEYS.items():
+    for name, known in SCHEDULE_ARGUMENTS.items():
         function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
         if name == "reduce_lr_on_plateau":
             from torch.optim.lr_scheduler import ReduceLROnPlateau as function
-        assert inspect.signature(function).parameters.keys() - ours == known, name
+        assert inspect.signature(function).parameters.keys() - ours == known.keys(), name
+
+
+def test_values_of_further_arguments_are_of_the_librarys_types() -> None:
+    from trl import SFTConfig
+
+    def takes(annotation: object) -> set[type]:
+        parts = get_args(annotation) or (annotation,)
+        return {part for part in parts if part in (bool, int, float, str)}
+
+    types = get_type_hints(SFTConfig)
+    known = LIBRARY_KEYS["training"] - NOT_FOR_RECIPES["training"].keys() - training.TrainingSection.model_fields.keys()
+    assert TRAINING_EXTRA.keys() == known
+    assert len(known) > 25
+    for name, taken in TRAINING_EXTRA.items():
+        assert taken.kind in takes(types[name]), name
+
+
+def test_what_an_optimizer_reads_of_optim_args_is_what_we_say() -> None:
+    from transformers import trainer_optimizer
+
+    source = inspect.getsource(trainer_optimizer)
+    for handler, optim in (("_get_sgd", "sgd"), ("_get_adagrad", "adagrad"), ("_get_rmsprop", "rmsprop")):
+        body = inspect.getsource(getattr(trainer_optimizer, handler))
+        assert set(re.findall(r'"([a-z_]+)"(?=[,)\] ])', body)) >= set(OPTIM_ARGS[optim])
+    assert all(f'optim_args.get("{name}"' in source or f'"{name}" in ctx' in source for name in OPTIM_ARGS["ademamix"])
+
+
+def test_compile_backends_are_torchs() -> None:
+    from torch._dynamo import list_backends
+
+    assert set(BACKENDS) <= set(list_backends(exclude_tags=()))
 
 
 def test_every_optimizer_is_one_of_the_librarys() -> None:
@@ -66,3 +98,24 @@ def test_the_columns_of_a_format_are_those_the_readers_read() -> None:
     assert {name: set(columns) for name, columns in FORMAT_COLUMNS.items()} == {
         name: {*fields.required, *fields.optional} for name, fields in FORMATS.items()
     }
+
+
+def test_a_phase_that_is_a_share_of_the_run_reaches_the_schedule_in_steps() -> None:
+    import torch
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    arguments = phases_in_steps({"num_decay_steps": 0.5, "decay_type": "linear"}, 10)
+    schedule = get_scheduler("warmup_stable_decay", optimizer, 0, 10, scheduler_specific_kwargs=arguments)
+    assert [schedule.lr_lambdas[0](step) for step in range(10)] == [
+        1,
+        1,
+        1,
+        1,
+        1,
+        1,
+        0.8,
+        0.6,
+        0.4,
+        0.19999999999999996,
+    ]

@@ -22,6 +22,16 @@ def with_variable(value: str) -> str:
     return SMALLEST.replace("]}", f"], template_kwargs: {{a: {value}}}}}")
 
 
+def with_extra(extra: str) -> str:
+    """The smallest recipe with further arguments of the trainer."""
+    return f"{SMALLEST}training: {{extra: {{{extra}}}}}"
+
+
+def scheduled(schedule: str, arguments: str, *, more: str = "") -> str:
+    """The smallest recipe with a schedule and its arguments."""
+    return f"{SMALLEST}training: {{lr_scheduler_type: {schedule}, lr_scheduler_kwargs: {{{arguments}}}{more}}}"
+
+
 BROKEN = {
     "exactly_one_bit_width": [
         (f"{SMALLEST}quantization: {{load_in_4bit: true, load_in_8bit: true}}", "quantization.load_in_8bit"),
@@ -61,6 +71,8 @@ BROKEN = {
         (f"{SMALLEST}lora: {{target_modules: '*_proj'}}", "lora.target_modules"),
         (f"{SMALLEST}lora: {{exclude_modules: '(mlp'}}", "lora.exclude_modules"),
         (f"{SMALLEST}lora: {{rank_pattern: {{'q[': 4}}}}", "lora.rank_pattern.q["),
+        (f"{SMALLEST}lora: {{target_modules: '(.*)+x'}}", "lora.target_modules"),
+        (f"{SMALLEST}lora: {{rank_pattern: {{'([\\w.]+)*!': 4}}}}", "lora.rank_pattern.([\\w.]+)*!"),
     ],
     "module_names_stand_in_lists": [
         (f"{SMALLEST}lora: {{target_modules: q_proj}}", "lora.target_modules"),
@@ -150,24 +162,19 @@ BROKEN = {
         (f"{SMALLEST}training: {{max_steps: 1}}", "training.warmup_steps"),
         (f"{SMALLEST}adalora: {{tfinal: 9}}\ntraining: {{max_steps: 10}}", "adalora"),
         (f"{EVAL}training: {{eval_strategy: steps, eval_steps: 20, max_steps: 10}}", "training.eval_steps"),
+        (
+            scheduled("warmup_stable_decay", "num_decay_steps: 100", more=", max_steps: 100"),
+            "training.lr_scheduler_kwargs.num_decay_steps",
+        ),
+        (
+            scheduled("warmup_stable_decay", "num_decay_steps: 0.5, num_stable_steps: 9", more=", max_steps: 100"),
+            "training.lr_scheduler_kwargs.num_stable_steps",
+        ),
         (f"{SMALLEST}adalora: {{tinit: 60, tfinal: 40}}\ntraining: {{max_steps: 100}}", "adalora"),
     ],
     "rates_stay_below_what_any_run_bears": [
         (f"{SMALLEST}optimizer: {{loraplus_lr_ratio: 1e5}}", "optimizer.loraplus_lr_ratio"),
         (f"{SMALLEST}training: {{weight_decay: 0.5, learning_rate: 2}}", "training.weight_decay"),
-    ],
-    "schedule_uses_its_warm_up": [
-        (f"{SMALLEST}training: {{warmup_steps: 100, lr_scheduler_type: constant}}", "training.warmup_steps"),
-    ],
-    "schedule_knows_its_arguments": [
-        (f"{SMALLEST}training: {{lr_scheduler_kwargs: {{num_cycle: 2}}}}", "training.lr_scheduler_kwargs.num_cycle"),
-        (f"{SMALLEST}training: {{lr_scheduler_type: cosine_with_min_lr}}", "training.lr_scheduler_type"),
-        (f"{SMALLEST}training: {{lr_scheduler_type: warmup_stable_decay}}", "training.lr_scheduler_type"),
-        (
-            f"{SMALLEST}training: {{lr_scheduler_type: cosine_with_min_lr, "
-            "lr_scheduler_kwargs: {min_lr: 1, min_lr_rate: 1}}",
-            "training.lr_scheduler_type",
-        ),
     ],
     "evaluation_has_rows": [
         (f"{SMALLEST}training: {{load_best_model_at_end: true}}", "training.load_best_model_at_end"),
@@ -203,6 +210,40 @@ BROKEN = {
         (f"{SMALLEST}output_dir: ~nobody-of-that-name/x", "output_dir"),
     ],
     "silenced_advice_exists": [(f"{SMALLEST}silence: [alphaa]", "silence")],
+    "schedule_knows_its_arguments": [
+        (f"{SMALLEST}training: {{lr_scheduler_kwargs: {{num_cycle: 2}}}}", "training.lr_scheduler_kwargs.num_cycle"),
+        (f"{SMALLEST}training: {{lr_scheduler_type: cosine_with_min_lr}}", "training.lr_scheduler_type"),
+        (f"{SMALLEST}training: {{lr_scheduler_type: warmup_stable_decay}}", "training.lr_scheduler_type"),
+        (
+            f"{SMALLEST}training: {{lr_scheduler_type: cosine_with_min_lr, "
+            "lr_scheduler_kwargs: {min_lr: 1e-5, min_lr_rate: 1}}",
+            "training.lr_scheduler_type",
+        ),
+    ],
+    "schedule_takes_these_values": [
+        (scheduled("warmup_stable_decay", "num_decay_steps: 10%"), "training.lr_scheduler_kwargs.num_decay_steps"),
+        (scheduled("warmup_stable_decay", "num_decay_steps: 2.5"), "training.lr_scheduler_kwargs.num_decay_steps"),
+        (
+            scheduled("warmup_stable_decay", "num_decay_steps: 9, decay_type: exp"),
+            "training.lr_scheduler_kwargs.decay_type",
+        ),
+        (scheduled("cosine_with_min_lr", "min_lr: 1"), "training.lr_scheduler_kwargs.min_lr"),
+        (scheduled("cosine_with_min_lr", "min_lr_rate: 10"), "training.lr_scheduler_kwargs.min_lr_rate"),
+        (scheduled("cosine_with_min_lr", 'min_lr: "1e-5"'), "training.lr_scheduler_kwargs.min_lr"),
+        (scheduled("cosine", "num_cycles: two"), "training.lr_scheduler_kwargs.num_cycles"),
+        (scheduled("cosine", "num_cycles: true"), "training.lr_scheduler_kwargs.num_cycles"),
+        (scheduled("polynomial", "lr_end: 0.1"), "training.lr_scheduler_kwargs.lr_end"),
+        (f"{SMALLEST}training: {{lr_scheduler_type: polynomial, learning_rate: 1e-8}}", "training.learning_rate"),
+        (scheduled("inverse_sqrt", "timescale: 0"), "training.lr_scheduler_kwargs.timescale"),
+        (
+            f"{EVAL}training: {{eval_strategy: epoch, lr_scheduler_type: reduce_lr_on_plateau, "
+            "lr_scheduler_kwargs: {mode: max}}",
+            "training.lr_scheduler_kwargs.mode",
+        ),
+    ],
+    "schedule_uses_its_warm_up": [
+        (f"{SMALLEST}training: {{warmup_steps: 100, lr_scheduler_type: constant}}", "training.warmup_steps"),
+    ],
     "source_is_a_path_or_a_hub_data_set": [
         (with_source("{path: a, hub: b/c}"), "data.train.0.hub"),
         (with_source("{format: text}"), "data.train.0"),
@@ -210,6 +251,7 @@ BROKEN = {
         (with_source("{path: a, name: main}"), "data.train.0.name"),
         (with_source("{path: a, revision: main}"), "data.train.0.revision"),
     ],
+    "hub_names_a_data_set": [(with_source("{hub: nowhere/rows.jsonl}"), "data.train.0.hub")],
     "columns_belong_to_the_format": [
         (with_source("{path: a, format: alpaca, columns: {prompt: x}}"), "data.train.0.columns.prompt"),
         (with_source("{path: a, columns: {question: prompt}}"), "data.train.0.columns.question"),
@@ -243,6 +285,31 @@ BROKEN = {
         (f"{SMALLEST}{Q4[:-2]}, extra: {{x: 1}}}}", "quantization.extra.x"),
         (SMALLEST.replace("gpt2}", "gpt2, extra: {token: true}}"), "model.extra.token"),
     ],
+    "extra_values_are_taken": [
+        (with_extra(f"{key}: {value}"), f"training.extra.{key}")
+        for key, value in (
+            *(("tf32", "1"), ("adam_beta1", "1.0"), ("adam_beta2", "true"), ("adam_epsilon", "-1")),
+            *(("torch_empty_cache_steps", "0"), ("ddp_timeout", "soon"), ("data_seed", "-1"), ("eval_delay", "-1")),
+            *(("full_determinism", "no"), ("pad_to_multiple_of", "0"), ("optim_args", "3")),
+        )
+    ]
+    + [
+        (
+            f"{SMALLEST}training: {{torch_compile: true, extra: {{torch_compile_backend: nope}}}}",
+            "training.extra.torch_compile_backend",
+        )
+    ],
+    "optim_args_are_read": [
+        (with_extra("optim_args: foo"), "training.extra.optim_args"),
+        *(
+            (f"{SMALLEST}training: {{optim: sgd, extra: {{optim_args: '{args}'}}}}", "training.extra.optim_args")
+            for args in ("foo", "momentun=0.9", "momentum", "momentum=high", "momentum=0.9,nesterov=1")
+        ),
+    ],
+    "workers_are_there_to_be_told": [
+        (with_extra("dataloader_prefetch_factor: 2"), "training.extra.dataloader_prefetch_factor"),
+        (with_extra("dataloader_persistent_workers: true"), "training.extra.dataloader_persistent_workers"),
+    ],
     "compiling_is_asked_for_by_its_key": [
         (
             f"{SMALLEST}training: {{extra: {{torch_compile_backend: eager}}}}",
@@ -256,6 +323,7 @@ BROKEN = {
     "generation_has_held_out_rows": [(f"{SMALLEST}eval: {{generate: {{}}}}", "eval.generate")],
     "answer_is_a_regular_expression": [
         (f"{EVAL}eval: {{generate: {{answer: '(a'}}}}", "eval.generate.answer"),
+        (f"{EVAL}eval: {{generate: {{answer: '(.*)+x'}}}}", "eval.generate.answer"),
         (f"{EVAL}eval: {{generate: {{answer: a, metrics: [bleu]}}}}", "eval.generate.answer"),
     ],
     "metrics_are_named_once": [(f"{EVAL}eval: {{generate: {{metrics: [bleu, chrf, bleu]}}}}", "eval.generate.metrics")],
@@ -335,6 +403,12 @@ def test_a_broken_rule_is_said_once_at_its_key(tmp_path: Path, text: str, key: s
         f"{SMALLEST}training: {{fp16: true, bf16: auto}}",
         f"{SMALLEST}training: {{warmup_steps: 0, lr_scheduler_type: constant}}",
         f"{SMALLEST}training: {{lr_scheduler_type: polynomial, lr_scheduler_kwargs: {{power: 2}}}}",
+        scheduled("warmup_stable_decay", "num_decay_steps: 0.1, decay_type: 1-sqrt, min_lr_ratio: 0.1"),
+        scheduled("cosine_with_min_lr", "min_lr: 1e-5, num_cycles: 0.5, min_lr_rate: null"),
+        f"{SMALLEST}training: {{optim: sgd, extra: {{optim_args: 'momentum=0.9, nesterov=true'}}}}",
+        f"{SMALLEST}training: {{dataloader_num_workers: 1, extra: {{dataloader_prefetch_factor: 2}}}}",
+        with_extra("pad_to_multiple_of: auto, data_seed: null, eval_delay: 2, adam_epsilon: 1e-6"),
+        f"{SMALLEST}lora: {{target_modules: '(model\\.)?(\\w+\\.)*(q|v)_proj', rank_pattern: {{'.*\\.1\\..*': 8}}}}",
         f"{SMALLEST}training: {{max_steps: 10, warmup_steps: 0.5, extra: {{adam_beta2: 0.95}}}}",
         f"{SMALLEST.replace('gpt2', '/srv/base')}output_dir: /srv/base-run",
         f"{SMALLEST}silence: [alpha, no-held-out-rows]",

@@ -10,6 +10,7 @@ from functools import cache
 from lorafit.builders.modules import Modules
 from lorafit.errors import Problem
 from lorafit.recipe import Recipe
+from lorafit.recipe.patterns import backtracks_for_ever
 from lorafit.recipe.sections import LoraSection
 
 Where = Callable[[str, str], Problem]
@@ -120,9 +121,10 @@ def _full_match(pattern: str, name: str) -> bool:
 
 @cache
 def _compiled(pattern: str) -> re.Pattern[str] | None:
+    """None for what is no expression, or ends no match: the recipe's rules say so."""
     try:
-        return re.compile(pattern)
-    except re.error:
+        return None if backtracks_for_ever(pattern) else re.compile(pattern)
+    except (re.error, OverflowError, RecursionError):
         return None
 
 

@@ -149,6 +149,7 @@ NOT_FOR_RECIPES: dict[str, dict[str, str]] = {
         "ddp_find_unused_parameters": _OWN,
         "label_smoothing_factor": "it costs a second forward pass and full logits; lorafit has no path for it",
         **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"), "TRL's own loss already skips the full logits"),
+        "optim_target_modules": "only GaLore, APOLLO and LOMO read it; " + _OTHER_METHOD,
         **dict.fromkeys(("do_train", "do_eval", "do_predict", "debug"), "the commands decide that"),
     },
 }

@@ -18,6 +18,7 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
 from lorafit.processes import refuse_other_distribution
 from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe.rules.schedule import phases_in_steps
 from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
@@ -109,6 +110,7 @@ def set_up(
     steps = planned_steps(trainer)
     refuse_what_outlasts(loaded, steps)
     set_total_steps(model, steps)
+    arguments.lr_scheduler_kwargs = phases_in_steps(recipe.training.lr_scheduler_kwargs, steps)
     say_steps(loaded, trainer, steps, say)
     for line in levers.lines:
         say(line)

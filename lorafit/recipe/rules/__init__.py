@@ -3,12 +3,13 @@
 from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.rules import adapter, data, evaluation, extra, rank_sweep, run, tokens
+from lorafit.recipe.rules import adapter, data, evaluation, extra, rank_sweep, run, schedule, tokens
 from lorafit.recipe.rules.broken import Broken, Rule
 
 RULES: tuple[Rule, ...] = (
     *adapter.RULES,
     *run.RULES,
+    *schedule.RULES,
     *data.RULES,
     *extra.RULES,
     *evaluation.RULES,

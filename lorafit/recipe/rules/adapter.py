@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from lorafit.recipe.patterns import backtracks_for_ever
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
 from lorafit.recipe.suggest import nearest
@@ -94,7 +95,7 @@ def no_adapter_on_the_output_head(recipe: Recipe) -> Iterator[Broken]:
 
 
 def patterns_are_regular_expressions(recipe: Recipe) -> Iterator[Broken]:
-    """PEFT compiles them only when the model is there."""
+    """PEFT compiles them only when the model is there, and waits for what backtracks for ever."""
     lora = recipe.lora
     written = [("target_modules", lora.target_modules), ("exclude_modules", lora.exclude_modules)]
     written += [(f"rank_pattern.{pattern}", pattern) for pattern in lora.rank_pattern]
@@ -103,10 +104,13 @@ def patterns_are_regular_expressions(recipe: Recipe) -> Iterator[Broken]:
         if isinstance(pattern, str):
             try:
                 re.compile(pattern)
-            except re.error as error:
-                yield Broken(
-                    f"lora.{key}", f'"{pattern}" is not a regular expression ({error}); escape it, or list names'
-                )
+            except (re.error, OverflowError, RecursionError) as error:
+                message = f'"{pattern}" is not a regular expression ({error}); escape it, or list names'
+                yield Broken(f"lora.{key}", message)
+                continue
+            if backtracks_for_ever(pattern):
+                message = f'"{pattern}" does not come to an end on the names of modules: a repeat within a repeat'
+                yield Broken(f"lora.{key}", f"{message}; write it without, or list names")
 
 
 def module_names_stand_in_lists(recipe: Recipe) -> Iterator[Broken]:
@@ -297,8 +301,9 @@ def adalora_prunes(recipe: Recipe) -> Iterator[Broken]:
 
 def _matches(pattern: str, name: str) -> bool:
     try:
-        return any(re.fullmatch(pattern, full) for full in (name, f"model.{name}"))
-    except re.error:
+        compiled = re.compile(pattern)
+        return not backtracks_for_ever(pattern) and any(compiled.fullmatch(full) for full in (name, f"model.{name}"))
+    except (re.error, OverflowError, RecursionError):
         return False
 
 

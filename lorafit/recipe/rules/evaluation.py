@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 
+from lorafit.recipe.patterns import backtracks_for_ever
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
 
@@ -27,6 +28,9 @@ def answer_is_a_regular_expression(recipe: Recipe) -> Iterator[Broken]:
     except (re.error, OverflowError, RecursionError) as error:
         yield Broken("eval.generate.answer", f'"{generate.answer}" is not a regular expression ({error}); correct it')
         return
+    if backtracks_for_ever(generate.answer):
+        message = f'"{generate.answer}" does not come to an end on some texts: a repeat within a repeat; write one'
+        yield Broken("eval.generate.answer", message)
     if not set(generate.metrics) & set(READ_ANSWERS):
         message = f"is read by {', '.join(READ_ANSWERS)} alone; add one of them to metrics, or leave it out"
         yield Broken("eval.generate.answer", message, ("eval.generate.metrics",))

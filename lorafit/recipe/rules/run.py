@@ -9,29 +9,8 @@ from lorafit.recipe.arithmetic import share_of
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
+from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_too_long_for
 from lorafit.recipe.suggest import nearest
-
-_WAVES = frozenset({"num_cycles"})
-_MIN_LR = frozenset({"num_cycles", "min_lr", "min_lr_rate"})
-SCHEDULE_KEYS = {
-    "linear": frozenset[str](),
-    "constant": frozenset[str](),
-    "constant_with_warmup": frozenset[str](),
-    "cosine": _WAVES,
-    "cosine_with_restarts": _WAVES,
-    "polynomial": frozenset({"lr_end", "power"}),
-    "inverse_sqrt": frozenset({"timescale"}),
-    "cosine_with_min_lr": _MIN_LR,
-    "cosine_warmup_with_min_lr": _MIN_LR | {"warmup_lr_rate"},
-    "warmup_stable_decay": frozenset(
-        {"num_decay_steps", "num_stable_steps", "warmup_type", "decay_type", "min_lr_ratio", "num_cycles"}
-    ),
-    "reduce_lr_on_plateau": frozenset(
-        {"mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "min_lr", "eps"}
-    ),
-}
-"""Arguments of each schedule of transformers.optimization; a test compares them."""
-WITHOUT_WARM_UP = ("constant", "reduce_lr_on_plateau")
 
 
 def one_half_precision(recipe: Recipe) -> Iterator[Broken]:
@@ -66,6 +45,8 @@ def too_long_for(recipe: Recipe, steps: int) -> Iterator[Broken]:
         else:
             message = f"{written:g} of {run}, rounded up, is all of it, and warm-up begins at the rate 0; write 0"
         yield Broken("training.warmup_steps", message, others)
+    else:
+        yield from phases_too_long_for(recipe, steps)
     if training.eval_steps is not None and training.eval_steps > steps:
         yield Broken("training.eval_steps", f"{training.eval_steps:g} is more than {run}; lower it", others)
     if adalora is not None and adalora.tinit + adalora.tfinal >= steps:
@@ -95,42 +76,6 @@ def rates_stay_below_what_any_run_bears(recipe: Recipe) -> Iterator[Broken]:
         )
         message = f"{message} that every step takes from each weight, all of it and more; usual are 0 to 0.1"
         yield Broken("training.weight_decay", message, ("training.learning_rate",))
-
-
-def schedule_uses_its_warm_up(recipe: Recipe) -> Iterator[Broken]:
-    """`constant` and `reduce_lr_on_plateau` ignore a warm-up."""
-    training = recipe.training
-    is_written = "warmup_steps" in training.model_fields_set and training.warmup_steps > 0
-    if is_written and training.lr_scheduler_type in WITHOUT_WARM_UP:
-        mend = "constant_with_warmup" if training.lr_scheduler_type == "constant" else "cosine"
-        message = (
-            f"is ignored with lr_scheduler_type: {training.lr_scheduler_type}; leave it out, or write {mend} there"
-        )
-        yield Broken("training.warmup_steps", message, ("training.lr_scheduler_type",))
-
-
-def schedule_knows_its_arguments(recipe: Recipe) -> Iterator[Broken]:
-    """The library would raise after the model is loaded, or ignore them (`constant`)."""
-    schedule = recipe.training.lr_scheduler_type
-    known = SCHEDULE_KEYS[schedule]
-    given = recipe.training.lr_scheduler_kwargs or {}
-    others = ("training.lr_scheduler_type",)
-    for key in given:
-        if key not in known:
-            takes = ", ".join(sorted(known)) or "nothing"
-            guess = nearest(key, known)
-            message = f"not an argument of {schedule}; " + (f"did you mean {guess}?" if guess else f"it takes {takes}")
-            yield Broken(f"training.lr_scheduler_kwargs.{key}", message, others)
-    needed: dict[str, tuple[str, ...]] = {
-        "cosine_with_min_lr": ("min_lr", "min_lr_rate"),
-        "cosine_warmup_with_min_lr": ("min_lr", "min_lr_rate"),
-    }
-    needed["warmup_stable_decay"] = ("num_decay_steps",)
-    names = needed.get(schedule, ())
-    if names and sum(given.get(name) is not None for name in names) != 1:
-        example = f"write lr_scheduler_kwargs: {{{names[-1]}: {'0.1' if len(names) > 1 else '100'}}}"
-        message = f"{schedule} needs {'exactly one of ' if len(names) > 1 else ''}{' and '.join(names)}; {example}"
-        yield Broken("training.lr_scheduler_type", message, ("training.lr_scheduler_kwargs",))
 
 
 def evaluation_has_rows(recipe: Recipe) -> Iterator[Broken]:
@@ -238,8 +183,6 @@ RULES: tuple[Rule, ...] = (
     step_counts_are_whole,
     max_steps_leave_room,
     rates_stay_below_what_any_run_bears,
-    schedule_uses_its_warm_up,
-    schedule_knows_its_arguments,
     evaluation_has_rows,
     eval_steps_go_with_their_strategy,
     strategy_is_known_or_a_file,
