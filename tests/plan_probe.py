@@ -115,6 +115,14 @@ def spread(gpus: int) -> int:
     return whole_step(run, Batch("full", 1, 512), eval_batch=None, passes=1, replay=False).peak.parts["weights"]
 
 
+def loading_in_4_bits() -> tuple[str, int]:
+    """Where the peak of an 8B base in 4 bits over 4 GPUs is, and the weights on each of them there."""
+    keys = ("quantization.load_in_4bit=true", "quantization.bnb_4bit_quant_storage=bfloat16", "training.max_length=512")
+    loaded = recipe("launch.strategy=fsdp2", "training.gradient_checkpointing=true", *keys)
+    estimate = Estimator(loaded, config=llama3_8b(), gpu=Gpu("x", 24 * GIB), count=4).estimate(loaded.recipe)
+    return estimate.peak_at, estimate.parts["weights"]
+
+
 def checkpointing_by_plan() -> list[tuple[bool, str]]:
     """On a small GPU and on a large one."""
     loaded = recipe("training.per_device_train_batch_size=8", "training.max_length=1024")
@@ -167,6 +175,7 @@ def main() -> None:
         "affine": [apart(affine, checkpointing) for checkpointing in (False, True)],
         "monotone": apart(monotone),
         "spread": apart(spread, 4),
+        "loading": apart(loading_in_4_bits),
         "adapter": apart(adapter_bytes),
         "checkpointing": apart(checkpointing_by_plan),
     }

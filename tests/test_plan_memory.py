@@ -57,6 +57,13 @@ def test_fsdp2_leaves_each_gpu_its_share_of_the_weights(answers: Any) -> None:
     assert answers["spread"] / 2**30 == pytest.approx(14.96 / 4, rel=0.01)
 
 
+def test_each_gpu_holds_all_of_a_4_bit_base_before_fsdp2_shares_it_out(answers: Any) -> None:
+    peak_at, weights = answers["loading"]
+    assert peak_at == "loading the base model"
+    packed, in_16_bits = 6_979_321_856 // 2, 2 * (2 * 128_256 * 4096)  # linear layers; embedding and head
+    assert weights == pytest.approx(packed + in_16_bits, rel=0.01)
+
+
 def test_an_adapter_has_the_type_it_is_trained_in(answers: Any) -> None:
     on_16_bits, on_4_bits, with_fp16 = answers["adapter"]
     assert on_16_bits == 2 * on_4_bits == with_fp16 > 0

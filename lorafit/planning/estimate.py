@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
@@ -15,6 +16,7 @@ from lorafit.planning.roofline import Duration, duration
 from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice
 from lorafit.recipe import LoadedRecipe, Recipe
 
+LOADING = "loading the base model"
 NO_CHECKPOINTING_BELOW = 0.85
 """`gradient_checkpointing: auto` is off when the peak without it stays under this share of the memory."""
 ONLY_READ = {
@@ -89,6 +91,11 @@ class Estimator:
         if self.count > 1 and recipe.launch.strategy == "ddp":
             # One copy of all gradients, in the buckets that the processes exchange.
             parts["communication buffers"] = run.trained_bytes
+        label = step.label
+        if self.count > 1 and recipe.launch.strategy == "fsdp2" and recipe.quantization is not None:
+            whole = _whole_base(parts, self.count)
+            if sum(whole.values()) > sum(parts.values()):
+                parts, label = whole, LOADING
         allocated = sum(parts.values())
         reserved = allocated + step.reserved - step.peak.total
         parts["reserve"] = reserved - allocated + surroundings(self.gpu, self.count)
@@ -101,7 +108,7 @@ class Estimator:
             allocated=allocated,
             reserved=reserved,
             parts=parts,
-            peak_at=step.label,
+            peak_at=label,
             verdict=verdict(allocated, reserved, gpu=self.gpu, count=self.count),
             trained_bytes=run.trained_bytes,
             one_pass=duration(step.work["pass"], self.gpu) if has_rates else None,
@@ -138,6 +145,16 @@ class Estimator:
     def _machine(self) -> Machine:
         device, gpus = ("cpu", 0) if self.gpu.is_cpu else ("cuda", self.count)
         return Machine(device, self.gpu.name, gpus, self.gpu.has_bf16, self.gpu.memory_bytes)
+
+
+def _whole_base(parts: Mapping[str, int], count: int) -> dict[str, int]:
+    """What each of `count` GPUs holds of a quantised base before FSDP2 shares it out.
+
+    transformers puts 4-bit weights on the GPU of each process, and accelerate takes them from there, whole:
+    https://github.com/huggingface/accelerate/blob/v1.15.0/src/accelerate/utils/fsdp_utils.py (fsdp2_prepare_model).
+    Scales are never shared out.
+    """
+    return {"weights": parts["weights"] * count, "quantization state": parts.get("quantization state", 0)}
 
 
 def _held_as(recipe: Recipe, machine: Machine) -> Recipe:
