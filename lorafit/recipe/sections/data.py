@@ -15,7 +15,9 @@ class Source(Section):
 
     path: str | None = Field(default=None, min_length=1)
     """File (`.jsonl .json .csv .parquet .txt`, each also `.gz`), directory or glob (both in the order of their names),
-    relative to the recipe. Exactly one of `path` and `hub`. A line of a `.txt` file is a row; CSV fields stay text."""
+    relative to the recipe, or a URL that fsspec reads (`https:// s3:// gs:// hf://`; credentials from the environment).
+    Exactly one of `path` and `hub`. A line of a `.txt` file is a row; CSV fields stay text. Other splits in a directory
+    are refused; what `save_to_disk` wrote is read."""
 
     hub: str | None = Field(default=None, min_length=1)
     """Hub data set id (`openai/gsm8k`), read through `datasets`."""
