@@ -58,6 +58,10 @@ def counting_in_lines(say: Say) -> Counting:
     return counting
 
 
+def unsaid(line: str) -> None:
+    """For who hears nothing."""
+
+
 def uncounted(more: int) -> None:
     """For what nobody watches."""
 

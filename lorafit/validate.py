@@ -21,6 +21,7 @@ from lorafit.recipe.arithmetic import (
     share_of,
     steps_per_epoch,
     total_steps,
+    warm_up,
 )
 from lorafit.recipe.load import read
 from lorafit.recipe.recipe import Recipe
@@ -69,7 +70,8 @@ def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool =
         loaded, recipe = reading.loaded, reading.loaded.recipe
         found.append((MachineError, missing_packages(loaded)))
         base = look_at_base(loaded)
-        found.append((base.error, base.problems))
+        named = {problem.where for problem in reading.problems}  # what is wrong in itself is said once
+        found.append((base.error, [problem for problem in base.problems if problem.where not in named]))
         if reading.has_whole_data_section:
             rows = LongRows(recipe.training.max_length)
             try:
@@ -149,7 +151,7 @@ def _numbers(recipe: Recipe, data: DataScan, processes: int) -> dict[str, Number
         steps = total_steps(recipe, data.train_rows, processes=processes)
         numbers["steps"] = steps
         if training.lr_scheduler_type not in WITHOUT_WARM_UP:
-            numbers["warmup_steps"] = share_of(steps.value, training.warmup_steps)
+            numbers["warmup_steps"] = warm_up(recipe, steps.value)
         if interval := checkpoint_interval(recipe, steps.value):
             numbers["checkpoint_steps"] = interval
         if training.eval_steps is not None:

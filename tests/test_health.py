@@ -183,7 +183,7 @@ NOTHING: dict[str, tuple[dict[str, Any], int, str]] = {
     "no steps": ({"training": {"max_steps": 0}}, 2, "training.max_steps"),
     "no epochs": ({"training": {"num_train_epochs": 0.0}}, 2, "training.num_train_epochs"),
     "all dropped": ({"lora": {"lora_dropout": 1.0}}, 2, "lora.lora_dropout"),
-    "one step, all of it warm-up": ({"training": {"max_steps": 1}}, 2, "training.warmup_steps"),
+    "one step, all of it warm-up": ({"training": {"max_steps": 1, "warmup_steps": 0.03}}, 2, "training.warmup_steps"),
     "far too small a rate": ({"training": {"learning_rate": 1e-30}}, 5, "did not move"),
 }
 

@@ -22,6 +22,7 @@ from lorafit.merging.sketch import distance, round_once, sketch
 from lorafit.merging.verify import verification_device, verify
 from lorafit.merging.verify_job import Job
 from lorafit.merging.verify_reference import reference
+from lorafit.pulse import Say
 from lorafit.recipe.sections import ModelSection
 
 
@@ -61,11 +62,11 @@ def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference in this process, which has the libraries loaded; what was written still in another."""
     run_process = verify_module.run_process
 
-    def run_here(module: str, job_file: Path, *, what: str, where: Path) -> None:
+    def run_here(module: str, job_file: Path, *, what: str, where: Path, say: Say) -> None:
         if module.endswith("verify_reference"):
             reference(Job(**json.loads(job_file.read_text())))
         else:
-            run_process(module, job_file, what=what, where=where)
+            run_process(module, job_file, what=what, where=where, say=say)
 
     monkeypatch.setattr(verify_module, "run_process", run_here)
 

@@ -159,7 +159,7 @@ BROKEN = {
     ],
     "max_steps_leave_room": [
         (f"{SMALLEST}training: {{warmup_steps: 100, max_steps: 100}}", "training.warmup_steps"),
-        (f"{SMALLEST}training: {{max_steps: 1}}", "training.warmup_steps"),
+        (f"{SMALLEST}training: {{max_steps: 1, warmup_steps: 0.03}}", "training.warmup_steps"),
         (f"{SMALLEST}adalora: {{tfinal: 9}}\ntraining: {{max_steps: 10}}", "adalora"),
         (f"{EVAL}training: {{eval_strategy: steps, eval_steps: 20, max_steps: 10}}", "training.eval_steps"),
         (

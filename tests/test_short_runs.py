@@ -11,6 +11,7 @@ from runs import QUICK, run, small_recipe
 
 from lorafit.errors import RecipeError, VerificationError
 from lorafit.training import setup
+from lorafit.validate import validate
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -70,7 +71,7 @@ def test_from_the_second_update_on_every_tensor_has_moved(
 
 def test_a_warm_up_that_takes_every_step_is_refused_with_the_recipe(tmp_path: Path, tiny_base: Path) -> None:
     with pytest.raises(RecipeError, match=r"training.warmup_steps: 0.03 of the run's 1 step, rounded up, is all of it"):
-        small_recipe(tmp_path, tiny_base, training=QUICK | {"max_steps": 1})
+        small_recipe(tmp_path, tiny_base, training=QUICK | {"max_steps": 1, "warmup_steps": 0.03})
     schedule = {"max_steps": 1, "lr_scheduler_type": "constant"}
     assert small_recipe(tmp_path, tiny_base, training=QUICK | schedule).recipe.training.max_steps == 1
 
@@ -87,5 +88,13 @@ def test_a_warm_up_that_takes_every_step_of_few_rows_is_refused_before_the_model
     monkeypatch.setattr(setup, "model_with_adapter", lambda *_, **__: pytest.fail("the model was loaded"))
     data = {"train": [{"path": "train.jsonl", "limit": 4}], "eval": []}
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: training.warmup_steps: 0.03 of the run's 1 step"):
-        run(small_recipe(tmp_path, tiny_base, data=data, training=QUICK | {"max_steps": None}))
+        run(small_recipe(tmp_path, tiny_base, data=data, training=QUICK | {"max_steps": None, "warmup_steps": 0.03}))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_one_step_has_no_warm_up_unless_it_is_asked_for(tmp_path: Path, tiny_base: Path) -> None:
+    recipe = small_recipe(tmp_path, tiny_base, training=QUICK | {"max_steps": 1})
+    result, said = run(recipe)
+    assert result.outcome == "finished"
+    assert "warm-up: 0 steps: 0.03 x 1, rounded up, would be the whole run" in said
+    assert validate(recipe.path).numbers["warmup_steps"].value == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.builders.adapter import attach_adapter
+from lorafit.builders.lora_config import lora_config
+from lorafit.errors import Problem
+from lorafit.recipe.sections import LoraSection
 from lorafit.speed.answer_head import AnswerLoss, use_answer_head
 from lorafit.speed.answer_head import why_not as why_no_answer_head
 from lorafit.speed.fused_lora import FusedLinear, FusedLinear4bit, FusedLinear8bit, fuse
@@ -58,7 +63,8 @@ def test_the_answer_loss_is_cross_entropy_with_its_gradient() -> None:
     torch.manual_seed(0)
     hidden, weight = torch.randn(700, 32, requires_grad=True), torch.randn(50, 32)
     targets, upstream = torch.randint(0, 50, (700,)), torch.randn(700)
-    nll, entropy, is_top1 = AnswerLoss.apply(hidden, weight, targets, torch.float32)
+    none = torch.empty(0, dtype=torch.long)
+    nll, entropy, is_top1 = AnswerLoss.apply(hidden, weight, targets, torch.float32, none, weight[:0])
     (ours,) = torch.autograd.grad((nll * upstream).sum(), hidden)
     logits = hidden @ weight.T
     expected = functional.cross_entropy(logits, targets, reduction="none")
@@ -90,6 +96,44 @@ def test_the_answer_head_answers_as_trl_does(bf16: bool) -> None:
     assert torch.equal(outputs[1].is_top1.bool(), outputs[0].is_top1.bool())
     assert torch.equal(outputs[1].label_mask, outputs[0].label_mask)
     assert apart(gradients[1], gradients[0]) < (0.03 if bf16 else 1e-5)
+
+
+@pytest.mark.parametrize("is_off", [False, True], ids=["adapter on", "adapter off"])
+@pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
+def test_the_answer_head_trains_rows_of_tokens_as_trl_does(tied: bool, is_off: bool) -> None:
+    losses, gradients = [], []
+    for ours in (False, True):
+        base = built(llama_config(tie_word_embeddings=tied))
+        config = lora_config(LoraSection(), adalora=None, model=base, where=Problem, token_ids=(5, 77))
+        model = attach_adapter(
+            base,
+            config,
+            init_method=True,
+            seed=0,
+            autocast_adapter_dtype=True,
+            batches=list,
+            base_directory="",
+        )
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if "trainable_tokens_delta" in name:
+                    tensor.mul_(3)
+        add_fused_lm_head(base)
+        if ours:
+            assert why_no_answer_head(base) is None
+            use_answer_head(base)
+        batch = packed(9, 30, 4)
+        batch["input_ids"][0, 1], batch["input_ids"][0, 12], batch["labels"][0, 8] = 5, 77, 5
+        with model.disable_adapter() if is_off else nullcontext():
+            losses.append(base(**batch, fused_lm_head=True).loss)
+        if not is_off:
+            losses[-1].backward()
+            trained = {name: p.grad for name, p in model.named_parameters() if "trainable_tokens_delta" in name}
+            assert len(trained) == (1 if tied else 2)
+            gradients.append(trained)
+    torch.testing.assert_close(losses[1], losses[0])
+    for name in gradients[0] if gradients else ():
+        assert apart(gradients[1][name], gradients[0][name]) < 1e-5
 
 
 def test_a_batch_without_a_trained_position_gives_a_zero_that_goes_backward() -> None:

@@ -284,3 +284,8 @@ def test_a_template_that_is_no_jinja_is_named_with_its_line(base: Path, tmp_path
         right(tmp_path, RECIPE.replace("]}", "], template: ./broken.jinja}") + SHORT)
     assert caught.value.exit_code == 3
     assert str(caught.value).replace(f"{tmp_path}/", "").startswith("broken.jinja:2: ")
+
+
+def test_a_key_that_is_wrong_in_itself_is_not_held_against_the_base_as_well(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(LorafitError, match=r"write a list, \[q_proj, v_proj\]$"):
+        right(tmp_path, f'{RECIPE}{SHORT}lora: {{target_modules: "q_proj, v_proj"}}\n')

@@ -4,16 +4,35 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+from lorafit import pulse
 from lorafit.errors import VerificationError
+from lorafit.pulse import Say, duration, unsaid
 
 
-def run_process(module: str, job_file: Path, *, what: str, where: Path) -> None:
-    """`python -m module job_file`, in a fresh process. Raises VerificationError (`what`) with its last line."""
-    command = [sys.executable, "-m", module, str(job_file)]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        killed = "it was killed; the machine may have run out of memory" if done.returncode < 0 else "it gave no reason"
-        raise VerificationError(f"{what}: {lines[-1] if lines and done.returncode > 0 else killed}", where=str(where))
+def run_process(module: str, job_file: Path, *, what: str, where: Path, say: Say = unsaid) -> None:
+    """`python -m module job_file`, in a fresh process. Raises VerificationError (`what`) with its last line.
+
+    `say` hears every half a minute that it goes on.
+    """
+    command, started = [sys.executable, "-m", module, str(job_file)], time.monotonic()
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    child = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
+    try:
+        while True:
+            try:
+                _, said = child.communicate(timeout=pulse.MOST_SECONDS)
+                break
+            except subprocess.TimeoutExpired:
+                say(f"{module.rpartition('.')[2].replace('_', ' ')}: {duration(time.monotonic() - started)} so far")
+    finally:
+        child.kill()  # an interrupt ends it, too
+        child.wait()
+    if child.returncode:
+        lines = [line for line in said.splitlines() if line.strip()]
+        killed = (
+            "it was killed; the machine may have run out of memory" if child.returncode < 0 else "it gave no reason"
+        )
+        raise VerificationError(f"{what}: {lines[-1] if lines and child.returncode > 0 else killed}", where=str(where))

@@ -126,7 +126,7 @@ def merge(
         if prompts is not None and verify:
             say(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
             report = verify_merged(
-                stage, adapter=adapter, base_files=base_files, onto=onto, dtype=dtype, prompts=prompts
+                stage, adapter=adapter, base_files=base_files, onto=onto, dtype=dtype, prompts=prompts, say=say
             )
             if report.advice is not None:
                 say(f"advice: {report.advice}")

@@ -31,6 +31,7 @@ from lorafit.merging.fresh_process import run_process
 from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
+from lorafit.pulse import Say, unsaid
 
 SAME_MODEL_TWICE = 2.0**-20
 """Of the largest logit: what equal weights may give in two processes, eight units of float32."""
@@ -133,7 +134,14 @@ def _available_bytes() -> int:
 
 
 def verify(
-    written: Path, *, adapter: Adapter, base_files: BaseModelFiles, onto: str, dtype: str | None, prompts: Prompts
+    written: Path,
+    *,
+    adapter: Adapter,
+    base_files: BaseModelFiles,
+    onto: str,
+    dtype: str | None,
+    prompts: Prompts,
+    say: Say = unsaid,
 ) -> MergeReport:
     """Compare the model in `written` with base + adapter, and leave merge_report.json in it.
 
@@ -146,7 +154,7 @@ def verify(
         job_file = Path(work) / "job.json"
         job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
         for module, what in PROCESSES.items():
-            run_process(module, job_file, what=what, where=adapter.directory)
+            run_process(module, job_file, what=what, where=adapter.directory, say=say)
         findings = json.loads(job.findings.read_text(encoding="utf-8"))
     report = judge(findings, job=job, prompts=prompts, adapter=adapter, onto=onto)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")

@@ -54,6 +54,16 @@ def share_of(steps: int, share: float) -> Number:
     return Number(math.ceil(steps * share), f"steps = {share:g} x {steps:,}")
 
 
+def warm_up(recipe: Recipe, steps: int) -> Number:
+    """Steps of warm-up. The default share is left out of a run that, rounded up, it would take whole: the first step of
+    a warm-up has the rate 0."""
+    training = recipe.training
+    number = share_of(steps, training.warmup_steps)
+    if number.value >= steps and "warmup_steps" not in training.model_fields_set:
+        return Number(0, f"steps: {training.warmup_steps:g} x {steps}, rounded up, would be the whole run")
+    return number
+
+
 def checkpoint_interval(recipe: Recipe, steps: int) -> Number | None:
     """Steps between two checkpoints; None where the recipe gives a time."""
     every = recipe.checkpoints.every

@@ -16,6 +16,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from trl.trainer.utils import FusedCausalLMOutput
 
+from lorafit.builders.adapter import HeadWithTrainedRows
+
 TILE_ELEMENTS = 2**23
 """Logits at a time: 32 MB of float32. Fastest of 2**17 to 2**26 at vocabularies of 4,096 and 32,000."""
 
@@ -27,20 +29,30 @@ class AnswerLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, dtype: torch.dtype
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        dtype: torch.dtype,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """`hidden` [N, H], `weight` [V, H], `targets` [N]; products in `dtype`, everything else in float32."""
-        weight = weight.to(dtype)
+        """`hidden` [N, H], `weight` [V, H], `targets` [N], `ids` [n] and the `rows` [n, H] that are trained in place of
+        the head's own; products in `dtype`, everything else in float32."""
+        weight, trained = weight.to(dtype), rows.to(dtype)
         count = hidden.shape[0]
         nll = torch.empty(count, dtype=torch.float32, device=hidden.device)
         entropy, is_top1 = torch.empty_like(nll), torch.empty_like(nll, dtype=torch.bool)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=dtype) if wants_gradient else None
-        rows = max(1, min(MOST_ROWS, TILE_ELEMENTS // weight.shape[0]))
-        for start in range(0, count, rows):
-            tile = slice(start, start + rows)
+        of_ids = torch.empty(count, len(ids), dtype=dtype, device=hidden.device)
+        step = max(1, min(MOST_ROWS, TILE_ELEMENTS // weight.shape[0]))
+        for start in range(0, count, step):
+            tile = slice(start, start + step)
             target = targets[tile, None]
-            logits = (hidden[tile].to(dtype) @ weight.T).float()
+            states = hidden[tile].to(dtype)
+            logits = (states @ weight.T).float()
+            logits[:, ids] = (states @ trained.T).float()
             highest, likeliest = logits.max(dim=1, keepdim=True)
             is_top1[tile] = (likeliest == target)[:, 0]
             logits -= highest
@@ -52,17 +64,22 @@ class AnswerLoss(torch.autograd.Function):
             if gradient is not None:
                 probabilities /= total[:, None]
                 probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
-                torch.mm(probabilities.to(dtype), weight, out=gradient[tile])
-        ctx.save_for_backward(gradient)
-        ctx.hidden_dtype = hidden.dtype
+                of_ids[tile] = probabilities[:, ids]
+                probabilities[:, ids] = 0
+                torch.addmm(of_ids[tile] @ trained, probabilities.to(dtype), weight, out=gradient[tile])
+        # Without trained rows the states need not be kept.
+        ctx.save_for_backward(gradient, of_ids, hidden if len(ids) else hidden[:0])
+        ctx.hidden_dtype, ctx.rows_dtype = hidden.dtype, rows.dtype
         ctx.mark_non_differentiable(entropy, is_top1)
         return nll, entropy, is_top1
 
     @staticmethod
-    def backward(ctx: Any, nll_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor, None, None, None]:
-        """Of `hidden` alone: the head is frozen."""
-        (gradient,) = ctx.saved_tensors
-        return (gradient * nll_gradient[:, None]).to(ctx.hidden_dtype), None, None, None
+    def backward(ctx: Any, nll_gradient: torch.Tensor, *_: Any) -> tuple[torch.Tensor | None, ...]:
+        """Of `hidden` and of the trained rows: the rest of the head is frozen."""
+        gradient, of_ids, hidden = ctx.saved_tensors
+        of_hidden = (gradient * nll_gradient[:, None]).to(ctx.hidden_dtype)
+        of_rows = (of_ids * nll_gradient[:, None]).to(of_ids.dtype)[: len(hidden)].T @ hidden.to(of_ids.dtype)
+        return of_hidden, None, None, None, None, of_rows.to(ctx.rows_dtype)
 
 
 def why_not(model: PreTrainedModel) -> str | None:
@@ -71,6 +88,8 @@ def why_not(model: PreTrainedModel) -> str | None:
     head = model.get_output_embeddings()
     if model.device.type == "cuda":
         return "TRL's own leaves out untrained positions on CUDA"
+    if type(head) is HeadWithTrainedRows:
+        head = head.original_module
     if type(head) is not nn.Linear or head.bias is not None or head.weight.requires_grad:
         return "the head is not a plain frozen linear layer"
     scaled = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
@@ -85,6 +104,17 @@ _SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_he
 """What TRL's head applies to logits, by the names of transformers' configs."""
 
 
+def _head(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Its weight [V, H], the ids [n] and the rows [n, H] of tokens that are trained; n is 0 where there are none."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, HeadWithTrainedRows):
+        return head.weight, torch.empty(0, dtype=torch.long, device=head.weight.device), head.weight[:0]
+    tokens, weight = head.token_adapter, head.original_module.weight
+    ids = [] if tokens.disable_adapters else tokens.token_indices["default"]
+    rows = tokens.trainable_tokens_delta["default"][: len(ids)]
+    return weight, torch.tensor(ids, dtype=torch.long, device=weight.device), rows
+
+
 def use_answer_head(model: PreTrainedModel) -> None:
     """Answer `model(..., labels=, fused_lm_head=True)`, TRL's own call, by `AnswerLoss`; any other as before."""
     by_trl: Callable[..., Any] = model.forward
@@ -96,11 +126,11 @@ def use_answer_head(model: PreTrainedModel) -> None:
             return by_trl(*inputs, fused_lm_head=fused_lm_head, labels=labels, **named)
         named = {key: value for key, value in named.items() if key not in ("shift_labels", "num_items_in_batch")}
         states = model.base_model(*inputs, **named | {"use_cache": False}).last_hidden_state[:, :-1]
-        weight, labels = model.get_output_embeddings().weight, labels[:, 1:]
+        (weight, ids, rows), labels = _head(model), labels[:, 1:]
         mask = labels != -100
         kind = states.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else states.dtype
-        scored = AnswerLoss.apply(states[mask], weight, labels[mask], dtype)
+        scored = AnswerLoss.apply(states[mask], weight, labels[mask], dtype, ids, rows)
         # Scattering keeps a batch without a trained position connected to the model: a zero that can go backward.
         nll, entropy, is_top1 = (values.new_zeros(mask.shape).masked_scatter(mask, values) for values in scored)
         return FusedCausalLMOutput(

@@ -18,7 +18,8 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
 from lorafit.processes import refuse_other_distribution
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.recipe.rules.schedule import phases_in_steps
+from lorafit.recipe.arithmetic import warm_up
+from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
 from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
@@ -112,6 +113,10 @@ def set_up(
     set_total_steps(model, steps)
     arguments.lr_scheduler_kwargs = phases_in_steps(recipe.training.lr_scheduler_kwargs, steps)
     say_steps(loaded, trainer, steps, say)
+    begins = warm_up(recipe, steps)
+    if begins.value != arguments.get_warmup_steps(steps) and recipe.training.lr_scheduler_type not in WITHOUT_WARM_UP:
+        arguments.warmup_steps = begins.value  # the schedule is made when training starts
+        say(f"warm-up: {begins}")
     for line in levers.lines:
         say(line)
     return Setup(model, table, trainer, metrics, updates, halving, levers, steps)

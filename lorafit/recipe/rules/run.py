@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lorafit.recipe.advice import ADVICE_NAMES
-from lorafit.recipe.arithmetic import share_of
+from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.paths import STRATEGIES
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.broken import Broken, Rule
@@ -38,8 +38,8 @@ def too_long_for(recipe: Recipe, steps: int) -> Iterator[Broken]:
     """What does not fit into a run of so many optimizer steps; also for runs whose steps follow from their rows."""
     training, adalora, others = recipe.training, recipe.adalora, ("training.max_steps",)
     run = f"the run's {steps:,} step{'s' * (steps != 1)}"
-    warm_up, written = share_of(steps, training.warmup_steps).value, training.warmup_steps
-    if warm_up >= steps and training.lr_scheduler_type not in WITHOUT_WARM_UP:
+    written = training.warmup_steps
+    if warm_up(recipe, steps).value >= steps and training.lr_scheduler_type not in WITHOUT_WARM_UP:
         if written >= 1:
             message = f"{written:g} steps of warm-up do not end within {run}; lower it"
         else:

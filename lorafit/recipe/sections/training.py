@@ -80,7 +80,8 @@ class TrainingSection(Section):
     """Arguments of the schedule, e.g. `{num_cycles: 2}`."""
 
     warmup_steps: float = Field(default=0.03, ge=0)
-    """Steps over which the learning rate rises; below 1 it is a share of all steps. Default 0.03 (QLoRA paper)."""
+    """Steps over which the learning rate rises; below 1 it is a share of all steps. Default 0.03 (QLoRA paper);
+    left out, a run that it would take whole has none."""
 
     optim: Optimizer = "adamw_torch_fused"
     """Optimizer. `paged_adamw_8bit` takes a quarter of the state and survives memory peaks (CUDA)."""
