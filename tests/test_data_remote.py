@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import socket
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -207,8 +208,10 @@ def test_another_split_in_a_bucket_is_refused_as_on_disk(bucket: str) -> None:
 
 
 def test_a_protocol_that_needs_a_package_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
     assert problem("gs://bucket/a.jsonl") == "gs://bucket/a.jsonl: needs gcsfs; pip install gcsfs"
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    assert problem("https://host/a.jsonl") == "https://host/a.jsonl: needs aiohttp; pip install 'lorafit[http]'"
     assert "Protocol not known" in problem("nonsense://bucket/a.jsonl")
     assert "chains protocols" in problem("zip://a.jsonl::https://host/a.zip")
     assert "is no URL; write https://" in problem("https:/host/a.jsonl")

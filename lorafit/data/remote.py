@@ -8,6 +8,7 @@ a file still is what it was, so that a second start downloads nothing.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import io
 import re
 import shutil
@@ -169,9 +170,9 @@ def file_system(url: str) -> tuple[Any, str]:
         raise FileProblem(f"is no URL; write {protocol}://, the host or bucket, and the path")
     if protocol in ("http", "https"):
         try:
-            import aiohttp  # 0.2 s, and not installed where nobody needs it
+            aiohttp = importlib.import_module("aiohttp")  # of the extra `http`
         except ImportError:
-            raise FileProblem("needs aiohttp; pip install aiohttp") from None
+            raise FileProblem("needs aiohttp; pip install 'lorafit[http]'") from None
         # Its own limit is five minutes for a whole file. Proxies and ~/.netrc are part of the environment.
         waits = aiohttp.ClientTimeout(total=None, sock_connect=SECONDS_TO_CONNECT, sock_read=SECONDS_OF_SILENCE)
         options = {"client_kwargs": {"timeout": waits, "trust_env": True}}
