@@ -109,7 +109,7 @@ def prepare(
             raise DataError(CHANGED, where="data")
         stage = _new_entry(cache_dir, known.fingerprint, made)
         into = stage or _aside("lorafit-tokens", None, made)
-        with _full_disk_is_said(into):
+        with _full_disk_is_said(cache_dir if stage and cache_dir else into.parent):
             encoded = encode(
                 scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed, show_progress=show_progress
             )
@@ -180,7 +180,7 @@ def _full_disk_is_said(directory: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         message = f"{error.strerror} while the tokens are written; make room, or set LORAFIT_CACHE to another disk"
-        raise DiskError(message, where=str(directory.parent)) from None
+        raise DiskError(message, where=str(directory)) from None
 
 
 def _mapped(tables: Mapping[str, Path], fingerprint: str) -> dict[str, datasets.Dataset]:
