@@ -150,6 +150,8 @@ class _Look:
     def _tokenizer(self, directory: Path) -> None:
         """Whether it ends texts, and lays out a chat where the recipe leaves that to it."""
         settings = read_json(directory / SETTINGS) if (directory / SETTINGS).is_file() else {}
+        if (directory / SPECIAL).is_file():
+            read_json(directory / SPECIAL)
         ends = settings.get("eos_token") or (directory / SPECIAL).is_file() or self._recipe.data.stop_token
         has_files = any((directory / name).is_file() for name in TOKENIZER_FILES)  # else that is said already
         if has_files and not ends and settings.get("tokenizer_class") in NAMES_ITS_OWN_END:

@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lorafit.json_text import parsed
+
 STAGE_SUFFIX = ".lorafit-stage"
 MARKER = "made-by-lorafit.json"
 NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
@@ -127,7 +129,7 @@ def suppress_not_lockable() -> Iterator[None]:
 def _is_ours(stage: Path) -> bool:
     """Made by lorafit, on this machine: the lock of another may not be seen here."""
     try:
-        marker = json.loads((stage / MARKER).read_bytes())
+        marker = parsed((stage / MARKER).read_bytes())
     except (OSError, ValueError):
         return False
     return isinstance(marker, dict) and "stage_of" in marker and marker.get("host") == socket.gethostname()
@@ -143,8 +145,9 @@ def _remove(stage: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        (stage / MARKER).unlink(missing_ok=True)
-        stage.rmdir()
+        if {path.name for path in stage.iterdir()} <= {MARKER}:  # else a network disk still holds a file of it
+            (stage / MARKER).unlink(missing_ok=True)
+            stage.rmdir()
 
 
 def read_regular(path: Path) -> bytes:

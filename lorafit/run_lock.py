@@ -24,6 +24,7 @@ import psutil
 from lorafit import launch
 from lorafit.durable import NOT_LOCKABLE
 from lorafit.errors import RunDirError
+from lorafit.json_text import parsed
 from lorafit.run_dir import RunDir
 
 SILENCE_SECONDS = 120.0
@@ -177,6 +178,6 @@ def _make(path: Path) -> None:
 def _holder(file: int) -> Holder | None:
     """What the lock says; None where it says nothing that can be read."""
     try:
-        return Holder(**json.loads(os.pread(file, 4096, 0)))
+        return Holder(**parsed(os.pread(file, 4096, 0)))
     except (ValueError, TypeError):
         return None

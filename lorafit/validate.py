@@ -79,8 +79,8 @@ def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool =
                 lengths = rows.lengths(base.tokenizer)
                 found.append((ModelError, _no_template(loaded, base, data)))
                 found.append((DataError, _too_long(loaded, lengths.too_long, data.files)))
-            except DataError as error:
-                found.append((DataError, error.problems))
+            except (DataError, ModelError) as error:
+                found.append((type(error), error.problems))
     problems = [(error, problem) for error, some in found for problem in some]
     if problems or reading.loaded is None or data is None or base is None or lengths is None:
         raise problems[0][0](problem for _, problem in problems)

@@ -275,6 +275,19 @@ def stored_as_float8(base: Path) -> None:
     save_file(tensors, path, metadata={"format": "pt"})
 
 
+def with_a_hole(base: Path) -> None:
+    """The last tensor eight bytes later, and eight bytes of nothing before it."""
+    path = base / "model.safetensors"
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    last = max((entry for name, entry in header.items() if name != "__metadata__"), key=lambda e: e["data_offsets"])
+    begin = start + last["data_offsets"][0]
+    last["data_offsets"] = [place + 8 for place in last["data_offsets"]]
+    written = json.dumps(header).encode()
+    path.write_bytes(len(written).to_bytes(8, "little") + written + content[start:begin] + bytes(8) + content[begin:])
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n"
 BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty directory": (
@@ -365,9 +378,29 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda base: (base / "model.safetensors").write_bytes((9).to_bytes(8, "little") + b'{"a": [] '),
         "/model.safetensors: has a header that is not safetensors",
     ),
+    **{
+        f"deep {name}": (lambda base, name=name: (base / name).write_text("[" * 100_000), f"/{name}: is not JSON (")
+        for name in ("config.json", "generation_config.json")
+    },
+    "deep index": (
+        lambda base: (
+            (base / "model.safetensors").rename(base / "model-1.safetensors"),
+            (base / "model.safetensors.index.json").write_text("[" * 100_000),
+        ),
+        "/model.safetensors.index.json: is not an index of weight files",
+    ),
+    "deep header": (
+        lambda base: (base / "model.safetensors").write_bytes((10**5).to_bytes(8, "little") + b"[" * 10**5),
+        "/model.safetensors: has a header that is not safetensors",
+    ),
+    "hole": (with_a_hole, "/model.safetensors: has a hole or an overlap at byte "),
+    "countless layers": (
+        changed_config(num_hidden_layers=10**7),
+        "/config.json: says num_hidden_layers: 10,000,000, and no model has more than 10,000",
+    ),
     "float8": (stored_as_float8, "stores lm_head.weight (1 weights in all) as F8_E4M3, and config.json does not say"),
 }
-assert len(BREAKS) == 34
+assert len(BREAKS) == 40
 
 
 @pytest.mark.parametrize("name", BREAKS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lorafit.durable import discard
 from lorafit.training import checkpoints
 from lorafit.training.checkpoints import Damaged, commit, newest_verified, path_of, quarantine, rotate, verified
 
@@ -141,3 +143,34 @@ def test_it_is_sealed_where_no_thread_can_be_started(tmp_path: Path, monkeypatch
     sealed = committed(tmp_path, 3)
     monkeypatch.undo()
     assert verified(sealed).step == 3
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in range(1, 5):
+        committed(tmp_path, step)
+
+    def busy(path: Path) -> None:
+        if path.name == "checkpoint-1":
+            raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(path))
+        discard(path)
+
+    monkeypatch.setattr(checkpoints, "discard", busy)
+    assert rotate(tmp_path, keep=2) == {tmp_path / "checkpoint-1": os.strerror(errno.EBUSY)}
+    assert steps_left(tmp_path) == [1, 3, 4]
+    monkeypatch.setattr(checkpoints, "discard", discard)
+    assert rotate(tmp_path, keep=2) == {}
+    assert steps_left(tmp_path) == [3, 4]
+
+
+def test_a_disk_that_fails_is_not_taken_for_a_busy_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in range(1, 4):
+        committed(tmp_path, step)
+
+    def broken(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(checkpoints, "discard", broken)
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        rotate(tmp_path, keep=2)

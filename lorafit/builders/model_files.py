@@ -12,6 +12,7 @@ from lorafit.builders.hub_snapshot import cached_snapshot, hub_snapshot
 from lorafit.builders.modules import Modules
 from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
 from lorafit.errors import ModelError, Problem
+from lorafit.json_text import parsed
 from lorafit.recipe.paths import looks_local
 from lorafit.recipe.sections import DataSection, ModelSection, QuantizationSection
 
@@ -21,6 +22,10 @@ TOKENIZER_FILES = (
 )
 
 GENERATION = "generation_config.json"
+
+LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "num_decoder_layers")
+MOST_LAYERS = 10_000
+"""Ten times the deepest model that was ever trained."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         if is_lfs_pointer(path):
             raise ModelError("is a git-lfs pointer: run `git lfs pull` in that directory", where=str(path))
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parsed(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ModelError(f"cannot be read ({error.strerror}): give your user the right to", where=str(path)) from None
     except ValueError as error:
@@ -172,7 +177,19 @@ def read_config(directory: Path) -> dict[str, Any]:
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise ModelError("has no model_type: copy the file again, or write the architecture's there", where=str(path))
+    _refuse_countless_layers(config, where=str(path))
     return config
+
+
+def _refuse_countless_layers(config: Mapping[str, Any], *, where: str) -> None:
+    """They would be built one by one before anything else is looked at. Raises ModelError."""
+    inner = config.get("text_config")
+    for settings in (config, inner if isinstance(inner, Mapping) else {}):
+        for key in LAYER_COUNTS:
+            count = settings.get(key)
+            if isinstance(count, int) and count > MOST_LAYERS:
+                message = f"says {key}: {count:,}, and no model has more than {MOST_LAYERS:,}: copy the file again"
+                raise ModelError(message, where=where)
 
 
 def stop_token_ids(directory: Path, *, config: Mapping[str, Any]) -> frozenset[int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, Problem
+from lorafit.json_text import parsed
 
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),
@@ -57,7 +58,7 @@ def tensors_in(path: Path) -> dict[str, TensorInfo]:
             raise ModelError(f"is not a whole safetensors file ({size:,} bytes): copy it again", where=str(path))
         header = file.read(header_bytes)
     try:
-        entries = json.loads(header)
+        entries = parsed(header)
         entries.pop("__metadata__", None)
         first = 8 + header_bytes
         table = {name: _tensor(path.name, entry, first=first) for name, entry in entries.items()}
@@ -68,6 +69,12 @@ def tensors_in(path: Path) -> dict[str, TensorInfo]:
         raise ModelError(
             f"has {size:,} bytes, its header promises {promised:,}: the copy broke off, copy it again", where=str(path)
         )
+    end = first
+    for name, tensor in sorted(table.items(), key=lambda entry: entry[1].start):
+        if tensor.start != end:
+            message = f"has a hole or an overlap at byte {end:,}, before {name}: copy the file again"
+            raise ModelError(message, where=str(path))
+        end += tensor.nbytes
     return table
 
 
@@ -92,9 +99,11 @@ def _weight_map(directory: Path) -> dict[str, str]:
     if not index.is_file():
         return {}
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = parsed(index.read_text(encoding="utf-8"))["weight_map"]
         if not weight_map or any(Path(file).name != file for file in weight_map.values()):
             raise ValueError
+    except OSError as error:
+        raise ModelError(f"cannot be read ({error.strerror}): give your user the right to", where=str(index)) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise ModelError("is not an index of weight files: copy it again", where=str(index)) from None
     return weight_map

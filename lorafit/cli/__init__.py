@@ -16,6 +16,7 @@ from lorafit import launch
 from lorafit.cli.app import app
 from lorafit.errors import DiskError, HealthStop, LorafitError, RecipeError, StopRequested
 from lorafit.report.inert import inert
+from lorafit.stopping import ends_clean
 
 # Each adds its commands, which `lorafit --help` lists in this order.
 # isort: off
@@ -45,7 +46,8 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _refuse_no_directory()
         arguments = [_at_home(word) for word in arguments]
-        code = app(arguments, prog_name="lorafit", standalone_mode=False, obj=launch.take_variables()) or 0
+        with ends_clean():  # what a command has begun goes with it; `train` listens for itself
+            code = app(arguments, prog_name="lorafit", standalone_mode=False, obj=launch.take_variables()) or 0
         if code == 130:  # what typer makes of it
             raise KeyboardInterrupt
         return code

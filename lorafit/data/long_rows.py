@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lorafit.data.rows import Chat, Pair, Place, Row, Text, answers, texts
+from lorafit.errors import ModelError
 
 CHARACTERS_AT_ONCE = 4_000_000
 """Tokenized in all, of the longest rows: about a second."""
@@ -71,7 +72,11 @@ class LongRows:
             return Lengths([], doubtful)
         from tokenizers import Tokenizer  # not before it is needed: most rows are short
 
-        core = Tokenizer.from_file(str(tokenizer_file))
+        try:
+            core = Tokenizer.from_file(str(tokenizer_file))
+        except Exception as error:  # what tokenizers raises has no type of its own
+            message = f"is not a tokenizer that can be read ({error}): copy the file again"
+            raise ModelError(message, where=str(tokenizer_file)) from None
         core.no_truncation()
         core.no_padding()
         counted = [

@@ -19,6 +19,7 @@ from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.data.familiar import familiar_mapping, first_row
 from lorafit.errors import ModelError, RecipeError, RunDirError
+from lorafit.json_text import parsed
 from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter
 from lorafit.merging.identity import REPORT, refuse_wrong_base
 from lorafit.recipe import LoadedRecipe, load
@@ -176,7 +177,7 @@ def _merged_model(adapter: Adapter, asked_for: Path | None, *, say: Say) -> Path
         say(f"warning: {merged}: has no {REPORT}; not checked: whether it was made of this adapter")
         return merged
     try:
-        made_of = json.loads(report.read_text(encoding="utf-8"))["adapter_sha256"]
+        made_of = parsed(report.read_text(encoding="utf-8"))["adapter_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"is not the report of a merge ({error}): merge again", where=str(report)) from None
     with adapter.weights.open("rb") as file:

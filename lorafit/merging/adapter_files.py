@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from lorafit.builders.weight_files import TensorInfo, tensors_in
 from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, ModelError, RunDirError
+from lorafit.json_text import parsed
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import ModelSection
 from lorafit.run_dir import RunDir
@@ -92,6 +92,9 @@ def _read(directory: Path, *, base: ModelSection, run_dir: RunDir | None, recipe
         tensors = tensors_in(directory / WEIGHTS)
     except ModelError as error:
         raise AdapterError(error.problems) from None
+    except OSError as error:
+        message = f"cannot be read ({error.strerror}): give your user the right to"
+        raise AdapterError(message, where=str(directory / WEIGHTS)) from None
     return Adapter(directory=directory, config=config, tensors=tensors, base=base, run_dir=run_dir, recipe=recipe)
 
 
@@ -99,8 +102,11 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     """adapter_config.json. Raises AdapterError when it is not the settings of a LoRA or AdaLoRA adapter."""
     path = directory / CONFIG
     try:
-        config = json.loads(read_regular(path))
-    except (OSError, ValueError, RecursionError) as error:
+        config = parsed(read_regular(path))
+    except PermissionError as error:
+        message = f"cannot be read ({error.strerror}): give your user the right to"
+        raise AdapterError(message, where=str(path)) from None
+    except (OSError, ValueError) as error:
         raise AdapterError(f"is not JSON ({error}): copy the file again", where=str(path)) from None
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -11,13 +12,26 @@ from lorafit import pulse
 from lorafit.errors import VerificationError
 from lorafit.pulse import Say, duration, unsaid
 
+_START = """
+import ctypes, os, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+parent, module = sys.argv[1:3]
+if os.getppid() != int(parent):
+    sys.exit(1)
+sys.argv[1:] = sys.argv[3:]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+"""The process ends when the one that waits for it does, however that ended (Linux), from before its first import on."""
+
 
 def run_process(module: str, job_file: Path, *, what: str, where: Path, say: Say = unsaid) -> None:
-    """`python -m module job_file`, in a fresh process. Raises VerificationError (`what`) with its last line.
+    """`python -m module job_file`, in a fresh process that ends with this one.
 
-    `say` hears every half a minute that it goes on.
+    Raises VerificationError (`what`) with its last line. `say` hears every half a minute that it goes on.
     """
-    command, started = [sys.executable, "-m", module, str(job_file)], time.monotonic()
+    command = [sys.executable, "-c", _START, str(os.getpid()), module, str(job_file)]
+    started = time.monotonic()
     pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     child = subprocess.Popen(command, text=True, **pipes)  # type: ignore[call-overload]
     try:

@@ -15,6 +15,7 @@ from safetensors import safe_open
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, ModelError, Problem
+from lorafit.json_text import parsed
 from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter
 
 REPORT = "merge_report.json"
@@ -138,7 +139,7 @@ def _refuse_merged_already(adapter: Adapter, base_files: BaseModelFiles) -> None
     """Merging twice adds the update twice. Another adapter on a merged model may well have been trained on that."""
     report = base_files.directory / REPORT
     try:
-        merged = json.loads(report.read_text(encoding="utf-8")).get("adapter_sha256") if report.is_file() else None
+        merged = parsed(report.read_text(encoding="utf-8")).get("adapter_sha256") if report.is_file() else None
     except (ValueError, AttributeError):
         return
     if merged == _hash(adapter.weights):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -166,10 +164,7 @@ def _positions(length: int, vocabulary: int, prompts: int) -> Tensor:
 
 
 def settle_process() -> None:
-    """Say nothing but errors, and end when the process ends that waits for this one."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """Say nothing but errors."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

@@ -5,6 +5,7 @@ What has another name is no checkpoint: one that is being written, or thrown awa
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.durable import discard, flush, write_file
+from lorafit.json_text import parsed
 
 SEAL = "checkpoint.json"
 """Written last: the hash and size of each file, and what the run was."""
@@ -108,7 +110,7 @@ def _seal(path: Path) -> dict[str, Any]:
     if not (path / SEAL).is_file():
         raise Damaged(f"{SEAL} is missing")
     try:
-        outer = json.loads((path / SEAL).read_bytes())
+        outer = parsed((path / SEAL).read_bytes())
         body: dict[str, Any] = outer["checkpoint"]
         whole = outer["sha256"] == _hash_of(body)
     except (ValueError, KeyError, TypeError):
@@ -158,14 +160,29 @@ def _committed(directory: Path) -> list[Path]:
     return sorted((path for path, step in found.items() if step.isdecimal()), key=lambda path: int(found[path]))
 
 
-def rotate(directory: Path, *, keep: int) -> None:
-    """Remove all committed ones but the newest `keep` and, for each of these, the best that it names."""
+IN_THE_WAY = (errno.EBUSY, errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.ESTALE)
+"""Why something cannot be removed now, as where another process has it open on a network disk."""
+
+
+def rotate(directory: Path, *, keep: int) -> dict[Path, str]:
+    """Remove all committed ones but the newest `keep` and, for each of these, the best that it names.
+
+    Those that could not be removed, and why: the next call tries again, and a run does not stop for them.
+    """
     committed = [path for path in _committed(directory) if _is_sealed(path)]
     kept = committed[-max(keep, KEPT_AT_LEAST) :]
     best = {path_of(directory, step) for path in kept if (step := _best_step(path)) is not None}
+    stuck: dict[Path, str] = {}
     for path in committed:
-        if path not in kept and path not in best:
+        if path in kept or path in best:
+            continue
+        try:
             discard(path)
+        except OSError as error:
+            if error.errno not in IN_THE_WAY:
+                raise
+            stuck[path] = str(error.strerror)
+    return stuck
 
 
 def remove_committed(directory: Path) -> None:

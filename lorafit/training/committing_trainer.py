@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import time
@@ -28,6 +29,8 @@ from lorafit.training import checkpoints, rank_allocation
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.save import WEIGHTS, give_usual_permissions
 from lorafit.training.sent_checkpoints import seen_here
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,9 @@ class CommittingTrainer(AdapterTrainer):
     """Spent in this session on them, waiting for the other processes included."""
 
     _stage: Path | None = None
+
+    _stuck: frozenset[Path] = frozenset()
+    """Old checkpoints that could not be removed, which was said."""
 
     _taken_up: Path | None = None
     """The checkpoint that this session goes on from, as this machine sees it."""
@@ -137,7 +143,10 @@ class CommittingTrainer(AdapterTrainer):
             "facts": dict(self.room.facts),
         }
         checkpoints.commit(written, checkpoints.path_of(self.room.directory, step), contents=contents)
-        checkpoints.rotate(self.room.directory, keep=self.room.keep)
+        stuck = checkpoints.rotate(self.room.directory, keep=self.room.keep)
+        for path in stuck.keys() - self._stuck:
+            logger.warning("%s: cannot be removed now (%s); tried again at each checkpoint", path, stuck[path])
+        self._stuck |= stuck.keys()
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Whether to save now. The library saves at an evaluation only what is the best; here, also what is due."""
