@@ -1,13 +1,15 @@
 """Training speed on a GPU, at the size that people train: lorafit beside plain TRL, in turn, in one run.
 
-    python benchmarks/speed_gpu.py [--shape llama3-8b] [--rounds 2] [--steps 14] [--out FILE.json]   # needs a GPU
+    python benchmarks/speed_gpu.py [--shape llama3-8b] [--sides ...] [--out FILE.json]   # needs a GPU
     python benchmarks/speed_gpu.py --tiny                                        # the same path on the CPU, tiny
 
 Random weights of a shipped shape in bfloat16, written once; LoRA r=16 on all linear layers; rows as long as GSM8K's,
-packed. Every side is a process of its own, on the same rows; tokens/s leave out the first six steps. MFU counts, for
-each token, 4 N + 4 H + 3.5 a + 6 P operations: N weights of the base's linear layers and H of its output head (frozen:
-forward, and backward to the input), a of a forward pass of attention within a document, P weights of the adapter. What
-is computed a second time by checkpointing is not counted.
+packed. Every side is a process of its own, on the same rows, and is killed when it takes too long. A line is printed
+and FILE.json written anew after each, and none is begun once `--budget` is spent: by default four sides in at most five
+minutes (for all of them name `--sides`, with `--rounds 2 --budget 1500`). Tokens/s leave out the first six steps. MFU
+counts, for each token, 4 N + 4 H + 3.5 a + 6 P operations: N weights of the base's linear layers and H of its output
+head (frozen: forward, and backward to the input), a of a forward pass of attention within a document, P weights of the
+adapter. What is computed a second time by checkpointing is not counted.
 """
 
 from __future__ import annotations
@@ -15,18 +17,17 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import dataclass, replace
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from made_with import made_with
+from own_process import NoAnswer, end_by_exception, output_of
 from speed import BASE_TOKENIZER, LORA, train_with_lorafit, train_with_trl, write_rows
 
 FOUR_BITS = {
@@ -61,6 +62,9 @@ SIDES = {
     "lorafit-16k": Side(size=1, length=16384, rows="long"),
     "lorafit-16k-no-varlen": Side(size=1, length=16384, rows="long", off="varlen_attention"),
 }
+MAIN_SIDES = ("lorafit", "trl-packed", "lorafit-qlora", "trl-qlora")
+"""What five minutes are enough for."""
+BUDGET_SECONDS, SIDE_SECONDS = 280, 100
 BESIDE = {
     "trl-qlora": "lorafit-qlora",
     "lorafit-qlora": "lorafit",
@@ -96,8 +100,24 @@ def write_base(directory: Path, *, shape: str, tiny: bool) -> None:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    del model
-    torch.cuda.empty_cache()  # the sides have the GPU to themselves
+
+
+def prepare(work: Path, *, shape: str, steps: int, tiny: bool) -> dict[str, Any]:
+    """Base and rows; the device, and the operations that a token of each side takes."""
+    from lorafit.planning.gpus import device_of
+    from lorafit.preflight import this_machine
+
+    machine = this_machine()
+    if machine.device != "cuda" and not tiny:
+        sys.exit("there is no GPU here; --tiny runs the same on the CPU")
+    write_base(work / "base", shape=shape, tiny=tiny)
+    write_rows(work / "rows.jsonl", count=80 * (steps + 2))
+    write_rows(work / "long.jsonl", count=steps + 2, tokens=17_500 // (SHORTER if tiny else 1))
+    return {
+        "device": machine.name,
+        "bf16_tflops": None if tiny else device_of(machine).bf16_tflops,
+        "operations": {name: operations_of_a_token(work, sized(side, tiny=tiny)) for name, side in SIDES.items()},
+    }
 
 
 def with_trl(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
@@ -158,25 +178,16 @@ def operations_of_a_token(work: Path, side: Side) -> float:
     return 4 * frozen + 3.5 * attention + 6 * table.all_linear().lora_parameters
 
 
-def in_its_own_process(work: Path, *, side: str, steps: int, tiny: bool) -> dict[str, Any]:
-    """One side, measured in a fresh process; its error as text, for the others to go on."""
+def in_its_own_process(work: Path, *, side: str, chosen: argparse.Namespace, seconds: float) -> dict[str, Any]:
+    """One side (or `prepare`) in a fresh process; its error as text, for the others to go on."""
     out = work / "measured.json"
     out.unlink(missing_ok=True)
-    command = [
-        sys.executable,
-        __file__,
-        "--side",
-        side,
-        "--work",
-        str(work),
-        "--steps",
-        str(steps),
-        *(["--tiny"] * tiny),
-    ]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        return {"error": (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]}
+    settings = ["--shape", chosen.shape, "--steps", str(chosen.steps), *(["--tiny"] * chosen.tiny)]
+    command = [sys.executable, __file__, "--side", side, "--work", str(work), *settings]
+    try:
+        output_of(command, environment={"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}, seconds=seconds)
+    except NoAnswer as reason:
+        return {"error": str(reason)}
     measured: dict[str, Any] = json.loads(out.read_text())
     return measured
 
@@ -185,56 +196,65 @@ def main() -> int:
     """The table; 4 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama3-8b", help="a shipped shape of the Llama kind")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=14)
-    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(MAIN_SIDES))
+    parser.add_argument("--budget", type=float, default=BUDGET_SECONDS, help="seconds after which nothing goes on")
     parser.add_argument("--tiny", action="store_true", help="on the CPU")
-    parser.add_argument("--out", type=Path, help="write the results here")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="write the results here, as they come")
+    parser.add_argument("--side", choices=(*SIDES, "prepare"), help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.side:
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        side = sized(SIDES[chosen.side], tiny=chosen.tiny)
-        measured = (with_trl if side.with_trl else with_lorafit)(chosen.work, side, steps=chosen.steps)
-        (chosen.work / "measured.json").write_text(json.dumps(measured))
+        (chosen.work / "measured.json").write_text(json.dumps(one_side(chosen)))
         return 0
-
-    from lorafit.planning.gpus import device_of
-    from lorafit.preflight import this_machine
-
-    machine = this_machine()
-    if machine.device != "cuda" and not chosen.tiny:
-        print("there is no GPU here; --tiny runs the same on the CPU", file=sys.stderr)
-        return 4
-    peak = None if chosen.tiny else device_of(machine).bf16_tflops
-    rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
+    ends = time.monotonic() + chosen.budget
+    end_by_exception()
     with tempfile.TemporaryDirectory() as directory:
         work = Path(directory)
-        write_base(work / "base", shape=chosen.shape, tiny=chosen.tiny)
-        write_rows(work / "rows.jsonl", count=80 * (chosen.steps + 2))
-        write_rows(work / "long.jsonl", count=chosen.steps + 2, tokens=17_500 // (SHORTER if chosen.tiny else 1))
-        for _ in range(chosen.rounds):
-            for side in chosen.sides:
-                rounds[side].append(in_its_own_process(work, side=side, steps=chosen.steps, tiny=chosen.tiny))
-        needed = {side: operations_of_a_token(work, sized(SIDES[side], tiny=chosen.tiny)) for side in chosen.sides}
-    sides = {side: row(side, rounds, operations=needed[side], peak=peak) for side in chosen.sides}
-    print(f"{'side':<24} {'tokens/s':>9} {'range':>17} {'MFU':>6} {'peak memory':>13}  beside")
-    for side, found in sides.items():
-        print(line(side, found))
-    if chosen.out:
-        packages = ("lorafit", "torch", "transformers", "trl", "peft", "accelerate", "bitsandbytes")
-        settings = f"--shape {chosen.shape} --rounds {chosen.rounds} --steps {chosen.steps}"
-        report = {
-            "command": f"python benchmarks/speed_gpu.py {settings}",
-            "device": machine.name,
-            "date": date.today().isoformat(),
-            "versions": {package: version(package) for package in packages},
-            "sides": sides,
-        }
-        chosen.out.write_text(json.dumps(report, indent=2) + "\n")
+        about = in_its_own_process(work, side="prepare", chosen=chosen, seconds=chosen.budget)
+        if "error" in about:
+            print(about["error"], file=sys.stderr)
+            return 4
+        print(f"{'side':<24} {'tokens/s':>9} {'range':>17} {'MFU':>6} {'peak memory':>13}  beside", flush=True)
+        rounds: dict[str, list[dict[str, Any]]] = {side: [] for side in chosen.sides}
+        for side in chosen.rounds * list(chosen.sides):
+            left = ends - time.monotonic()
+            if left <= 0:
+                print("the time is over")
+                break
+            found = in_its_own_process(work, side=side, chosen=chosen, seconds=min(SIDE_SECONDS, left))
+            rounds[side].append(found)
+            operations = about["operations"][side]
+            print(line(side, row(side, rounds, operations=operations, peak=about["bf16_tflops"])), flush=True)
+            if chosen.out:
+                write_results(chosen, about, rounds)
     return 0
+
+
+def one_side(chosen: argparse.Namespace) -> dict[str, Any]:
+    """This process, as one side."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    if chosen.side == "prepare":
+        return prepare(chosen.work, shape=chosen.shape, steps=chosen.steps, tiny=chosen.tiny)
+    side = sized(SIDES[chosen.side], tiny=chosen.tiny)
+    return (with_trl if side.with_trl else with_lorafit)(chosen.work, side, steps=chosen.steps)
+
+
+def write_results(chosen: argparse.Namespace, about: dict[str, Any], rounds: dict[str, list[dict[str, Any]]]) -> None:
+    """What is known so far: a run that is killed keeps it."""
+    settings = (
+        f"--shape {chosen.shape} --rounds {chosen.rounds} --steps {chosen.steps} --sides {' '.join(chosen.sides)}"
+    )
+    command = f"python benchmarks/speed_gpu.py {settings}{' --tiny' * chosen.tiny}"
+    sides = {
+        side: row(side, rounds, operations=about["operations"][side], peak=about["bf16_tflops"])
+        for side in chosen.sides
+        if rounds[side]
+    }
+    report = made_with(command, device=about["device"]) | {"sides": sides}
+    chosen.out.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def row(side: str, rounds: dict[str, list[dict[str, Any]]], *, operations: float, peak: float | None) -> dict[str, Any]:
