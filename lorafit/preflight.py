@@ -68,6 +68,14 @@ def this_cpu() -> Machine:
     return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=has_bf16, memory_bytes=_ram_bytes())
 
 
+def free_gpu_bytes(gpus: Iterable[int]) -> int:
+    """What the fullest of these GPUs has left for this process, what it holds already included.
+
+    Asking makes a CUDA context on each of them: for the processes that use them, and such as end soon.
+    """
+    return min(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus)
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from runs import small_recipe
+from peft import LoraConfig, get_peft_model
+from runs import cache_of, small_recipe
 from torch import nn
+from transformers import TrainerCallback
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.utils.import_utils import enable_tf32
 from trl import SFTConfig
@@ -22,9 +24,11 @@ from lorafit.evaluation import memory
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
-from lorafit.training import checks, out_of_memory, smoke
+from lorafit.training import checks, out_of_memory, setup, smoke
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
+from lorafit.training.setup import adapts_separate_experts
+from lorafit.training.train import run_training
 from lorafit.training.trainer import LoraTrainer
 
 
@@ -198,3 +202,35 @@ def test_a_missing_compiler_is_named_before_a_gpu_trains(
         refuse_what_this_machine_lacks(small_recipe(tmp_path, tiny_base), gpu)
     assert expected in str(caught.value) and "apt install gcc python3-dev" in str(caught.value)
     refuse_what_this_machine_lacks(small_recipe(tmp_path, tiny_base), replace(gpu, device="cpu", gpus=0))
+
+
+class Experts(nn.Module):
+    """Of a mixture, one module each, as code outside transformers has them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(4, 2)
+        self.block_sparse_experts = nn.ModuleList([nn.Linear(4, 4) for _ in range(2)])
+
+
+@pytest.mark.parametrize(("targets", "expected"), [(["0", "1"], True), (["gate"], False)])
+def test_data_parallel_training_looks_for_experts_without_tokens_where_those_carry_adapters(
+    targets: list[str], expected: bool
+) -> None:
+    assert adapts_separate_experts(get_peft_model(Experts(), LoraConfig(target_modules=targets))) is expected
+
+
+@pytest.mark.parametrize("is_routed", [True, False])
+def test_only_a_run_with_such_experts_pays_for_looking(
+    is_routed: bool, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+
+    class Watcher(TrainerCallback):
+        def on_train_begin(self, args: SFTConfig, *_: Any, **__: Any) -> None:
+            seen.append(args.ddp_find_unused_parameters)
+
+    if is_routed:
+        monkeypatch.setattr(setup, "adapts_separate_experts", lambda model: True)
+    run_training(small_recipe(tmp_path, tiny_base), say=print, cache_dir=cache_of(tmp_path), watchers=[Watcher()])
+    assert seen == [is_routed]

@@ -10,21 +10,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from accelerate import PartialState
 from tiny import build_base, llama_config, write_jsonl
 
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
+from lorafit.planning import for_training
 from lorafit.planning.advice import proposals
-from lorafit.planning.answer import CONTEXT, WORKSPACES, RowsOfRun, verdict
+from lorafit.planning.answer import WORKSPACES, RowsOfRun, verdict
 from lorafit.planning.answers import answer, planned_steps
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
-from lorafit.planning.gpus import KNOWN, Gpu, device_of, gpu_named
+from lorafit.planning.gpus import CONTEXT, KNOWN, Gpu, device_of, gpu_named, gpu_of_this_machine
 from lorafit.planning.largest import search
 from lorafit.planning.plan import Question
 from lorafit.planning.rows import rows_of_run
 from lorafit.planning.variants import changed, written_as
-from lorafit.preflight import Machine, checkpointing_choice
+from lorafit.preflight import Machine, checkpointing_choice, free_gpu_bytes
 from lorafit.recipe import load
 from recipes import loaded, written
 
@@ -189,6 +191,32 @@ def test_the_gpu_of_a_machine_has_the_memory_that_the_driver_shows() -> None:
     assert (unknown.memory_bytes, unknown.bf16_tflops) == (GIB, None)
 
 
+def test_the_gpu_of_this_machine_has_the_memory_that_others_leave() -> None:
+    machine = Machine("cuda", "NVIDIA A100-SXM4-40GB", 8, True, 40 * GIB)
+    idle = gpu_of_this_machine(machine, free_bytes=39 * GIB)
+    assert idle == device_of(machine)
+    shared = gpu_of_this_machine(machine, free_bytes=10 * GIB)
+    assert shared.memory_bytes == 10 * GIB + CONTEXT
+    assert shared.name == "NVIDIA A100-SXM4-40GB as it is used now"
+    assert shared.bandwidth_gb == idle.bandwidth_gb
+
+
+def test_the_fullest_gpu_decides_and_what_this_process_holds_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: ((gpu + 1) * GIB, 40 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda gpu: 3 * GIB if gpu == 0 else 0)
+    assert free_gpu_bytes(range(4)) == 2 * GIB
+    assert free_gpu_bytes([3]) == 4 * GIB
+
+
+def test_a_run_is_planned_on_the_memory_that_is_free(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Question] = []
+    monkeypatch.setattr(for_training, "free_gpu_bytes", lambda gpus: 5 * GIB)
+    monkeypatch.setattr(for_training, "Asked", asked.append)
+    machine = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, True, 79 * GIB)
+    PlanOfRun(load(directory / "x.yaml"), machine, state=PartialState(cpu=True))
+    assert [question.gpu.memory_bytes for question in asked] == [5 * GIB + CONTEXT]
+
+
 def test_a_plan_is_tight_within_five_percent_of_the_limit() -> None:
     gpu = Gpu("x", 10 * GIB)
     around = WORKSPACES + CONTEXT
@@ -240,7 +268,10 @@ def test_without_a_plan_checkpointing_is_on_for_gpus(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan(directory: Path) -> None:
+def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(for_training, "free_gpu_bytes", lambda gpus: 78 * GIB)
     machine = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, True, 79 * GIB)
     lines: list[str] = []
     planning = PlanOfRun(load(directory / "x.yaml"), machine, state=PartialState(cpu=True))

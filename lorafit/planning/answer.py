@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from lorafit.planning.gpus import Gpu
+from lorafit.planning.gpus import CONTEXT, Gpu
 
 Verdict = Literal["fits", "tight", "does not fit"]
 PARTS = (
@@ -18,8 +18,6 @@ the allocator's rounding, cuBLAS, the CUDA context, NCCL."""
 
 WORKSPACES = 2 * 8_519_680
 """Two cuBLAS workspaces, as measured on an A100."""
-CONTEXT = 512 * 2**20
-"""CUDA context and loaded kernels, assumed: 0.4 to 0.6 GiB."""
 NCCL = 512 * 2**20
 """Buffers of NCCL where several GPUs train, assumed."""
 MARGIN = 0.05

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 
 from lorafit.errors import LorafitError
 from lorafit.planning.answer import Plan, gib
-from lorafit.planning.gpus import device_of
+from lorafit.planning.gpus import gpu_of_this_machine
 from lorafit.planning.plan import Asked, PlanningFailed, Question
-from lorafit.preflight import Choice, Machine
+from lorafit.preflight import Choice, Machine, free_gpu_bytes
 from lorafit.recipe import LoadedRecipe
 
 
@@ -22,9 +22,15 @@ class PlanOfRun:
         self._state = state
         self._is_planned = machine.device == "cuda"
         self._asked: Asked | None = None
-        if self._is_planned and state.is_main_process:
-            question = Question(loaded, device_of(machine), state.num_processes, with_advice=False)
-            self._asked = Asked(question)
+        if not self._is_planned:
+            return
+        # Of every process its own GPU: the fullest decides for all.
+        free = [free_gpu_bytes([state.local_process_index])]
+        if state.num_processes > 1:
+            free = gather_object(free)
+        if state.is_main_process:
+            gpu = gpu_of_this_machine(machine, free_bytes=min(free))
+            self._asked = Asked(Question(loaded, gpu, state.num_processes, with_advice=False))
 
     def answer(self, say: Callable[[str], None]) -> Plan | None:
         """The same in every process; None where there is none, with its reason said in a line."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # a plan for a named GPU needs no torch
     from lorafit.preflight import Machine
 
 GIB = 2**30
+TAKEN = GIB
+"""Less than this of a GPU's memory is the driver's own."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,24 @@ def gpu_named(text: str) -> Gpu:
     raise RecipeError(message, where="--gpu")
 
 
+CONTEXT = 512 * 2**20
+"""CUDA context and loaded kernels, assumed: 0.4 to 0.6 GiB."""
+
+
+def gpu_of_this_machine(machine: Machine, *, free_bytes: int) -> Gpu:
+    """With the memory that others leave of it: a desktop and other people's processes are on it, too.
+
+    `free_bytes` as seen by a process whose context is there already, which a plan counts as part of the run.
+    """
+    gpu = device_of(machine)
+    usable = min(gpu.memory_bytes, free_bytes + CONTEXT)
+    if gpu.memory_bytes - usable < TAKEN:
+        return gpu
+    return replace(gpu, name=f"{gpu.name} as it is used now", memory_bytes=usable)
+
+
 def device_of(machine: Machine) -> Gpu:
-    """The GPU that the driver names, with the rates of the table where that knows it; else the CPU."""
+    """The GPU that the driver names, whole, with the rates of the table where that knows it; else the CPU."""
     if machine.device != "cuda":
         return Gpu(machine.name, machine.memory_bytes, has_bf16=machine.has_bf16, is_cpu=True)
     plain = _plain(machine.name)

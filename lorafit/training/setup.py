@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def set_up(
     with out_of_memory_is_said(loaded, doing=lambda: "loading the base model", checkpointing=ground.checkpointing):
         model = model_with_adapter(loaded, ground.inputs, base=base)
     refuse_wrong_trainable_set(model, bias=recipe.lora.bias)
+    arguments.ddp_find_unused_parameters = adapts_separate_experts(model)
     table = adapted_modules(model)
     say_adapter(table, model, say)
     mixed_precision = "bf16" if ground.bf16 else "fp16" if recipe.training.fp16 else "no"
@@ -120,6 +122,20 @@ def set_up(
     for line in levers.lines:
         say(line)
     return Setup(model, table, trainer, metrics, updates, halving, levers, steps)
+
+
+_SEPARATE_EXPERT = re.compile(r"expert[a-z_]*\.\d+\.", re.IGNORECASE)
+
+
+def adapts_separate_experts(model: PeftModel) -> bool:
+    """Whether an adapter of a module that tokens are routed past may get no gradient in a step.
+
+    Such a step would end data parallel training, which waits for every gradient; looking for those that are missing
+    costs a walk through the graph in each. Experts that are one tensor, as transformers holds them, always get one.
+    """
+    return any(
+        parameter.requires_grad and _SEPARATE_EXPERT.search(name) for name, parameter in model.named_parameters()
+    )
 
 
 @contextmanager
