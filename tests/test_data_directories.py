@@ -159,6 +159,12 @@ def test_only_the_columns_that_are_needed_are_read_of_a_parquet_file(tmp_path: P
     assert [row.prompt for row in rows_of(found)] == ["a"] and "image" in found.warnings[0]
 
 
+def test_a_column_that_stands_twice_in_a_parquet_file_is_refused(tmp_path: Path) -> None:
+    table = pyarrow.table([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert 'a.parquet: the column "text" stands twice; rename one' in problem(section(tmp_path / "a.parquet"))
+
+
 def test_a_compressed_shard_of_another_split_is_seen(tmp_path: Path) -> None:
     directory = files(tmp_path / "ds", "train.jsonl")
     (directory / "test-00000-of-00001.jsonl.gz").write_bytes(gzip.compress(json.dumps(PAIR).encode()))

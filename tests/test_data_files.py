@@ -195,6 +195,14 @@ def test_a_missing_file_is_refused_with_its_nearest_neighbour(tmp_path: Path) ->
         scan(section(tmp_path / "trian.jsonl"), seed=0)
 
 
+def test_a_link_to_nothing_is_not_taken_for_a_misspelt_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").symlink_to("moved.jsonl")
+    with pytest.raises(
+        DataError, match=r"rows\.jsonl: does not exist: it is a link to moved\.jsonl, where there is no"
+    ):
+        scan(section(tmp_path / "rows.jsonl"), seed=0)
+
+
 def test_a_pipe_is_refused_instead_of_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "rows.jsonl")
     with pytest.raises(DataError, match="is not a regular file"):

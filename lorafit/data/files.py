@@ -96,6 +96,8 @@ def suffix_of(name: str) -> str:
 
 def _mend(path: Path) -> str:
     """What may have been meant by a path at which there is nothing."""
+    if path.is_symlink():
+        return f": it is a link to {path.readlink()}, where there is nothing; link it to the file, or name that"
     if path.parent.is_dir():
         names = [entry.name for entry in path.parent.iterdir() if suffix_of(entry.name) or entry.is_dir()]
         near = difflib.get_close_matches(path.name, names, n=1)

@@ -34,6 +34,9 @@ def parquet_rows(file: DataFile, needed: Needed) -> Iterator[tuple[int, Any]]:
         except (pyarrow.ArrowException, OSError) as error:
             kind = file.suffix[1:].capitalize()
             raise FileProblem(f"is not a whole {kind} file ({_said(error)}); download or write it again") from None
+        if len(set(schema.names)) < len(schema.names):
+            twice = next(name for name in schema.names if schema.names.count(name) > 1)
+            raise FileProblem(f'the column "{twice}" stands twice; rename one')
         clean = row_cleaner(schema)
         try:
             for batch in batches:
