@@ -12,6 +12,9 @@ from typing import Any
 
 from lorafit.durable import discard, remove_abandoned, staged, write_file
 
+FORMAT = 2
+"""Of an entry: another number finds none of the entries that were written in another way."""
+
 
 @dataclass(frozen=True)
 class Entry:

@@ -216,6 +216,7 @@ def _facts(
     draws = section.eval_fraction is not None or any(source.weight % 1 for source in section.train)
     writes_date = "strftime_now" in str(template)
     return {
+        "format": cache.FORMAT,
         "versions": (lorafit.__version__, transformers.__version__, tokenizers.__version__),
         "data": data,
         "settings": section.model_dump(exclude={"train", "eval"} | ({"template"} if template else set())),
