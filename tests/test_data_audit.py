@@ -187,7 +187,27 @@ def test_duplicates_are_reported_with_their_lines(tmp_path: Path) -> None:
 def test_eval_rows_that_are_also_in_train_are_reported(tmp_path: Path) -> None:
     found = scan(held_out(tmp_path, [PAIR, *pairs(2)], [PAIR, *pairs(4)[2:]]), seed=0)
     (warning,) = found.warnings
-    assert warning.startswith("eval rows that are also in train: 1, at ") and "b.jsonl:1;" in warning
+    assert warning.startswith("eval rows that are also in train: 1, at ")
+    assert "b.jsonl:1 (" in warning and "a.jsonl:1);" in warning
+
+
+def test_eval_rows_that_are_in_train_but_for_case_and_space_are_reported_with_their_pair(tmp_path: Path) -> None:
+    almost = {"prompt": f"  {PAIR['prompt'].upper()}\n", "completion": PAIR["completion"].replace(" ", "  ")}
+    found = scan(held_out(tmp_path, [*pairs(2), PAIR], [almost, *pairs(4)[2:]]), seed=0)
+    (warning,) = found.warnings
+    assert warning.startswith("eval rows that are also in train but for case and white space: 1, at ")
+    assert "b.jsonl:1 (" in warning and "a.jsonl:3);" in warning
+
+
+def test_chats_of_the_same_words_that_call_otherwise_are_not_alike(tmp_path: Path) -> None:
+    def call(name: str) -> dict[str, Any]:
+        calls = [{"type": "function", "function": {"name": name, "arguments": {}}}]
+        return {
+            "messages": [{"role": "user", "content": "Go"}, {"role": "assistant", "content": "", "tool_calls": calls}]
+        }
+
+    found = scan(held_out(tmp_path, [call("north"), call("west")], [call("south")]), seed=0)
+    assert not any("but for case" in warning for warning in found.warnings)
 
 
 def test_an_eval_set_that_is_all_in_train_is_refused(tmp_path: Path) -> None:

@@ -110,3 +110,16 @@ def test_batches_grow_with_the_model_so_that_memory_stays_its_own() -> None:
     assert 1000 < scoring_tokens(large) < 10_000
     small = a_model()
     assert generated_tokens(small) * 2 * 2 * 2 * 16 * 4 < AT_LEAST  # keys and values x layers x heads x width x bytes
+
+
+def test_answers_end_where_the_positions_of_the_model_do() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS["learned positions"](), attn_implementation="sdpa")
+    small = AutoModelForCausalLM.from_config(
+        GPT2Config(**{**model.config.to_dict(), "n_positions": 16}), attn_implementation="sdpa"
+    ).eval()
+    prompts = [[5] * 3, [6] * 12, [7] * 16, [8] * 17]
+    found = answers(small, prompts, stop_token_ids={263}, positions=16, batch_size=1, **KEYS)
+    assert [len(tokens) for tokens in found] == [12, 5, 1, 0]
+    with pytest.raises(IndexError):
+        answers(small, prompts[1:2], stop_token_ids={263}, batch_size=1, **KEYS)

@@ -132,6 +132,9 @@ KINDS = {
     ),
     "ignored_files": Kind("warning", "files of a directory that are not data", "nothing to do if that is meant"),
     "eval_in_train": Kind("warning", "eval rows that are also in train", "remove them from one side"),
+    "eval_like_train": Kind(
+        "warning", "eval rows that are also in train but for case and white space", "remove them from one side"
+    ),
 }
 
 

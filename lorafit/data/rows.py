@@ -107,6 +107,19 @@ def texts(row: Row) -> tuple[str, ...]:
     return tuple(row[1:])
 
 
+def alike_key(row: Row) -> Hashable:
+    """What makes two rows the same but for case and white space."""
+    folded = tuple("".join(str(text).casefold().split()) for text in texts(row))
+    if not isinstance(row, Chat):
+        return folded
+    calls = [message.get("tool_calls") for message in row.messages]
+    return (
+        folded,
+        tuple(message["role"] for message in row.messages),
+        repr((row.tools, calls) if any(calls) else row.tools),
+    )
+
+
 def content_key(row: Row) -> Hashable:
     """What makes two rows the same row, wherever they stand."""
     if isinstance(row, Chat):

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
 
-from lorafit.data.findings import Findings, refuse_too_many_lost
+from lorafit.data.findings import Findings, refuse_too_many_lost, where
 from lorafit.data.groups import Groups
 from lorafit.data.listing import Listed, Side, bytes_of, listing
 from lorafit.data.progress import watched
 from lorafit.data.readers import HubRows
 from lorafit.data.reading import Reading
-from lorafit.data.rows import Chat, Place, Row, content_key
+from lorafit.data.rows import Chat, Place, Row, alike_key, content_key
 from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
@@ -151,7 +151,7 @@ def scan(
     """
     sources = listing(section) if listed is None else listed
     reading = Reading(section, hub_rows)
-    rows, size = _Rows(), bytes_of(sources)
+    rows, size = _Rows(compares_sides=bool(section.eval)), bytes_of(sources)
 
     def estimate(read: int) -> int | None:
         return read * size // reading.bytes_read if 0 < reading.bytes_read <= size else None
@@ -167,7 +167,7 @@ def scan(
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     train_rows = sum(count for count, source in zip(counts, sources, strict=True) if source.side == "train")
     firsts = rows.groups.firsts()
-    _find_duplicates(rows, firsts, train_rows, reading.findings)
+    _find_duplicates(rows, firsts, train_rows, reading.findings, files)
     held_out = None
     if section.eval_fraction is not None and _is_whole("train", sources, hub_rows):
         held_out = _drawn(firsts, section.eval_fraction, seed=seed)
@@ -184,8 +184,10 @@ def scan(
 class _Rows:
     """What is kept of the rows: where each stands, and which are the same; and the longest conversation."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, compares_sides: bool) -> None:
         self.groups = Groups()
+        self.alike = Groups() if compares_sides else None
+        """Those that differ in case and white space alone; where a side is chosen by lot equal rows fall together."""
         self.longest_chat: Chat | None = None
         self._lines = array("Q")
         self._files: list[int] = []
@@ -198,6 +200,8 @@ class _Rows:
             self._starts.append(len(self.groups))
         self._lines.append(line)
         self.groups.add(content_key(row))
+        if self.alike is not None:
+            self.alike.add(alike_key(row))
         if isinstance(row, Chat) and (not self.longest_chat or len(row.messages) > len(self.longest_chat.messages)):
             self.longest_chat = row
 
@@ -250,11 +254,16 @@ def _refuse_sources_without_rows(
         raise DataError(problems)
 
 
-def _find_duplicates(rows: _Rows, firsts: array[int], train_rows: int, findings: dict[Side, Findings]) -> None:
-    """Rows that are there twice, and eval rows that are also in train."""
+def _find_duplicates(
+    rows: _Rows, firsts: array[int], train_rows: int, findings: dict[Side, Findings], files: list[str]
+) -> None:
+    """Rows that are there twice, and eval rows that are also in train, with the row that they are there."""
+    alike = firsts if rows.alike is None else rows.alike.firsts()
     for row, first in enumerate(firsts):
         if row >= train_rows > first:
-            findings["eval"].add("eval_in_train", rows.place(row))
+            findings["eval"].add("eval_in_train", rows.place(row), where(rows.place(first), files))
+        elif row >= train_rows > alike[row]:
+            findings["eval"].add("eval_like_train", rows.place(row), where(rows.place(alike[row]), files))
         elif first != row:
             findings["train" if row < train_rows else "eval"].add("duplicate", rows.place(row))
     leaked = findings["eval"].counts["eval_in_train"]

@@ -17,6 +17,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.builders.positions import positions
 from lorafit.durable import read_regular, write_file
 from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
 from lorafit.evaluation.generate import answers, own_texts
@@ -109,6 +110,8 @@ class _Material:
     pad_token_id: int
     stop_token_ids: frozenset[int]
     tokenizer: PreTrainedTokenizerBase
+    positions: int | None
+    """Where the models end, if they look positions up in a table."""
 
     def with_own_texts(self, base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> _Material:
         """With text of the base itself to see what the adapter has lost."""
@@ -160,7 +163,24 @@ def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Pat
         pad_token_id=int(subject.tokenizer.pad_token_id),
         stop_token_ids=subject.stop_token_ids,
         tokenizer=subject.tokenizer,
+        positions=_last_position(subject, questions, generate, say=say),
     )
+
+
+def _last_position(
+    subject: Subject, questions: Sequence[Question], generate: GenerateSection | None, *, say: Say
+) -> int | None:
+    """Where answers end whatever `max_new_tokens` says; said of those that it is in the way of."""
+    known = positions(subject.base_files.config)
+    if known is None or not known.is_a_limit or generate is None:
+        return None
+    cut = sum(len(question.prompt) + generate.max_new_tokens - 1 > known.count for question in questions)
+    if cut:
+        say(
+            f"warning: eval.generate.max_new_tokens {generate.max_new_tokens} leads beyond the {known.count:,} "
+            f"positions that the base has learned after {cut:,} of {len(questions):,} prompts; answers end there"
+        )
+    return known.count
 
 
 def _spread(questions: tuple[Question, ...], limit: int | None) -> tuple[Question, ...]:
@@ -195,6 +215,7 @@ def _measure(
                 stop_token_ids=material.stop_token_ids,
                 pad_token_id=material.pad_token_id,
                 max_new_tokens=material.generate.max_new_tokens,
+                positions=material.positions,
                 batch_size=material.generate.answers_at_once,
                 counted=counting(f"{name}: answers", len(material.questions)),
             )

@@ -27,13 +27,14 @@ def answers(
     stop_token_ids: Collection[int],
     pad_token_id: int,
     max_new_tokens: int,
+    positions: int | None = None,
     batch_size: int | None = None,
     counted: Counted = uncounted,
 ) -> list[list[int]]:
     """What the model writes after each prompt, choosing the likeliest token, up to a stop token (left out).
 
     Prompts of about one length are answered together, padded on the left, so that all continue at the same place;
-    positions are counted without the padding.
+    positions are counted without the padding. Where the model ends at so many `positions`, answers end there, too.
     """
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     inner.generation_config = GenerationConfig(  # the model's own may sample, or punish repetition
@@ -43,13 +44,17 @@ def answers(
     found: list[list[int]] = [[] for _ in prompts]
     for batch in _batches(inner, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size):
         longest = max(len(prompts[row]) for row in batch)
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - longest + 1)
+        if room < 1:
+            counted(len(batch))
+            continue
         padding = [longest - len(prompts[row]) for row in batch]
         ids = [[pad_token_id] * empty + list(prompts[row]) for row, empty in zip(batch, padding, strict=True)]
         mask = [[0] * empty + [1] * (longest - empty) for empty in padding]
         written = inner.generate(
             input_ids=torch.tensor(ids, device=device),
             attention_mask=torch.tensor(mask, device=device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
         )
         for row, tokens in zip(batch, written[:, longest:].tolist(), strict=True):
             found[row] = before_stop(tokens, stop_token_ids)
