@@ -238,7 +238,11 @@ def test_a_hub_model_is_read_from_the_cache_and_keeps_its_name(tiny_base: Path, 
 def test_a_hub_model_that_is_not_at_hand_offline_says_how_to_get_it(tmp_path: Path) -> None:
     line = refusal("org/name", extra={"cache_dir": str(tmp_path)})
     assert line.startswith("model.model_name_or_path: org/name is not whole in the cache")
-    assert "HF_HUB_OFFLINE is set" in line and "`hf download org/name`" in line
+    assert (
+        f"({tmp_path}) and HF_HUB_OFFLINE is set" in line and f"`hf download org/name --cache-dir {tmp_path}`" in line
+    )
+    line = refusal("org/name", revision="v1")
+    assert "`hf download org/name --revision v1`" in line
 
 
 def test_a_name_that_is_no_hub_id_is_refused() -> None:

@@ -47,14 +47,21 @@ def hub_snapshot(section: ModelSection, *, files: tuple[str, ...] = SMALL_FILES)
     except huggingface_hub.errors.LocalEntryNotFoundError:
         reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
         message = (
-            f"{name} is not whole in the cache ({constants.HF_HUB_CACHE}) and {reason}: run "
-            f"`hf download {name}` where there is a network, or name a directory (./{name})"
+            f"{name} is not whole in the cache ({section.extra.get('cache_dir') or constants.HF_HUB_CACHE}) and "
+            f"{reason}: run `{download_command(section)}` where there is a network, or name a directory (./{name})"
         )
     except huggingface_hub.errors.HTTPError as error:
         message = f"{name}: the Hub answered {type(error).__name__} ({str(error).splitlines()[0]}): try again later"
     else:
         return Path(snapshot)
     raise ModelError(message, where=where)
+
+
+def download_command(section: ModelSection, *files: str) -> str:
+    """What fetches into the cache what this section would read: all files, or those named."""
+    options = {"--revision": section.revision, "--cache-dir": section.extra.get("cache_dir")}
+    written = [f"{option} {value}" for option, value in options.items() if value not in (None, "main")]
+    return " ".join(("hf download", section.model_name_or_path, *files, *written))
 
 
 def cached_snapshot(section: ModelSection) -> Path | None:

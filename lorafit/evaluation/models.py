@@ -7,13 +7,14 @@ import warnings
 from collections.abc import Iterator
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from transformers import PreTrainedModel
 
 from lorafit.builders.base_model import load_base_model
 from lorafit.errors import AdapterError
 from lorafit.evaluation.subject import Subject
 from lorafit.merging.adapter_files import Adapter
+from lorafit.merging.verify_reference import grow_to
 
 
 def models(subject: Subject, *, with_base: bool) -> Iterator[tuple[str, PreTrainedModel | PeftModel]]:
@@ -45,23 +46,15 @@ def _free() -> None:
 
 
 def _attached(model: PreTrainedModel, adapter: Adapter) -> PeftModel:
-    """The adapter on its base. peft takes tensors that are missing or too many without a word; here they are refused.
+    """The adapter on its base, which is given the rows of the embedding that the adapter brings.
 
-    Raises AdapterError.
+    That it fits was checked in outline. Raises AdapterError.
     """
-    where = str(adapter.weights)
+    grow_to(model, adapter.tensors)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of tensors that are missing: named below
-            adapted = PeftModel.from_pretrained(model, str(adapter.directory)).eval()
+        with warnings.catch_warnings(action="ignore"):  # of tensors that are missing: none are
+            return PeftModel.from_pretrained(model, str(adapter.directory)).eval()
     except (ValueError, RuntimeError, KeyError, TypeError) as error:
         said = " ".join(str(error).split())[:300]
-        raise AdapterError(f"does not fit {adapter.base.model_name_or_path}: {said}", where=where) from error
-    wanted = set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-    there = {name for name in adapter.tensors if "lora_" in name}
-    if missing := sorted(name for name in wanted if "lora_" in name and name not in there):
-        message = f"has no {missing[0]} ({len(missing)} tensors in all), which its settings make of this base"
-        raise AdapterError(f"{message}: it was trained on another base, or is not whole", where=where)
-    if strange := sorted(there - wanted):
-        message = f"has {strange[0]} ({len(strange)} tensors in all), which this base has no place for"
-        raise AdapterError(f"{message}: it was trained on another base", where=where)
-    return adapted
+        message = f"does not fit {adapter.base.model_name_or_path}: {said}"
+        raise AdapterError(message, where=str(adapter.weights)) from error

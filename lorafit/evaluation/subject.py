@@ -14,14 +14,16 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.hub_snapshot import SMALL_FILES, hub_snapshot
-from lorafit.builders.model_files import TOKENIZER_FILES, BaseModelFiles
+from lorafit.builders.model_files import TOKENIZER_FILES, BaseModelFiles, model_directory
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.data.familiar import familiar_mapping, first_row
 from lorafit.errors import ModelError, RecipeError, RunDirError
 from lorafit.json_text import parsed
-from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter
+from lorafit.merging.adapted_model import refuse_misfit
+from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import REPORT, refuse_wrong_base
+from lorafit.merging.verify_reference import is_vocabulary
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.paths import looks_local
 from lorafit.recipe.recipe import Recipe
@@ -70,8 +72,10 @@ def read_subject(
         adapter = read_adapter(directory, base=base, overrides=[*_instead(data, adapter.recipe.recipe), *overrides])
     loaded: LoadedRecipe = adapter.recipe  # type: ignore[assignment]  # both ways have given it one
     recipe = loaded.recipe
+    refuse_moved_base(adapter)
     base_files = check_base_model(adapter.base, quantization=recipe.quantization)
     refuse_wrong_base(adapter, base_files, say=say, may_be_zero=True)
+    refuse_misfit(adapter, base_files)
     tokenizer = load_tokenizer(adapter.base, stop_token=recipe.data.stop_token)
     _refuse_other_tokenizer(tokenizer, adapter.directory, base=base_files.name)
     merged = _merged_model(adapter, merged, say=say)
@@ -113,10 +117,17 @@ def _with_recipe(adapter: Adapter, *, data: Path | None, overrides: Sequence[str
 
 
 def _trained_tokens(adapter: Adapter) -> Iterator[str]:
-    """The tokens whose rows an adapter holds, by the tokenizer beside it; none where it trains no rows."""
-    if adapter.rows_needed and any((adapter.directory / name).is_file() for name in TOKENIZER_FILES):
+    """The tokens whose rows an adapter holds and the base lacks, by the tokenizer beside it; none where it trains no
+    rows."""
+    if not any((adapter.directory / name).is_file() for name in TOKENIZER_FILES):
+        return
+    if adapter.rows_needed:
         added = read_tokenizer(adapter.directory, trust_remote_code=False).added_tokens_decoder
         yield from (added[id_].content for id_ in adapter.trained_token_ids if id_ in added)
+    elif any(is_vocabulary(name) for name in adapter.tensors):  # all rows: of a vocabulary that may have grown
+        added = read_tokenizer(adapter.directory, trust_remote_code=False).added_tokens_decoder
+        known = read_tokenizer(model_directory(adapter.base), trust_remote_code=False).get_vocab()
+        yield from (token.content for _, token in sorted(added.items()) if token.content not in known)
 
 
 def _instead(data: Path, recipe: Recipe) -> list[str]:

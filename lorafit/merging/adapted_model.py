@@ -74,10 +74,13 @@ class AdaptedModel:
 
 def adapted_model(adapter: Adapter, base_files: BaseModelFiles, *, dtype: torch.dtype) -> AdaptedModel:
     """The outline of `adapter` on its base. Raises AdapterError when its tensors are not those peft expects."""
+    if adapter.config.get("layer_replication"):
+        message = "repeats layers of the base that share their weights (layer_replication): each would get the sum of"
+        raise AdapterError(
+            f"{message} their updates in a merged model; use it with peft, unmerged", where=str(adapter.directory)
+        )
     config = load_config(adapter.base, directory=base_files.directory)
-    model = outline(adapter, config)
-    if _fit_to_adapter(config, adapter, model):
-        model = outline(adapter, config)
+    model = _fitted_outline(adapter, config)
     names = {module: name for name, module in model.named_modules()}
     hollow = set(model.parameters())
     on_disk = disk_names(model, base_files.tensors)
@@ -86,8 +89,8 @@ def adapted_model(adapter: Adapter, base_files: BaseModelFiles, *, dtype: torch.
     obstacles = list(_settings_that_change_the_base(adapter))
     changes: dict[str, Change] = {}
     values: dict[str, Tensor] = {}
+    attached = _attach(adapter, model)
     if not obstacles:
-        attached = _attach(adapter, model)
         obstacles = list(_read_changes(attached, names, changes))
         values = _values(attached, names, tied, hollow=hollow)
     return AdaptedModel(
@@ -101,6 +104,28 @@ def adapted_model(adapter: Adapter, base_files: BaseModelFiles, *, dtype: torch.
         values=values,
         obstacles=obstacles,
     )
+
+
+def refuse_misfit(adapter: Adapter, base_files: BaseModelFiles) -> None:
+    """Refuse an adapter of which peft would leave something out, or leave something as it starts, on this base.
+
+    Raises AdapterError, ModelError.
+    """
+    model = _fitted_outline(adapter, load_config(adapter.base, directory=base_files.directory))
+    whole = _vocabulary(adapter, model)
+    matrices = {module.weight for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module}
+    there = base_files.tensors.get(next(iter(whole), ""))
+    if there and max(whole.values()) != there.shape[0] and len(whole) < len(matrices):
+        message = f"has {max(whole.values())} rows of {next(iter(whole))} alone, where the base has {there.shape[0]}"
+        raise AdapterError(f"{message}: the rows of its counterpart are missing", where=str(adapter.weights))
+    _attach(adapter, model)
+
+
+def _fitted_outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
+    """The base in outline, with the vocabulary and the labels of the adapter, which `config` is given. Raises
+    ModelError."""
+    model = outline(adapter, config)
+    return outline(adapter, config) if _fit_to_adapter(config, adapter, model) else model
 
 
 def outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
@@ -130,14 +155,7 @@ def outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
 
 def _fit_to_adapter(config: PreTrainedConfig, adapter: Adapter, model: PreTrainedModel) -> bool:
     """Give `config` the rows of the embedding and the labels that the adapter holds; whether they are others."""
-    names = {module: name for name, module in model.named_modules()}
-    embeddings = (names[model.get_input_embeddings()], names.get(model.get_output_embeddings()))
-    rows = [
-        tensor.shape[0]
-        for name, tensor in adapter.tensors.items()
-        for module in embeddings
-        if name.removeprefix("base_model.model.") in (f"{module}.weight", f"{module}.base_layer.weight")
-    ]
+    rows = _vocabulary(adapter, model).values()
     text_config = config.get_text_config()
     changed = False
     wanted = max(rows or [text_config.vocab_size, adapter.rows_needed])
@@ -147,6 +165,18 @@ def _fit_to_adapter(config: PreTrainedConfig, adapter: Adapter, model: PreTraine
     if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and labels and labels[0] != config.num_labels:
         config.num_labels, changed = labels[0], True
     return changed
+
+
+def _vocabulary(adapter: Adapter, model: PreTrainedModel) -> dict[str, int]:
+    """Embedding and output head to their rows, where the adapter's file holds them whole."""
+    names = {module: name for name, module in model.named_modules()}
+    embeddings = (names[model.get_input_embeddings()], names.get(model.get_output_embeddings()))
+    return {
+        f"{module}.weight": tensor.shape[0]
+        for name, tensor in adapter.tensors.items()
+        for module in embeddings
+        if name.removeprefix("base_model.model.") in (f"{module}.weight", f"{module}.base_layer.weight")
+    }
 
 
 def _tied(model: nn.Module) -> tuple[tuple[str, ...], ...]:
@@ -160,12 +190,13 @@ def _settings_that_change_the_base(adapter: Adapter) -> Iterator[str]:
     start = adapter.config.get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         yield f"init_lora_weights {start!r} changes the base's own weights when it is loaded"
-    if adapter.config.get("layer_replication"):
-        yield "layer_replication repeats layers of the base"
 
 
 def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
-    """`model` with the adapter, whose weights alone are in memory."""
+    """`model` with the adapter, whose weights alone are in memory.
+
+    Raises AdapterError when there are tensors missing, or too many: peft takes both without a word.
+    """
     where = str(adapter.directory)
     try:
         with warnings.catch_warnings():
@@ -189,7 +220,10 @@ def _attach(adapter: Adapter, model: PreTrainedModel) -> PeftModel:
             where=str(adapter.weights),
         )
     if missing := sorted(name.replace(".default", "") for name in result.missing_keys):
-        raise AdapterError(f"lacks {_some(missing)}: copy the whole adapter again", where=str(adapter.weights))
+        message = (
+            f"lacks {_some(missing)}: it was trained on another base, or is not whole: copy the whole adapter again"
+        )
+        raise AdapterError(message, where=str(adapter.weights))
     return attached
 
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.builders.model_files import is_on_hub
 from lorafit.builders.weight_files import TensorInfo, tensors_in
 from lorafit.durable import read_regular
-from lorafit.errors import AdapterError, ModelError, RunDirError
+from lorafit.errors import AdapterError, ModelError, Problem, RunDirError
 from lorafit.json_text import parsed
+from lorafit.merging.adapter_claims import names_problem, settings_problems
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import ModelSection
 from lorafit.run_dir import RunDir
@@ -69,12 +71,26 @@ def read_adapter(run_or_adapter: Path, *, base: str | None = None, overrides: Se
         named = written if base is None else ModelSection(model_name_or_path=base, add_tokens=written.add_tokens)
         return _read(run.adapter, base=named, run_dir=run, recipe=recipe)
     if not (run_or_adapter / CONFIG).is_file():
-        what = "holds no adapter" if run_or_adapter.is_dir() else "is not a directory"
-        raise RunDirError(
-            f"{what}: name a run directory that training has finished, or one with an {CONFIG}",
-            where=str(run_or_adapter),
-        )
+        raise RunDirError(_no_adapter(run_or_adapter), where=str(run_or_adapter))
     return _read(run_or_adapter, base=_named_base(run_or_adapter, base), run_dir=None, recipe=None)
+
+
+def _no_adapter(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"is not a directory: name a run directory that training has finished, or one with an {CONFIG}"
+    # peft saves an adapter of another name than `default` in a folder of that name.
+    if inside := sorted(str(path.parent) for path in directory.glob(f"*/{CONFIG}")):
+        return f"holds no adapter itself, but {len(inside)} in folders of their names: name {' or '.join(inside[:3])}"
+    return f"holds no adapter: name a run directory that training has finished, or one with an {CONFIG}"
+
+
+def refuse_moved_base(adapter: Adapter) -> None:
+    """Raises ModelError when the base is a directory that is not there."""
+    base = adapter.base
+    if not is_on_hub(base) and not Path(base.model_name_or_path).expanduser().exists():
+        said_by = adapter.directory / CONFIG if adapter.run_dir is None else adapter.run_dir.recipe
+        message = f"there is no such directory; {said_by} names it as the base model: say where that is with --base"
+        raise ModelError(message, where=base.model_name_or_path)
 
 
 def _read(directory: Path, *, base: ModelSection, run_dir: RunDir | None, recipe: LoadedRecipe | None) -> Adapter:
@@ -95,11 +111,14 @@ def _read(directory: Path, *, base: ModelSection, run_dir: RunDir | None, recipe
     except OSError as error:
         message = f"cannot be read ({error.strerror}): give your user the right to"
         raise AdapterError(message, where=str(directory / WEIGHTS)) from None
+    if (misnamed := names_problem(tensors)) is not None:
+        raise AdapterError(misnamed, where=str(directory / WEIGHTS))
     return Adapter(directory=directory, config=config, tensors=tensors, base=base, run_dir=run_dir, recipe=recipe)
 
 
 def read_adapter_config(directory: Path) -> dict[str, Any]:
-    """adapter_config.json. Raises AdapterError when it is not the settings of a LoRA or AdaLoRA adapter."""
+    """adapter_config.json. Raises AdapterError when it is not the settings of a LoRA or AdaLoRA adapter, or peft would
+    not read all of them."""
     path = directory / CONFIG
     try:
         config = parsed(read_regular(path))
@@ -111,6 +130,8 @@ def read_adapter_config(directory: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind not in ("LORA", "ADALORA"):
         raise AdapterError(f"has peft_type {kind!r}; lorafit reads LORA and ADALORA adapters", where=str(path))
+    if problems := [Problem(str(path), problem) for problem in settings_problems(config)]:
+        raise AdapterError(problems)
     return config
 
 

@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import safe_open
 
 from lorafit.builders.base_model import load_config
 from lorafit.builders.model_files import BaseModelFiles, is_on_hub
 from lorafit.errors import AdapterError, ModelError, Problem, RecipeError
-from lorafit.merging.adapted_model import HARMLESS_STARTS, outline
+from lorafit.merging.adapted_model import HARMLESS_STARTS, outline, refuse_misfit
 from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter, read_adapter
 from lorafit.merging.held_out import HeldOutLoss, held_out_losses
 from lorafit.merging.identity import refuse_wrong_base
@@ -97,7 +98,7 @@ def combine(
     inputs = {_short(path, parts): read_adapter(path, base=base) for path, _ in parts}
     weights = dict(zip(inputs, (weight for _, weight in parts), strict=True))
     base_files = _one_base(inputs, say=say)
-    _refuse_adapters(inputs, method=method)
+    _refuse_adapters(inputs, base_files, method=method)
     needed = sum(adapter.total_bytes for adapter in inputs.values())
     with staged(out, needed=needed) as stage:
         model = _loaded(inputs, base_files)
@@ -173,12 +174,12 @@ def _one_base(inputs: Mapping[str, Adapter], *, say: Callable[[str], None]) -> B
     return files[first]
 
 
-def _refuse_adapters(inputs: Mapping[str, Adapter], *, method: str) -> None:
-    """What `add_weighted_adapter` refuses, or would leave out without a word."""
+def _refuse_adapters(inputs: Mapping[str, Adapter], base_files: BaseModelFiles, *, method: str) -> None:
+    """What `add_weighted_adapter` refuses, or it or peft's loading would leave out without a word."""
     problems = [
         Problem(str(adapter.directory), f"{what}, which cannot be combined with another adapter's: train it without")
         for adapter in inputs.values()
-        for what in _beyond_factors(adapter.config)
+        for what in [*_beyond_factors(adapter.config)] or _whole_weights(adapter, base_files)
     ]
     ranks = {name: _ranks(adapter) for name, adapter in inputs.items()}
     if method in SAME_RANK and len(set().union(*ranks.values())) > 1:
@@ -188,6 +189,27 @@ def _refuse_adapters(inputs: Mapping[str, Adapter], *, method: str) -> None:
         )
     if problems:
         raise AdapterError(problems)
+    for adapter in inputs.values():
+        refuse_misfit(adapter, base_files)
+
+
+def _whole_weights(adapter: Adapter, base_files: BaseModelFiles) -> Iterable[str]:
+    """Weights of the base in the adapter's file, as of a vocabulary that grew; what peft saved unchanged is none."""
+    for name, tensor in adapter.tensors.items():
+        own = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+        there = base_files.tensors.get(own)
+        if "lora_" in name or (there is not None and _is_same(adapter.weights, name, base_files, own)):
+            continue
+        shape = " x ".join(map(str, tensor.shape))
+        grown = f" where the base has {there.shape[0]} rows" if there and there.shape != tensor.shape else ""
+        yield f"has a whole weight of the base, {own} ({shape}{grown})"
+
+
+def _is_same(weights: Path, name: str, base_files: BaseModelFiles, own: str) -> bool:
+    path = base_files.directory / base_files.tensors[own].file
+    with safe_open(weights, framework="pt") as one, safe_open(path, framework="pt") as other:
+        ours, theirs = one.get_tensor(name), other.get_tensor(own)
+    return ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))
 
 
 def _beyond_factors(config: Mapping[str, Any]) -> Iterable[str]:
@@ -196,6 +218,7 @@ def _beyond_factors(config: Mapping[str, Any]) -> Iterable[str]:
         "lora_bias": "has bias vectors (lora_bias)",
         "modules_to_save": "has whole trained modules (modules_to_save)",
         "trainable_token_indices": "has trained tokens",
+        "layer_replication": "repeats layers of the base (layer_replication)",
         "target_parameters": "adapts parameters of experts (target_parameters)",
     }
     yield from (what for key, what in named.items() if config.get(key))
@@ -223,10 +246,12 @@ def _loaded(inputs: Mapping[str, Adapter], base_files: BaseModelFiles) -> PeftMo
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")  # nothing is merged here
         peft_model = PeftModel.from_pretrained(
-            model, str(adapters[0].directory), adapter_name="input0", torch_device="cpu"
+            model, str(adapters[0].directory), adapter_name="input0", torch_device="cpu", low_cpu_mem_usage=True
         )
         for index, adapter in enumerate(adapters[1:], start=1):
-            peft_model.load_adapter(str(adapter.directory), adapter_name=f"input{index}", torch_device="cpu")
+            peft_model.load_adapter(
+                str(adapter.directory), adapter_name=f"input{index}", torch_device="cpu", low_cpu_mem_usage=True
+            )
     return peft_model
 
 

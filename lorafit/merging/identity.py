@@ -45,7 +45,7 @@ def refuse_wrong_base(
         _refuse_other_base(manifest["base"], base_files, where=str(base_files.directory))
     else:
         _refuse_merged_already(adapter, base_files)
-        _refuse_other_depth(adapter, base_files)
+        _refuse_other_depth(adapter, base_files, say=say)
     if unchecked := [key for key in ("base", "adapter") if key not in manifest]:
         said = {
             "base": f"whether {base_files.name} is the base it was trained on, in that revision",
@@ -147,11 +147,13 @@ def _refuse_merged_already(adapter: Adapter, base_files: BaseModelFiles) -> None
         raise ModelError(message, where=str(base_files.directory))
 
 
-def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles) -> None:
+def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles, *, say: Callable[[str], None]) -> None:
     """An adapter reaches every layer that has its modules, but where its settings choose some.
 
     Looks at modules that are called on disk what they are called in memory; experts and the like are left out.
     """
+    if adapter.config.get("layer_replication"):  # its layers are more than the base's
+        return
     reached, there = _layers_by_module(adapter.tensors, _ADAPTED), _layers_by_module(base_files.tensors, _WEIGHT)
     where = str(adapter.directory)
     for module in sorted(reached.keys() & there.keys()):
@@ -169,8 +171,14 @@ def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles) -> None:
             message = f"has no tensors for {module} in layer {min(lacking)} of {base_files.name}"
             raise AdapterError(f"{message}: it was trained on another base, or is not whole", where=where)
     modules = {_ADAPTED.sub("", name) for name in adapter.tensors if _ADAPTED.search(name)}
+    base_modules = {name.rpartition(".")[0] for name in base_files.tensors}
     for target in targets:
-        if not any(f".{module}".endswith(f".{target}") for module in modules):
+        if any(f".{module}".endswith(f".{target}") for module in modules):
+            continue
+        if not any(f".{module}".endswith(f".{target}") for module in base_modules):
+            # A list for several architectures. What this one calls otherwise in memory is missed when peft attaches it.
+            say(f"note: {adapter.directory}: names {target!r} in target_modules, which {base_files.name} does not have")
+        else:
             message = f"names {target!r} in target_modules and has no tensors for it: copy the whole adapter again"
             raise AdapterError(message, where=str(adapter.directory / CONFIG))
 

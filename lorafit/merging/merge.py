@@ -20,7 +20,7 @@ from lorafit.builders.model_files import (
     stop_token_ids,
 )
 from lorafit.errors import ModelError, Problem, RecipeError
-from lorafit.merging.adapter_files import Adapter, read_adapter
+from lorafit.merging.adapter_files import Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.peft_merge import merge_with_peft
 from lorafit.merging.plan import plan_merge
@@ -148,6 +148,7 @@ def read_base(adapter: Adapter) -> BaseModelFiles:
 
     Raises ModelError with every problem found.
     """
+    refuse_moved_base(adapter)
     section = adapter.base
     directory = model_directory(section)
     config = read_config(directory)

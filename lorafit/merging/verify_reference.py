@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorafit.builders.weight_files import TensorInfo
 from lorafit.merging.sketch import distance, floating_tensors, round_once, sketch, sketches
 from lorafit.merging.verify_job import Difference, Job, load_model, logits, run_step, stored_types
 
@@ -25,7 +27,7 @@ def reference(job: Job) -> None:
         (min(tensor.shape) for name, tensor in tensors.items() if "lora_" in name and tensor.dim() == 2), default=1
     )
     model, loaded = load_model(job, job.base, labels=job.labels)
-    _fit_vocabulary(model, tensors)
+    grow_to(model, tensors)
     with_rows(model, job.rows)
     before, base_logits = sketches(model), logits(model, job)
     for name in loaded["missing_keys"]:  # a classification head is the adapter's, as a whole
@@ -49,9 +51,9 @@ def reference(job: Job) -> None:
     job.facts.write_text(json.dumps({"tensors": changed, "effect": vars(effect)}), encoding="utf-8")
 
 
-def _fit_vocabulary(model: PreTrainedModel, tensors: dict[str, Tensor]) -> None:
+def grow_to(model: PreTrainedModel, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
     """Give the base as many tokens as the adapter was trained with; the adapter brings what the new rows hold."""
-    rows = {tensor.shape[0] for name, tensor in tensors.items() if _is_vocabulary(name)}
+    rows = {tensor.shape[0] for name, tensor in tensors.items() if is_vocabulary(name)}
     embeddings = model.get_input_embeddings()
     if rows and max(rows) != embeddings.weight.shape[0]:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
@@ -68,7 +70,7 @@ def with_rows(model: PreTrainedModel, rows: int) -> None:
                 layer.weight[there:] = 0
 
 
-def _is_vocabulary(name: str) -> bool:
+def is_vocabulary(name: str) -> bool:
     """A whole embedding or head, as an adapter holds it when it was trained, or when tokens were added."""
     return name.endswith(".weight") and "lora_" not in name and bool(VOCABULARY & set(name.split(".")))
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lorafit.builders.hub_snapshot import download_command
 from lorafit.builders.model_files import is_on_hub
 from lorafit.errors import MachineError, ModelError, Problem, RecipeError
 from lorafit.planning.advice import advice, fitting
@@ -125,10 +126,10 @@ def _config(question: Question) -> PreTrainedConfig:
     try:
         return architecture(section.model_copy(update={"extra": {**section.extra, "local_files_only": True}}))
     except ModelError as error:
-        name = section.model_name_or_path
         raise ModelError(
-            f"config.json of {name} is not on this machine: run `hf download {name} config.json`, or plan with "
-            f"--model-shape, one of {', '.join(known_shapes())}",
+            f"config.json of {section.model_name_or_path} is not on this machine: run "
+            f"`{download_command(section, 'config.json')}`, or plan with --model-shape, one of "
+            f"{', '.join(known_shapes())}",
             where="model.model_name_or_path",
         ) from error
 

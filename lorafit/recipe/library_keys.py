@@ -104,6 +104,9 @@ NOT_FOR_RECIPES: dict[str, dict[str, str]] = {
         "fan_in_fan_out": "lorafit reads it off the model",
         "loftq_config": "LoftQ here fits the adapter to the quantization section's own 4 bits; leave it out",
         **dict.fromkeys(("megatron_config", "megatron_core", "arrow_config", "runtime_config"), _OTHER_METHOD),
+        **dict.fromkeys(("use_qalora", "qalora_group_size"), "peft reads it for GPTQ bases alone"),
+        **dict.fromkeys(("alora_invocation_tokens", "use_bdlora"), _OTHER_METHOD),
+        "layer_replication": "such an adapter cannot be merged: the repeated layers share their weights",
         **dict.fromkeys(("lora_ga_config", "kasa_config", "monteclora_config", "velora_config"), _OTHER_METHOD),
     },
     "training": {
