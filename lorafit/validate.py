@@ -10,7 +10,8 @@ from lorafit.builders.template_files import NO_TEMPLATE
 from lorafit.data import DataScan, scan
 from lorafit.data.findings import SHOWN_OF_A_KIND, where
 from lorafit.data.long_rows import LongRows
-from lorafit.data.rows import Place
+from lorafit.data.rows import Place, Row
+from lorafit.data.template_rows import TemplateRows
 from lorafit.errors import DataError, LorafitError, MachineError, ModelError, Problem, RecipeError
 from lorafit.packages import missing_packages
 from lorafit.recipe import Advice, LoadedRecipe, advise
@@ -40,7 +41,7 @@ class Validation:
     """steps, steps_per_epoch, sequences_per_step, warmup_steps, checkpoint_steps, eval_steps, as far as they apply."""
     advice: tuple[Advice, ...]
     not_checked: tuple[str, ...]
-    """What was not looked at: a base that is not on this machine, rows of the Hub, lengths that take a template."""
+    """What was not looked at: a base that is not on this machine, rows of the Hub, what takes a template."""
 
     def as_dict(self) -> dict[str, Any]:
         """The result for scripts."""
@@ -73,9 +74,14 @@ def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool =
         named = {problem.where for problem in reading.problems}  # what is wrong in itself is said once
         found.append((base.error, [problem for problem in base.problems if problem.where not in named]))
         if reading.has_whole_data_section:
-            rows = LongRows(recipe.training.max_length)
+            rows, untried = LongRows(recipe.training.max_length), TemplateRows()
+
+            def each(row: Row) -> None:
+                rows.add(row)
+                untried.add(row)
+
             try:
-                data = scan(recipe.data, seed=recipe.training.seed, each=rows.add, show_progress=show_progress)
+                data = scan(recipe.data, seed=recipe.training.seed, each=each, show_progress=show_progress)
                 lengths = rows.lengths(base.tokenizer)
                 found.append((ModelError, _no_template(loaded, base, data)))
                 found.append((DataError, _too_long(loaded, lengths.too_long, data.files)))
@@ -85,7 +91,10 @@ def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool =
     if problems or reading.loaded is None or data is None or base is None or lengths is None:
         raise problems[0][0](problem for _, problem in problems)
     return _validation(
-        reading.loaded, data, base, not_checked=_not_checked(reading.loaded, data, base, doubtful=lengths.doubtful)
+        reading.loaded,
+        data,
+        base,
+        not_checked=_not_checked(reading.loaded, data, base, doubtful=lengths.doubtful, untried=untried.count),
     )
 
 
@@ -109,14 +118,21 @@ def _too_long(loaded: LoadedRecipe, too_long: Sequence[tuple[Place, int]], files
         yield loaded.problem("training.max_length", f"{message} or truncate")
 
 
-def _not_checked(loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, doubtful: int) -> tuple[str, ...]:
+def _not_checked(
+    loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, doubtful: int, untried: int
+) -> tuple[str, ...]:
     """What was not looked at, in the order of `train`."""
     hub = [f"the rows of {name}, which are read when training starts" for name in data.skipped_hub]
+    preview = f"see `lorafit preview {loaded.path}`"
     lengths = []
     if doubtful and loaded.recipe.data.over_length == "error":
         count = f"{doubtful:,} long row{'s' * (doubtful != 1)}"
-        lengths = [f"the exact length of {count} in tokens: see `lorafit preview {loaded.path}`"]
-    return (*base.not_checked, *hub, *lengths)
+        lengths = [f"the exact length of {count} in tokens: {preview}"]
+    taken = []
+    if untried:
+        rows = f"{untried:,} row{'s' * (untried != 1)}"
+        taken = [f"whether the template takes the system texts, tools and thoughts of {rows}: {preview}"]
+    return (*base.not_checked, *hub, *lengths, *taken)
 
 
 def _validation(loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, not_checked: tuple[str, ...]) -> Validation:

@@ -23,6 +23,7 @@ from recipes import written
 
 RECIPE = "model: {model_name_or_path: ./base}\ndata: {train: [{path: rows.jsonl}]}\n"
 SHORT = "training: {max_length: 512}\n"
+ASKED = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
 
 
 @pytest.fixture
@@ -222,8 +223,24 @@ def test_what_a_template_may_leave_out_counts_for_nothing(base: Path, tmp_path: 
     write_jsonl(
         tmp_path / "rows.jsonl", [{"messages": [*turns, {"role": "user", "content": str(n)}]} for n in range(40)]
     )
-    (said,) = right(tmp_path).not_checked
+    said, _ = right(tmp_path).not_checked
     assert said == f"the exact length of 40 long rows in tokens: see `lorafit preview {tmp_path}/x.yaml`"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": [{"role": "system", "content": "s"}, *ASKED]},
+        {"messages": [ASKED[0], ASKED[1] | {"reasoning_content": "t"}]},
+        {"messages": ASKED, "tools": [{"type": "function", "function": {"name": "weather"}}]},
+        {"prompt": "a", "completion": "b", "system": "s"},
+    ],
+)
+def test_rows_that_only_the_template_can_tell_of_are_named(base: Path, tmp_path: Path, row: dict[str, Any]) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [row | {"id": number} for number in range(40)])
+    (said,) = right(tmp_path).not_checked
+    taken = "whether the template takes the system texts, tools and thoughts of 40 rows"
+    assert said == f"{taken}: see `lorafit preview {tmp_path}/x.yaml`"
 
 
 def test_what_was_not_checked_stands_in_the_last_line(base: Path, tmp_path: Path) -> None:
