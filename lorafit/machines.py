@@ -66,6 +66,8 @@ class Link:
         self._writing = threading.Lock()
         self._is_over = threading.Event()
         self._is_closed = False
+        self._is_settled = False
+        """Whether all machines know why the run does not begin."""
         self._on_lost: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._listen, daemon=True)
         for peer in peers:
@@ -104,6 +106,7 @@ class Link:
                 wrong += [f"{self._peers[rank]}: {text}" for text in differences(here, there)]
             self.tell({"differ": wrong})
         if wrong:
+            self._is_settled = True
             mend = "all machines need the same recipe, rows, base and versions"
             raise MachineError("\n".join(f"{text}; {mend}" for text in wrong), where="machines")
 
@@ -128,7 +131,7 @@ class Link:
         for peer in self._peers.values():
             if self.lost is not None and not said:
                 said = str(self.lost)
-            self._send(peer, json.dumps({"ended": code, "said": said}).encode())
+            self._send(peer, json.dumps({"ended": 0 if self._is_settled else code, "said": said}).encode())
             with suppress(OSError):
                 peer.connection.shutdown(socket.SHUT_WR)
             peer.connection.close()

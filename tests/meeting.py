@@ -1,0 +1,58 @@
+"""One machine of some that meet, for `tests/test_machines.py`: its place, its facts and what it then does as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+from lorafit import machines
+from lorafit.errors import LorafitError, StopRequested
+from lorafit.machines import met, taken_over
+from lorafit.placement import Place
+
+
+def differences(first: Any, here: Any) -> list[str]:
+    return [f"{key} {first[key]} -> {here[key]}" for key in first if first[key] != here[key]]
+
+
+def main(given: dict[str, Any]) -> None:
+    for name, value in given.get("settings", {}).items():
+        setattr(machines, name, value)
+    place = Place(given["rank"], given["count"], "127.0.0.1", given["port"])
+    with met(place, given["facts"], differences=differences, say=lambda line: print(line, flush=True)) as link:
+        print("met", flush=True)
+        match given.get("then"):
+            case "exec":
+                again = [sys.executable, __file__, "again", link.handed_over()]
+                os.execv(sys.executable, again)
+            case "killed":
+                os._exit(9)
+            case "silent":
+                link._is_over.set()  # no signs of life any more, the connection stays
+                time.sleep(60)
+            case "fails":
+                raise StopRequested("stopped at 15/20")
+            case "waits":
+                link.hear()
+        link.compare(given["facts"], differences=differences)
+        print("compared again", flush=True)
+
+
+def again(handed: str) -> None:
+    """After `exec`."""
+    link = taken_over(handed)
+    link.watch(lambda: None)
+    link.compare({"seed": 1}, differences=differences)
+    print("compared again", flush=True)
+    link.close(0)
+
+
+if __name__ == "__main__":
+    try:
+        again(sys.argv[2]) if sys.argv[1] == "again" else main(json.loads(sys.argv[1]))
+    except LorafitError as error:
+        print(error)
+        sys.exit(error.exit_code)
