@@ -34,6 +34,7 @@ SILENCE_SECONDS = 18.0
 """A machine that gives no sign of life for so long is gone; its processes are ended at once, so that all is over within
 half a minute."""
 LONGEST_LINE = 2**20
+_AGAIN = "with --resume on all of them the run goes on"
 
 Say = Callable[[str], None]
 
@@ -178,11 +179,10 @@ class Link:
                         selector.unregister(key.fileobj)
                 for peer in self._peers.values():
                     if not peer.is_done and time.monotonic() - peer.heard > SILENCE_SECONDS:
-                        self._is_lost(
-                            f"{peer} gives no sign of life any more ({SILENCE_SECONDS:.0f} s): dead or cut off"
-                        )
+                        silent = f"gives no sign of life any more ({SILENCE_SECONDS:.0f} s): dead or cut off"
+                        self._is_lost(f"{peer} {silent}; {_AGAIN}")
         if self.lost is not None and self._on_lost is not None and not self._is_over.is_set():
-            self._on_lost()
+            threading.Thread(target=self._on_lost, daemon=True).start()
 
     def _read(self, peer: Peer) -> bool:
         """Whether there may be more."""
@@ -194,7 +194,7 @@ class Link:
             data = b""
         if not data:
             if not peer.is_done:
-                self._is_lost(f"{peer} has ended without a word (killed?)")
+                self._is_lost(f"{peer} has ended without a word (killed?); {_AGAIN}")
             return False
         peer.heard = time.monotonic()
         peer.unread += data

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
 from torch.distributed import DistError
@@ -22,7 +23,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
 from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
-from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn
+from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn, done_elsewhere
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -84,10 +85,13 @@ def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialSt
     """Meet the other processes of this run. Raises MachineError when they are not as many as were asked for."""
     # The trainer finds the group there and leaves it, with its own default for the longest wait.
     seconds = loaded.recipe.training.extra.get("ddp_timeout", 1800)
-    timeout = {"timeout": timedelta(seconds=seconds)} if launch.is_worker() else {}
-    state = PartialState(cpu=device == "cpu", **timeout)
-    if launch.is_worker():
-        _refuse_other_numbers(loaded, state, gpus=gpus)
+    timeout = {"timeout": timedelta(seconds=seconds)}
+    if not launch.is_worker():
+        return PartialState(cpu=device == "cpu")
+    state = done_elsewhere(lambda: PartialState(cpu=device == "cpu", **timeout))
+    if state.device.type == "cuda" and state.device.index is not None:
+        torch.cuda.set_device(state.device)  # which each thread has its own of
+    _refuse_other_numbers(loaded, state, gpus=gpus)
     return state
 
 

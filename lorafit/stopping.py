@@ -14,11 +14,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TypeVar
 
 import psutil
 
 from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
+
+T = TypeVar("T")
 
 REQUESTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -120,6 +123,26 @@ class StopRequest:
         return StopRequested(f"stopped at {step}/{steps}{kept}{go_on}", where=where)
 
 
+def done_elsewhere(work: Callable[[], T]) -> T:
+    """What `work` comes to in another thread: it waits for other processes in C, where Python hears no request."""
+    found: list[T] = []
+    broken: list[Exception] = []
+
+    def try_it() -> None:
+        try:
+            found.append(work())
+        except Exception as error:  # raised where the result is wanted
+            broken.append(error)
+
+    thread = threading.Thread(target=try_it, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if broken:
+        raise broken[0]
+    return found[0]
+
+
 def has_lost_another(*, within_seconds: float = 0.0) -> bool:
     """Whether a process that trains with this one on this machine has ended, the one that started them, or a machine.
 
@@ -175,6 +198,13 @@ class PassOn:
                 process.terminate()
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
+
+
 def end_after_lost_machine(sign: Path, why: Callable[[], object]) -> None:
     """End what this process has started, which waits for a machine that is gone and may hear nothing any more.
 
@@ -183,12 +213,14 @@ def end_after_lost_machine(sign: Path, why: Callable[[], object]) -> None:
     sign.touch()
     until, has_ended_some = time.monotonic() + 8, False
     while time.monotonic() < until or has_ended_some:
-        started = psutil.Process().children()
+        started = psutil.Process().children()  # asked for no exit code, which is for the launcher to learn
         has_ended_some = has_ended_some or bool(started)
         for process in started:
             process.terminate()
-        _, alive = psutil.wait_procs(started, timeout=4)
-        for process in alive:
+        kill_at = time.monotonic() + 4
+        while time.monotonic() < kill_at and any(_is_alive(process) for process in started):
+            time.sleep(0.1)
+        for process in started:
             process.kill()
         time.sleep(0.5)
     _write_line(f"error: {why()}")

@@ -1,5 +1,6 @@
 """A recipe, its data files and its base looked at together: every problem, or what the run will do. No torch."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,8 +138,8 @@ def _not_checked(
 
 def _validation(loaded: LoadedRecipe, data: DataScan, base: BaseAtHand, *, not_checked: tuple[str, ...]) -> Validation:
     recipe = loaded.recipe
-    written = recipe.launch.num_processes
-    processes = written if isinstance(written, int) else 1
+    counts = recipe.launch.num_processes, recipe.launch.machines
+    processes = math.prod(count for count in counts if count != "auto")
     numbers = _numbers(recipe, data, processes)
     if "steps" in numbers:
         too_long = [

@@ -16,6 +16,7 @@ import pytest
 from commands import command, finished
 from runs import small_recipe
 
+from lorafit import launch
 from lorafit.training.checkpoints import newest_verified
 
 SHARED = {"training": {"max_steps": 10**6, "per_device_train_batch_size": 2}, "launch": {"num_processes": 2}}
@@ -194,3 +195,26 @@ def test_what_one_process_alone_fails_of_is_said_once(
         assert outcome.startswith("ended after step 3 of 1000000: another process ended")
     else:
         assert outcome == ("stopped: row: is wrong" if code == 3 else "running")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_process_that_waits_for_others_who_never_come_stops_on_request(
+    name: str, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    port = launch.free_port()
+    for variable, text in (others | {"MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(variable, text)
+    path = small_recipe(tmp_path, tiny_base).path
+    process = command(tmp_path, "lorafit", "train", str(path), "--quiet")
+    end = time.monotonic() + 100
+    while not any(one.laddr and one.laddr.port == port for one in psutil.Process(process.pid).net_connections()):
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.1)
+    time.sleep(1)
+    process.send_signal(signal.Signals[name])
+    began = time.monotonic()
+    code, out, err = finished(process)
+    assert (code, out, err) == (75, "", "error: stopped on request; nothing was written\n")
+    assert time.monotonic() - began < 10
+    assert not (tmp_path / "run").exists()

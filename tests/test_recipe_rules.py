@@ -197,6 +197,10 @@ BROKEN = {
         (f"{SMALLEST}health: {{on_oom: halve_batch}}\nlaunch: {{strategy: {strategy}}}", "health.on_oom")
         for strategy in ("fsdp2", "zero2", "zero3")
     ],
+    "zero_needs_a_shared_disk": [
+        (f"{SMALLEST}launch: {{strategy: {strategy}, machines: 2}}", "launch.shared_disk")
+        for strategy in ("zero2", "zero3")
+    ],
     "optimizer_takes_sharded_weights": [
         (f"{SMALLEST}training: {{optim: adamw_8bit}}\nlaunch: {{strategy: fsdp2}}", "training.optim"),
         (f"{SMALLEST}training: {{optim: adafactor}}\nlaunch: {{strategy: fsdp2}}", "training.optim"),
@@ -392,6 +396,8 @@ def test_a_broken_rule_is_said_once_at_its_key(tmp_path: Path, text: str, key: s
         f"{SMALLEST}{Q4}lora: {{init_lora_weights: loftq}}",
         f"{SMALLEST}{Q4}lora: {{init_lora_weights: eva, eva_config: {{rho: 1.5}}}}",
         f"{SMALLEST}{Q4[:-2]}, bnb_4bit_quant_storage: bfloat16}}\nlaunch: {{strategy: fsdp2}}",
+        f"{SMALLEST}launch: {{strategy: zero2, machines: 2, shared_disk: true}}",
+        f"{SMALLEST}launch: {{strategy: zero2, machines: 1}}",
         f"{SMALLEST}quantization: {{load_in_4bit: true, llm_int8_skip_modules: [lm_head]}}",
         f"{SMALLEST}quantization: {{load_in_8bit: true, load_in_4bit: false}}",
         f"{SMALLEST}lora: {{target_modules: '.*_proj', modules_to_save: [lm_head]}}",

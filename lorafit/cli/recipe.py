@@ -141,3 +141,25 @@ def init(
     )
     write_recipe(text, output)
     print_result({"recipe": str(output)}, as_json=as_json, text=f"{output}: next, `lorafit validate {output}`")
+
+
+@app.command()
+def launch_file(
+    recipe: RecipePath,
+    system: Annotated[
+        Literal["slurm", "kubernetes", "skypilot"], typer.Option("--for", help="What the machines are managed by.")
+    ],
+    machines: Annotated[
+        int | None, typer.Option("--machines", min=1, help="How many, where launch.machines does not say.")
+    ] = None,
+    set_: Overrides = None,
+) -> None:
+    """Print the file that trains a recipe on several machines: a batch script, a job, a task."""
+    from lorafit.launch_file import launch_file as text_of
+    from lorafit.recipe import load
+
+    loaded = load(recipe, overrides=set_ or ())
+    written = loaded.recipe.launch.machines
+    if machines is not None and written not in ("auto", machines):
+        raise RecipeError(loaded.problem("launch.machines", f"{written}, but --machines is {machines}; leave one out"))
+    print(text_of(loaded.recipe, str(recipe), system=system, machines=machines), end="")

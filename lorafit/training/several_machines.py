@@ -17,6 +17,7 @@ from lorafit.errors import MachineError
 from lorafit.machines import Link, met
 from lorafit.placement import Place
 from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.rules.run import zero_needs_a_shared_disk
 from lorafit.run_dir import RunDir
 from lorafit.training.inputs import RunInputs
 from lorafit.training.resume import Begin, Departure, changes, kept_keys
@@ -36,6 +37,10 @@ def met_by_recipe(
         yield None
         return
     section = loaded.recipe.launch
+    for broken in zero_needs_a_shared_disk(
+        loaded.recipe.model_copy(update={"launch": section.model_copy(update={"machines": place.count})})
+    ):
+        raise MachineError(loaded.problem(broken.key, broken.message))
     hello = {
         "recipe": kept_keys(loaded.recipe.model_dump(mode="json")),
         "launch.strategy": section.strategy.rpartition("/")[2],

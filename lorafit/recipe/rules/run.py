@@ -132,6 +132,15 @@ def halving_needs_whole_gradients(recipe: Recipe) -> Iterator[Broken]:
         yield Broken("health.on_oom", message, ("launch.strategy",))
 
 
+def zero_needs_a_shared_disk(recipe: Recipe) -> Iterator[Broken]:
+    """Its checkpoints hold a part for each process, which it writes itself."""
+    launch = recipe.launch
+    if launch.strategy in ("zero2", "zero3") and launch.machines not in ("auto", 1) and not launch.shared_disk:
+        message = f"each process writes its part of a checkpoint with {launch.strategy}; write true, and an output_dir"
+        message = f"{message} that all machines see, or launch.strategy: fsdp2"
+        yield Broken("launch.shared_disk", message, ("launch.strategy", "launch.machines"))
+
+
 WITH_SHARDED_WEIGHTS = ("adamw_torch", "adamw_torch_fused", "sgd", "rmsprop")
 """Optimizers that update a part of each weight, as FSDP2 leaves it to a process."""
 
@@ -187,6 +196,7 @@ RULES: tuple[Rule, ...] = (
     eval_steps_go_with_their_strategy,
     strategy_is_known_or_a_file,
     halving_needs_whole_gradients,
+    zero_needs_a_shared_disk,
     optimizer_takes_sharded_weights,
     output_stays_out_of_the_model,
     output_dir_can_be_a_directory,
