@@ -25,7 +25,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.speed.answer_head import use_answer_head
 from lorafit.training import selftest, trainer
 from lorafit.training.inputs import read_inputs
-from lorafit.training.selftest import SelfTest, self_test
+from lorafit.training.selftest import SelfTest, is_remembered, remember_passed, self_test
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
 from lorafit.training.train import Trained, run_training
@@ -330,3 +330,13 @@ def test_several_processes_leave_it_out_in_one_line(
     model: Any = small_model(tiny_base)
     assert selftest.self_test_once(model, loaded, cache_dir=tmp_path / "cache", **settings) is None
     assert said == ["self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one"]
+
+
+def test_what_passed_counts_where_the_cache_cannot_be_written(tmp_path: Path) -> None:
+    tested = SelfTest(combination={"model": "llama"}, checks=(), seconds=1.0)
+    (tmp_path / "file").write_text("")
+    for cache in (tmp_path / "file" / "cache", Path("/proc/cache")):
+        remember_passed(cache, tested)
+        assert not is_remembered(cache, tested.combination)
+    remember_passed(tmp_path / "cache", tested)
+    assert is_remembered(tmp_path / "cache", tested.combination)

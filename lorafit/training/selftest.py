@@ -13,7 +13,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,11 +69,12 @@ def is_remembered(cache: Path | None, combination: dict[str, Any]) -> bool:
 
 
 def remember_passed(cache: Path | None, tested: SelfTest) -> None:
-    """So that the next run of this combination need not try it."""
+    """So that the next run of this combination need not try it; it does where the cache cannot be written."""
     if cache is not None:
         file = mark(cache, tested.combination)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(tested.result(), indent=1) + "\n")
+        with suppress(OSError):  # costs only the next run, and preparing the rows says what is wrong with the cache
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps(tested.result(), indent=1) + "\n")
 
 
 def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str, Any]:
