@@ -99,6 +99,16 @@ def test_a_message_that_cannot_be_told_apart_is_lost_where_everything_is_trained
     assert "(message 2 is marked as untrained)" in refused(tmp_path, "qwen3", row, train_on="all")[1]
 
 
+def test_the_calls_of_a_message_are_left_out_with_its_text(tmp_path: Path) -> None:
+    call = {"function": {"name": "weather", "arguments": {"city": "Rome"}}}
+    turns = [user("Sky?"), answer("Look.", tool_calls=[call], train=False), {"role": "tool", "content": "blue"}]
+    row = {"messages": [*turns, answer("Blue.")], "tools": [TOOL]}
+    (trained,), _ = made_of(tmp_path, "qwen3", row, train_on="all")
+    said = "".join(trained)
+    assert all(text in said for text in ("Sky?", "blue", "Blue."))
+    assert "Look." not in said and "Rome" not in said
+
+
 def test_a_chat_of_80_turns_that_loses_its_reasoning_takes_a_part_of_a_second() -> None:
     renderer = renderer_of("qwen3")
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from lorafit.data.chat_template import ChatTemplate
 from lorafit.data.openings import Openings
 from lorafit.data.problems import RowProblem
-from lorafit.data.rows import Chat, Place
+from lorafit.data.rows import Chat, Message, Place
 from lorafit.data.seen import missing, missing_tool
 
 Span = tuple[int, int]
@@ -165,14 +165,22 @@ class Turns:
             start = self._end_of(index, text)
         end = self._end_of(index + 1, text)
         if end is None and start is not None:
-            # The template has it otherwise as the last message; what is left of its text follows its header.
-            told = (self._chat.messages[index].get("content") or "").rpartition("</think>")[2].strip()
-            at = text.find(told, start) if told else -1
-            end = at + len(told) if at >= 0 and not text[start:at].strip() else None
-            end = end and end + self._stop_length(text[:end], text)
+            end = self._end_of_what_is_left(self._chat.messages[index], start, text)
         if start is None or end is None:
             raise RowProblem(f"message {index + 1} is marked as untrained", kind="prompt_not_prefix")
         return start, end
+
+    def _end_of_what_is_left(self, message: Message, start: int, text: str) -> int | None:
+        """Where a message ends that the template has otherwise as the last one: its text follows its header."""
+        told = (message.get("content") or "").rpartition("</think>")[2].strip()
+        at = text.find(told, start) if told else -1
+        if at < 0 or text[start:at].strip():
+            return None
+        end = at + len(told)
+        if message.get("tool_calls"):  # they follow the text, up to the token that ends the turn
+            end = min((text.index(stop, end) for stop in self._stops if stop in text[end:]), default=end)
+        end += self._stop_length(text[:end], text)
+        return None if missing(message, text[start:end], with_reasoning=False) else end
 
     def _end_of(self, count: int, text: str) -> int | None:
         """Where the first messages end in the text; before the closing token, where the template changes that."""
