@@ -21,7 +21,7 @@ from lorafit.cli import _exit_code
 from lorafit.doctor import machine, surroundings
 from lorafit.doctor.ask import Answers, Probe
 from lorafit.doctor.bundle import write_bundle
-from lorafit.doctor.examine import Diagnosis, examine
+from lorafit.doctor.examine import Diagnosis, cache_mend, examine
 from lorafit.doctor.line import Line
 from lorafit.doctor.scrub import scrubbed
 from lorafit.errors import RecipeError, RunDirError
@@ -411,3 +411,9 @@ def test_everything_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         *("python", "libraries", "torch", "gpu", "bf16", "bitsandbytes", "disk here", "hub cache", "hub login"),
         *("accelerate", "ports"),
     ]
+
+
+def test_a_cache_that_holds_something_is_not_given_up(tmp_path: Path) -> None:
+    assert "HF_HOME=DIR" in cache_mend(tmp_path)
+    (tmp_path / "hub").mkdir()
+    assert "LORAFIT_CACHE=DIR" in cache_mend(tmp_path) and "HF_HOME" not in cache_mend(tmp_path)

@@ -42,6 +42,13 @@ class Diagnosis:
         }
 
 
+def cache_mend(cache: Path) -> str:
+    """A cache that holds something is read where it cannot be written to: another `HF_HOME` would lose it."""
+    if not (cache / "hub").is_dir():
+        return "free some space, or `export HF_HOME=DIR` on another disk"
+    return "free some space, or `export LORAFIT_CACHE=DIR` on another disk for what runs prepare; what it holds is read"
+
+
 def examine(*, torch_seconds: float = TORCH_SECONDS, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
     """Look at everything; what takes long runs side by side."""
     torch = Probe("torch", seconds=torch_seconds)
@@ -53,7 +60,7 @@ def examine(*, torch_seconds: float = TORCH_SECONDS, hub_seconds: float = HUB_SE
     lines = [machine.python_line(), *machine.library_lines()]
     disks = [
         machine.disk_line("disk here", Path.cwd(), mend="free some space, or `--set output_dir=DIR` on another disk"),
-        machine.disk_line("hub cache", cache, mend="free some space, or `export HF_HOME=DIR` on another disk"),
+        machine.disk_line("hub cache", cache, mend=cache_mend(cache)),
     ]
     said: Answers | None = hub.answers() if hub else None
     login = surroundings.login_line(source, said)
