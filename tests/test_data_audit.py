@@ -283,3 +283,12 @@ def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(tmp_path: Path, change
         prepared(data, word_tokenizer(CHATML))
     (problem,) = error.value.problems
     assert "cannot be loaded: " in problem.message and "\n" not in problem.message
+
+
+@pytest.mark.parametrize("weight", [0.3, 2.5])
+def test_rows_that_are_held_out_of_a_weighted_source_are_measured_once(tmp_path: Path, weight: float) -> None:
+    (tmp_path / "a.jsonl").write_text(json_lines(*({"prompt": f"{n}?", "completion": "a"} for n in range(40))))
+    data = section(tmp_path / "a.jsonl", source={"weight": weight}, eval_fraction=0.25)
+    made = prepared(data, word_tokenizer(CHATML))
+    assert made.eval is not None and sorted(set(made.eval["line"])) == sorted(made.eval["line"])
+    assert (len(made.train), len(made.eval)) == (int(30 * weight), 10)

@@ -54,8 +54,10 @@ def encode(
     writers, longest = {}, 0
     with ExitStack() as open_tables:
         for side in sides:
+            # What is held out is measured once, however often the others of its source are trained.
+            times = weights if side == "train" else [1.0] * len(weights)
             table = TableWriter(
-                into / f"{side}.arrow", weights=weights, source_of_file=_source_of_file(scanned), seed=seed
+                into / f"{side}.arrow", weights=times, source_of_file=_source_of_file(scanned), seed=seed
             )
             writers[side] = open_tables.enter_context(table)
         rendered = _rendered(scanned, renderer, show_progress=show_progress)
