@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit.builders.adapter_fit import adapter_misfits
 from lorafit.builders.architectures import model_type_problems, task_problems
+from lorafit.builders.experts import advise_on_experts
 from lorafit.builders.model_files import (
     TOKENIZER_FILES,
     config_problems,
@@ -111,7 +112,7 @@ class _Look:
         known = positions({**config, **section.extra})
         exceeded = positions_exceeded(self._recipe.training, known)
         self.add(RecipeError, tuple(self._loaded.problem(one.key, one.message) for one in exceeded))
-        self.advice += advise_on_positions(self._recipe, known)
+        self.advice += [*advise_on_positions(self._recipe, known), *advise_on_experts(self._recipe, config)]
         modules = self._modules(directory, config)
         for look in (lambda: self._stops(directory, config, modules), lambda: self._tokenizer(directory)):
             try:

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import _MODEL_TO_CONVERSION_PATTERN, _MOE_FUSED_TARGETS
 from tiny import llama_config
 from transformers import (
     AutoConfig,
@@ -25,13 +26,16 @@ from transformers import (
     PhiConfig,
     PretrainedConfig,
     Qwen2Config,
+    Qwen3MoeConfig,
 )
 
+from lorafit.builders.experts import TAKEN_ALONG
 from lorafit.cli import _exit_code
 from lorafit.errors import ModelError
 from lorafit.planning.known_shapes import SHAPES, architecture, known_shape, known_shapes
 from lorafit.planning.targets import target_table
 from lorafit.recipe.sections import ModelSection
+from lorafit.report.target_table import target_table_text
 
 SMALL = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES: dict[str, PretrainedConfig] = {
@@ -90,14 +94,39 @@ def test_the_attention_names_adapt_the_attention_only(name: str) -> None:
     assert 0 < choice.lora_parameters < target_table(config, r=4).all_linear().lora_parameters
 
 
-def test_experts_are_parameters_that_all_linear_leaves_out() -> None:
+def test_experts_are_parameters() -> None:
     config = MixtralConfig(**SMALL, intermediate_size=128, num_key_value_heads=2, num_local_experts=4)
     table = target_table(config, r=4)
     assert table.experts().names == ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
     counted = adapter_parameters(config, r=4, target_modules=[], target_parameters=list(table.experts().names))
     assert table.experts().lora_parameters == counted
     gate_up = next(target for target in table.targets if target.name == "mlp.experts.gate_up_proj")
-    assert (gate_up.shape, gate_up.count, gate_up.all_linear) == ((4, 256, 64), 2, False)
+    assert (gate_up.shape, gate_up.count) == ((4, 256, 64), 2)
+
+
+MIXTURES = {
+    "qwen3_moe": Qwen3MoeConfig(
+        **SMALL, intermediate_size=128, num_key_value_heads=2, num_experts=4, moe_intermediate_size=32
+    ),
+    "mixtral": MixtralConfig(**SMALL, intermediate_size=128, num_key_value_heads=2, num_local_experts=4),
+    "gpt_oss": GptOssConfig(**SMALL, intermediate_size=128, num_key_value_heads=2, num_local_experts=4),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The following (rank|alpha)_pattern keys:RuntimeWarning")
+@pytest.mark.parametrize("name", MIXTURES)
+def test_all_linear_on_a_mixture_counts_what_peft_takes_along(name: str) -> None:
+    table = target_table(MIXTURES[name], r=4)
+    assert table.all_linear().lora_parameters == adapter_parameters(MIXTURES[name], r=4, target_modules="all-linear")
+    assert table.takes_experts() == (name != "gpt_oss") == (name in TAKEN_ALONG)
+    text = target_table_text(table)
+    assert ("all-linear leaves them out" in text) == (name == "gpt_oss")
+    assert ("peft takes experts and router along, mlp.experts.gate_up_proj at r = 8" in text) == (name != "gpt_oss")
+
+
+def test_the_mixtures_that_peft_takes_along_are_those_we_say() -> None:
+    mapped = {kind for kind, like in _MODEL_TO_CONVERSION_PATTERN.items() if like in _MOE_FUSED_TARGETS}
+    assert mapped == TAKEN_ALONG
 
 
 def test_experts_stored_the_other_way_round_are_shown_as_out_by_in() -> None:

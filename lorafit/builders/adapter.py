@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,17 +16,23 @@ from peft import (
     replace_lora_weights_loftq,
 )
 from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import AdapterError
 
 Batches = Callable[[], Iterable[dict[str, torch.Tensor]]]
 
 CHANGES_BASE_WEIGHTS = ("pissa", "olora", "corda")
 """Initialisations that move part of the base weight into the adapter; saved as a plain adapter of twice the rank."""
+
+
+EXPERTS, ROUTER = "experts", "router"
+"""Kinds of what is a parameter and no module: all experts of a layer, and what chooses among them."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +73,13 @@ def attach_adapter(
     try:
         if init_method == "corda":
             preprocess_corda(model, config, run_model=lambda: _run(model, batches))
-        adapted = get_peft_model(
-            model,
-            config,
-            autocast_adapter_dtype=autocast_adapter_dtype,
-            low_cpu_mem_usage=init_method == "eva",  # its factors come from the data, not from memory
-        )
+        with used_patterns_are_known():
+            adapted = get_peft_model(
+                model,
+                config,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+                low_cpu_mem_usage=init_method == "eva",  # its factors come from the data, not from memory
+            )
         if init_method == "eva":
             initialize_lora_eva_weights(adapted, dataloader=list(batches()), show_progress_bar=False)
         if init_method == "loftq":
@@ -129,16 +136,36 @@ def adapted_modules(model: PeftModel) -> tuple[AdaptedModule, ...]:
     for name, module in model.get_base_model().named_modules():
         if not isinstance(module, BaseTunerLayer) or "default" not in getattr(module, "r", {}):
             continue
-        parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
         rank = module.r["default"]
         table.append(
             AdaptedModule(
-                name=name,
-                kind=type(module.get_base_layer()).__name__,
+                name=_plain_name(name, module),
+                kind=_kind(module),
                 r=rank if isinstance(rank, int) else int(rank.item()),
                 alpha=module.lora_alpha["default"],
                 scale=module.scaling["default"],
-                parameters=parameters,
+                parameters=sum(parameter.numel() for parameter in _own_parameters(module) if parameter.requires_grad),
             )
         )
     return tuple(table)
+
+
+def _plain_name(name: str, module: BaseTunerLayer) -> str:
+    """Of a parameter its own name: peft wraps the module that holds it once for each that is adapted."""
+    if not isinstance(module, ParamWrapper):
+        return name
+    return f"{name.replace('.base_layer', '')}.{module.parameter_name}".removesuffix(".weight")
+
+
+def _kind(module: BaseTunerLayer) -> str:
+    if isinstance(module, ParamWrapper):
+        return EXPERTS if module.get_param().dim() == 3 else ROUTER
+    return type(module.get_base_layer()).__name__
+
+
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """Without those of an adapted module inside it, which is a row of its own."""
+    yield from module.parameters(recurse=False)
+    for child in module.children():
+        if not isinstance(child, BaseTunerLayer):
+            yield from _own_parameters(child)

@@ -12,6 +12,7 @@ from torch import nn
 
 from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.prepare import prepare
@@ -52,7 +53,8 @@ def held_out_losses(
     directories = {name: str(adapter.directory) for name, adapter in inputs.items()} | {"combined": str(combined)}
     losses: dict[str, dict[str, float]] = {name: {} for name in rows}
     for adapter_name, directory in directories.items():
-        model = PeftModel.from_pretrained(base, directory).eval()
+        with used_patterns_are_known():
+            model = PeftModel.from_pretrained(base, directory).eval()
         for name, sequences in rows.items():
             losses[name][adapter_name] = _loss(model, sequences)
         base = model.unload()

@@ -10,11 +10,13 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
-Part = Literal["attention", "feed-forward", "experts", "embedding", "head", "other"]
+Part = Literal["attention", "feed-forward", "experts", "router", "embedding", "head", "other"]
 
 
 @dataclass(frozen=True)
@@ -22,13 +24,15 @@ class Target:
     """Modules of one name and shape. `name` is what `lora.target_modules` (experts: `target_parameters`) says."""
 
     name: str
-    kind: Literal["Linear", "Conv1D", "Embedding", "experts"]
+    kind: Literal["Linear", "Conv1D", "Embedding", "experts", "router"]
     shape: tuple[int, ...]
     """(out, in); experts (experts, out, in); an embedding (rows, width)."""
     count: int
     part: Part
     all_linear: bool
-    """Whether `target_modules: all-linear` takes them."""
+    """Whether `target_modules: all-linear` takes them: of some mixtures peft takes the experts and the router along."""
+    all_linear_rank: int
+    """The rank they get by that: peft gives experts whose gate and up are one parameter the ranks of both."""
     parameters: int
     """Of the weights, all modules together."""
     lora_parameters: int
@@ -54,7 +58,13 @@ class TargetTable:
 
     def all_linear(self) -> Choice:
         """What `target_modules: all-linear` takes: every linear layer but the output head (QLoRA, arXiv 2305.14314)."""
-        return _choice(target for target in self.targets if target.all_linear)
+        names = (target.name for target in self.targets if target.all_linear)
+        taken = (target for target in self.targets if target.all_linear)
+        return Choice(tuple(dict.fromkeys(names)), sum(t.lora_parameters * t.all_linear_rank // self.r for t in taken))
+
+    def takes_experts(self) -> bool:
+        """Whether `all-linear` adapts experts, which are no linear layers."""
+        return any(target.all_linear for target in self.targets if target.part == "experts")
 
     def attention(self) -> Choice:
         """The attention matrices only (LoRA, arXiv 2106.09685)."""
@@ -80,14 +90,15 @@ def _choice(targets: Iterable[Target]) -> Choice:
 def target_table(config: PreTrainedConfig, *, r: int = 16) -> TargetTable:
     """The table for an architecture, counted on a model of meta tensors: no memory, whatever the size."""
     model = _meta_model(config)
-    found = list(_found(model))
+    along = _taken_along(model, r=r)
+    found = list(_found(model, along))
     tails = {tail for tail, *_ in found}
     short = Counter(tail.rpartition(".")[2] for tail in tails)
     groups = Counter((tail, kind, shape, part) for tail, kind, shape, part, _ in found)
     all_linear = {(tail, shape) for tail, _, shape, _, takes in found if takes}
     targets = []
     for (tail, kind, shape, part), count in groups.items():
-        name = tail if kind == "experts" or short[tail.rpartition(".")[2]] > 1 else tail.rpartition(".")[2]
+        name = tail if kind in ("experts", "router") or short[tail.rpartition(".")[2]] > 1 else tail.rpartition(".")[2]
         experts, out_features, in_features = (1, *shape)[-3:]
         targets.append(
             Target(
@@ -97,6 +108,7 @@ def target_table(config: PreTrainedConfig, *, r: int = 16) -> TargetTable:
                 count=count,
                 part=part,
                 all_linear=(tail, shape) in all_linear,
+                all_linear_rank=_rank_of(along, tail, r=r) if (tail, shape) in all_linear else 0,
                 parameters=count * experts * out_features * in_features,
                 lora_parameters=count * experts * r * (out_features + in_features),
             )
@@ -114,7 +126,24 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
 
 
-def _found(model: PreTrainedModel) -> Iterator[tuple[str, Any, tuple[int, ...], Part, bool]]:
+def _taken_along(model: PreTrainedModel, *, r: int) -> LoraConfig:
+    """What peft makes of `all-linear` on this model, before it looks for linear layers."""
+    chosen = LoraConfig(r=r, target_modules="all-linear")
+    convert_peft_config_for_transformers(chosen, model, None)
+    return chosen
+
+
+def _is_taken(along: LoraConfig, name: str) -> bool:
+    return any(name == one or name.endswith(f".{one}") for one in along.target_parameters or ())
+
+
+def _rank_of(along: LoraConfig, name: str, *, r: int) -> int:
+    """`name` begins within a layer."""
+    matching = (rank for pattern, rank in along.rank_pattern.items() if re.fullmatch(pattern, f".{name}"))
+    return next(matching, r)
+
+
+def _found(model: PreTrainedModel, along: LoraConfig) -> Iterator[tuple[str, Any, tuple[int, ...], Part, bool]]:
     """(name within its layer, kind, shape, part, whether all-linear takes it) of every module and expert parameter."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
@@ -127,9 +156,12 @@ def _found(model: PreTrainedModel) -> Iterator[tuple[str, Any, tuple[int, ...], 
             yield tail, "Embedding", tuple(module.weight.shape), "embedding", False
         else:
             for own, parameter in module.named_parameters(recurse=False):
+                full, is_taken = f"{tail}.{own}", _is_taken(along, f"{name}.{own}")
                 if parameter.ndim == 3 and "expert" in name:
                     order = (0, 2, 1) if getattr(module, "is_transposed", False) else (0, 1, 2)
-                    yield f"{tail}.{own}", "experts", tuple(parameter.shape[axis] for axis in order), "experts", False
+                    yield full, "experts", tuple(parameter.shape[axis] for axis in order), "experts", is_taken
+                elif parameter.ndim == 2 and is_taken:
+                    yield full, "router", tuple(parameter.shape), "router", True
 
 
 def _tail(name: str) -> tuple[str, bool]:

@@ -130,5 +130,5 @@ _ADVICE: dict[str, Callable[[Recipe, int | None], Said]] = {
     "no-held-out-rows": _no_held_out_rows,
     "unpinned-code": _unpinned_code,
 }
-ADVICE_NAMES = frozenset((*_ADVICE, "positions"))
-"""What `silence` takes; `positions` is given where the base is read."""
+ADVICE_NAMES = frozenset((*_ADVICE, "positions", "experts"))
+"""What `silence` takes; `positions` and `experts` are given where the base is read."""

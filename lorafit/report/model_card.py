@@ -121,6 +121,9 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         ids = ", ".join(f"`{token}` ({id_})" for token, id_ in added.items())
         there = "The base grows for them before the adapter is loaded." if rows else "The base has rows for them."
         yield f"Tokens with trained rows of embedding and output head: {ids}. {there} For vLLM merge it first."
+    if experts := _experts(facts):
+        last = " and ".join(dict.fromkeys(f"`{name.rpartition('.')[2]}`" for name in experts))
+        yield f"It adapts experts or their router ({last}): for vLLM merge it first."
     if recipe.data.stop_token:
         yield f"Answers end with `{recipe.data.stop_token}`, on which the base's own generation config does not stop."
     yield (
@@ -133,7 +136,7 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/adapter")\n'
         "```"
     )
-    if _is_on_hub(recipe) and _runs_in_vllm(recipe):
+    if _is_on_hub(recipe) and _runs_in_vllm(recipe, facts):
         rank = next((rank for rank in VLLM_RANKS if rank >= max(module["r"] for module in facts["modules"])), None)
         if rank is not None:
             yield (
@@ -159,16 +162,24 @@ def _literal(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def _runs_in_vllm(recipe: Recipe) -> bool:
+def _runs_in_vllm(recipe: Recipe, facts: dict[str, Any]) -> bool:
     """Plain LoRA of one rank and scale; the rest vLLM refuses, or serves without looking at it.
 
-    https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/
+    https://docs.vllm.ai/en/latest/api/vllm/lora/peft_helper/; tensors of experts, which peft may take along unasked, it
+    drops or misreads (vllm#41384, vllm#52198).
     """
+    if len({(module["r"], module["scale"]) for module in facts["modules"]}) > 1 or _experts(facts):
+        return False
     lora = recipe.lora
     more = (lora.use_dora, lora.modules_to_save, lora.trainable_token_indices, lora.target_parameters, lora.lora_bias)
     uneven = lora.rank_pattern or lora.alpha_pattern or lora.init_lora_weights in ("pissa", "olora", "corda", "eva")
     is_alone = lora.bias == "none" and recipe.adalora is None and not recipe.model.add_tokens
     return not any(more) and not uneven and is_alone
+
+
+def _experts(facts: dict[str, Any]) -> list[str]:
+    """The adapted parameters that are no module: experts, and the routers that choose among them."""
+    return [module["name"] for module in facts["modules"] if module["kind"] in ("experts", "router")]
 
 
 def _modules(facts: dict[str, Any]) -> str:

@@ -23,10 +23,10 @@ def target_table_text(table: TargetTable) -> str:
             for row in rows
         ),
         "",
-        *_to_paste("all-linear, the default (QLoRA, arXiv 2305.14314)", table.all_linear(), table=table),
+        *_all_linear(table),
         *_to_paste("attention only (LoRA, arXiv 2106.09685)", table.attention(), table=table),
     ]
-    if table.experts().names:
+    if table.experts().names and not table.takes_experts():
         lines += _to_paste(
             "experts besides, as parameters: all-linear leaves them out",
             table.experts(),
@@ -34,6 +34,16 @@ def target_table_text(table: TargetTable) -> str:
             key="target_parameters",
         )
     return "\n".join(lines)
+
+
+def _all_linear(table: TargetTable) -> tuple[str, ...]:
+    choice = table.all_linear()
+    if not table.takes_experts():
+        return _to_paste("all-linear, the default (QLoRA, arXiv 2305.14314)", choice, table=table)
+    ranks = {target.all_linear_rank: target.name for target in table.targets if target.all_linear}
+    doubled = f", {ranks[max(ranks)]} at r = {max(ranks)}" if len(ranks) > 1 else ""
+    title = f"all-linear, the default: peft takes experts and router along{doubled}"
+    return (_to_paste(title, choice, table=table)[0], "  target_modules: all-linear")
 
 
 def _cells(target: Target, *, table: TargetTable) -> tuple[str, ...]:
@@ -45,7 +55,7 @@ def _cells(target: Target, *, table: TargetTable) -> tuple[str, ...]:
         target.part,
         f"{target.parameters:,}",
         f"{target.parameters / table.parameters:.1%}",
-        f"{target.lora_parameters:,}",
+        f"{target.lora_parameters * (target.all_linear_rank or table.r) // table.r:,}",
         "yes" if target.all_linear else "-",
     )
 

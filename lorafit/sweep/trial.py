@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.durable import write_file
 from lorafit.errors import HealthStop, RecipeError
 from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
@@ -109,7 +110,8 @@ class Bench:
     @contextmanager
     def adapter_on_base(self, adapter: Path) -> Iterator[PeftModel]:
         """The base with an adapter from disk."""
-        model = PeftModel.from_pretrained(self.take_base(), str(adapter))
+        with used_patterns_are_known():
+            model = PeftModel.from_pretrained(self.take_base(), str(adapter))
         try:
             yield model.eval()
         finally:

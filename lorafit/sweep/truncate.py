@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafit.builders.adapter import attach_adapter
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.training.save import WEIGHTS
 
 _FACTOR = re.compile(r"\.lora_(embedding_)?[AB]\.")
@@ -66,7 +67,8 @@ class Trained:
 
 def read_trained(base: PreTrainedModel, adapter: Path) -> tuple[Trained, PreTrainedModel]:
     """What is in the adapter on disk, and `base` as it was."""
-    model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
+    with used_patterns_are_known():
+        model = PeftModel.from_pretrained(base, str(adapter), is_trainable=True)
     dtype = next(iter(load_file(adapter / WEIGHTS).values())).dtype  # in memory it is float32
     modules = {}
     for name, layer in lora_layers(model):

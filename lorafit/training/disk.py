@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from lorafit import launch
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
@@ -68,7 +69,7 @@ def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles) -> Space:
         by_fsdp=launch.shards_by_fsdp(recipe.launch),
         token_ids=base_files.trained_token_ids,
     )
-    with torch.device("meta"):
+    with torch.device("meta"), used_patterns_are_known():
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # TRL turns the adapter of a quantised model into bfloat16, and with fp16 it is turned back.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorafit.builders.experts import advise_on_experts
 from lorafit.builders.positions import advise_on_positions, positions
 from lorafit.errors import RecipeError
 from lorafit.planning.answer import Plan
@@ -80,7 +81,8 @@ def find_ground(
     for warning in check_token_rows(loaded, inputs):
         say(f"warning: {warning}")
     known = positions({**inputs.base_files.config, **recipe.model.extra})
-    for advice in (*advise(recipe, train_rows=len(inputs.data.train)), *advise_on_positions(recipe, known)):
+    of_the_base = (*advise_on_positions(recipe, known), *advise_on_experts(recipe, inputs.base_files.config))
+    for advice in (*advise(recipe, train_rows=len(inputs.data.train)), *of_the_base):
         say(f"advice: {advice}")
     plan = planning.answer(say) if planning else None
     bf16 = bf16_choice(recipe.training, machine)

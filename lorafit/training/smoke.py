@@ -17,6 +17,7 @@ from torch import nn
 
 from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
+from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.model_files import is_on_hub
 from lorafit.builders.smoke_base import HEAD, write_smoke_base
 from lorafit.errors import VerificationError
@@ -204,7 +205,8 @@ def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> floa
     """Largest difference of a logit between the model in memory and its adapter, read back onto its base."""
     base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=None)
     keep_backward_on_cpu(base)  # the base in memory went through the same
-    reloaded = PeftModel.from_pretrained(base, trained.result.adapter).to(trained.model.device).eval()
+    with used_patterns_are_known():
+        reloaded = PeftModel.from_pretrained(base, trained.result.adapter).to(trained.model.device).eval()
     in_memory = dict(trained.model.named_parameters())
     for name, tensor in reloaded.named_parameters():  # the adapter of a quantised base is bfloat16, read back float32
         tensor.data = tensor.data.to(in_memory[name].dtype)
