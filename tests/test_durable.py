@@ -176,3 +176,14 @@ def test_an_empty_directory_that_was_there_before_the_run_stays(tmp_path: Path) 
         lock.take()
         lock.release()
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_maker_that_fails_leaves_the_stage_of_another_of_the_same_target(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    with staged(target) as first:
+        (first / "weights").write_text("whole")
+        with pytest.raises(ValueError), staged(target) as second:  # the same process: as two containers with one pid
+            assert second != first
+            raise ValueError
+        remove_abandoned(tmp_path)
+    assert (target / "weights").read_text() == "whole"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 
 from lorafit.cli import _exit_code
 from lorafit.durable import read_regular
-from lorafit.errors import RunDirError
+from lorafit.errors import AdapterError, RunDirError
+from lorafit.merging import adapter_files
+from lorafit.merging.adapter_files import read_adapter
 from lorafit.report.page.contents import read_contents
 from lorafit.run_dir import RunDir
 from recipes import SMALLEST, written
@@ -124,3 +127,25 @@ def test_an_output_dir_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFix
 
     with pytest.raises(RunDirError, match=r"cannot be made|not writable"):
         RunLock(RunDir(Path("/proc/x/y"))).take()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_files_of_an_adapter_nested_too_deep_are_one_line(tmp_path: Path, name: str) -> None:
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    deep = b"[" * 100_000
+    content = len(deep).to_bytes(8, "little") + deep if name.endswith("tensors") else deep
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AdapterError, match="copy the file again"):
+        read_adapter(tmp_path, base="nowhere")
+
+
+def test_an_adapter_that_may_not_be_read_names_the_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(adapter_files, "read_regular", refused)  # root reads everything
+    with pytest.raises(AdapterError, match=r"cannot be read \(Permission denied\): give your user the right to"):
+        read_adapter(tmp_path, base="nowhere")
