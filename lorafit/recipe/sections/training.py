@@ -77,7 +77,8 @@ class TrainingSection(Section):
     """Shape of the learning rate after warm-up."""
 
     lr_scheduler_kwargs: Annotated[dict[str, Any], Frozen] | None = None
-    """Arguments of the schedule, e.g. `{num_cycles: 2}`."""
+    """Arguments of the schedule, e.g. `{num_cycles: 2}`. `num_decay_steps` and `num_stable_steps` below 1 are a share
+    of all steps."""
 
     warmup_steps: float = Field(default=0.03, ge=0)
     """Steps over which the learning rate rises; below 1 it is a share of all steps. Default 0.03 (QLoRA paper);
