@@ -181,7 +181,7 @@ def test_a_quantised_run_is_trained_merged_and_evaluated(tmp_path: Path, device:
     )  # fmt: skip
     assert Path(merged.out).is_dir()
     result, _ = evaluated(trained.run)
-    assert result.rows == 8
+    assert result.held_out.difference["loss"].mean < -0.5
 
 
 def test_a_gpu_without_bfloat16_trains_in_float16(tmp_path: Path, device: str) -> None:
