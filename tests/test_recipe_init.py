@@ -222,3 +222,39 @@ def test_the_length_of_rows_stays_within_the_positions_of_a_base_at_hand(
     output = tmp_path / "x.yaml"
     assert _exit_code(["init", "--model", str(tmp_path / "base"), "--goal", goal, "--output", str(output)]) == 0
     assert yaml.safe_load(output.read_text(encoding="utf-8"))["training"]["max_length"] == written
+
+
+@pytest.mark.parametrize(
+    ("files", "train", "held_out"),
+    [
+        (("train.jsonl", "test.jsonl"), "d/train.jsonl", "d/test.jsonl"),
+        (("train.jsonl", "test.jsonl", "validation.jsonl"), "d/train.jsonl", "d/validation.jsonl"),
+        (("train-0.jsonl", "train-1.jsonl", "dev.jsonl"), "d/train-*.jsonl", "d/dev.jsonl"),
+    ],
+)
+def test_a_directory_with_splits_starts_with_each_on_its_side(
+    files: tuple[str, ...], train: str, held_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for number, name in enumerate(files):
+        rows = [{"prompt": f"{number} {row}?", "completion": "yes"} for row in range(40)]
+        (tmp_path / "d" / name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert _exit_code(["init", "--model", str(BASE), "--data", "d", "-o", "r.yaml"]) == 0
+    data = load(tmp_path / "r.yaml").recipe.data
+    assert [Path(str(source.path)).relative_to(tmp_path).as_posix() for source in (*data.train, *data.eval)] == [
+        train,
+        held_out,
+    ]
+    assert data.eval_fraction is None
+    assert validate(Path("r.yaml")).data.eval_rows == 40
+
+
+def test_a_directory_whose_files_name_no_split_starts_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d").mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (tmp_path / "d" / name).write_text('{"prompt": "1?", "completion": "yes"}\n', encoding="utf-8")
+    assert _exit_code(["init", "--model", str(BASE), "--data", "d", "-o", "r.yaml"]) == 0
+    data = load(tmp_path / "r.yaml").recipe.data
+    assert (data.train[0].path, data.eval_fraction) == (str(tmp_path / "d"), 0.05)

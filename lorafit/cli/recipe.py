@@ -124,15 +124,18 @@ def init(
     """Write a commented recipe to start from."""
     from lorafit.base_at_hand import positions_at_hand
     from lorafit.data.answer_pattern import LOOKED_AT, answer_pattern, answers_of
+    from lorafit.data.directory import splits_of
     from lorafit.data.familiar import familiar_mapping, first_rows
     from lorafit.recipe.starter import starter_recipe, write_recipe
 
+    data, held_out = splits_of(data) or (data, None)
     mapping = familiar_mapping(data)
     answers = answers_of(first_rows(data, LOOKED_AT), mapping.get("columns", {}).get("completion"))
     text = starter_recipe(
         model=model,
         data=data,
         mapping=mapping,
+        held_out=held_out,
         answer=answer_pattern(answers),
         positions=positions_at_hand(model),
         preset=preset,

@@ -14,6 +14,7 @@ from lorafit.data.files import KNOWN, DataFile, FileProblem, data_file, suffix_o
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files beside the rows that look like them."""
 HELD_OUT = frozenset(("test", "tests", "testing", "valid", "validation", "val", "dev", "eval", "evaluation", "holdout"))
+VALIDATION = frozenset(("valid", "validation", "val", "dev"))
 TRAINING = frozenset(("train", "training"))
 _SHARD = re.compile(r"-\d+(-of-\d+)?$")
 
@@ -64,6 +65,25 @@ def refuse_other_splits(files: list[DataFile], root: str, *, is_for_training: bo
     what = "held-out rows" if is_for_training else "training rows"
     mend = f"name the others with a glob, e.g. path: {_glob(kept, names, root)}" if kept else "name them by a glob"
     raise FileProblem(f"holds {what} ({shown}); {mend}, or these as well if they are meant")
+
+
+def splits_of(directory: str) -> tuple[str, str] | None:
+    """What to name for the training rows of a directory and for its held-out ones; None where its files do not say.
+
+    Of held-out files those for validation are taken, where there are any: the others are for the very end.
+    """
+    try:
+        files, _ = files_in(Path(directory))
+    except FileProblem:
+        return None
+    names = [file.path.relative_to(directory).as_posix() for file in files]
+    held_out = [name for name in names if not HELD_OUT.isdisjoint(_words(name))]
+    kept = [name for name in names if name not in held_out]
+    if not held_out or not kept:
+        return None
+    meant = [name for name in held_out if not VALIDATION.isdisjoint(_words(name))] or held_out
+    root = directory.rstrip("/")
+    return _glob(kept, names, root), _glob(meant, names, root)
 
 
 def _words(name: str) -> set[str]:

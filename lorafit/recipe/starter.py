@@ -12,6 +12,9 @@ Preset = Literal["lora", "qlora", "dora"]
 Goal = Literal["style", "knowledge", "code"]
 
 
+_FRACTION = "  eval_fraction: 0.05                 # held out; or give files: `eval: [{path: ...}]`\n"
+
+
 @dataclass(frozen=True)
 class _GoalSettings:
     why: str
@@ -55,6 +58,7 @@ def starter_recipe(
     model: str,
     data: str,
     mapping: dict[str, Any],
+    held_out: str | None = None,
     answer: str | None = None,
     positions: int | None = None,
     preset: Preset,
@@ -63,12 +67,15 @@ def starter_recipe(
 ) -> str:
     """The text of a recipe at `output` for a model and a data set; paths start at the current directory.
 
-    `mapping` holds the `format` and `columns` of the data set, where its columns have names of their own; `answer` the
-    expression that finds the results in its answers, where they have one; `positions` is how many the model knows.
+    `held_out` is a file or glob of held-out rows; without it a share of `data` is held out. `mapping` holds the
+    `format` and `columns` of the data set, where its columns have names of their own; `answer` the expression that
+    finds the results in its answers, where they have one; `positions` is how many the model knows.
     """
     here = Path.cwd()
     source: dict[str, Any] = ({"path": data} if _is_file_like(data, here) else {"hub": data}) | mapping
     written: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": [source]}}
+    if held_out is not None:
+        written["data"]["eval"] = [{"path": held_out} | mapping]
     told = moved(written, here, here / output.parent)
     settings = _GOALS[goal]
     shown = str(output) if str(output).isprintable() else ascii(str(output))
@@ -91,7 +98,7 @@ lora:
 {dora if preset == "dora" else ""}\
 data:
 {_indented(dump(told["data"]))}\
-  eval_fraction: 0.05                 # held out; or give files: `eval: [{{path: ...}}]`
+{_FRACTION if held_out is None else ""}\
   template: {_template(model, here):<25} # chat (the tokenizer's) | alpaca | plain | a Jinja file
 training:
   max_length: {_shorter(settings.max_length, positions):<23} # tokens; memory grows linearly with it
