@@ -35,7 +35,7 @@ GIVEN = {
 
 
 def test_every_advice_has_a_case() -> None:
-    assert GIVEN.keys() | {"positions"} == ADVICE_NAMES  # that one with the base, see test_validate_base.py
+    assert GIVEN.keys() | {"positions", "experts"} == ADVICE_NAMES  # see test_validate_base.py, test_experts.py
 
 
 @pytest.mark.parametrize("name", GIVEN)
