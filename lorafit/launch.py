@@ -117,6 +117,12 @@ def sharding_asked_for() -> str:
     return next((kind for name, kind in kinds.items() if os.environ.get(name, "").lower() == "true"), "data parallel")
 
 
+def first_hands_weights_on() -> bool:
+    """Whether accelerate gives every process its part of the first one's weights, whatever the others hold."""
+    wanted = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "FSDP_VERSION": "2"}
+    return all(os.environ.get(name, "").lower() == value for name, value in wanted.items())
+
+
 def shards_by_fsdp(section: LaunchSection) -> bool:
     """Whether the recipe says so, or the accelerate file that started this process."""
     return section.strategy == "fsdp2" or sharding_asked_for() == "FSDP"

@@ -88,6 +88,9 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
         ]
         torch.testing.assert_close(*adapters, rtol=0, atol=1e-4)
 
+    read = [json.loads((tmp_path / "two" / "fsdp2" / process / "read.json").read_text("utf-8")) for process in "01"]
+    assert len(read[0]) == 21 and not read[1], "the first process alone reads the base, and hands it on"
+
     # A loss that was rounded to bfloat16 on its way out of the model is 2e-3 away.
     before = [metrics(path / "fsdp2 qlora" / "run")[0]["eval_loss"] for path in (tmp_path, tmp_path / "two")]
     assert before[0] == pytest.approx(before[1], abs=1e-5)

@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -23,7 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from lorafit.builders.adapter import attach_adapter
 from lorafit.errors import LorafitError
 from lorafit.processes import join_processes, refuse_other_distribution
-from lorafit.training.checks import remember, verify_result
+from lorafit.training import train as training
+from lorafit.training.checks import Before, remember, verify_result
 from lorafit.training.gather import gathered_adapter
 from lorafit.training.save import write_adapter
 from lorafit.training.train import run_training, train
@@ -118,9 +120,18 @@ def train_spread_over(
     place.mkdir(parents=True, exist_ok=True)
     loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **sections)
     keeps_state = {"accelerator_config": {"use_configured_state": True}}
-    training = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
-    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training}))
-    run_training(loaded, say=lambda line: None, cache_dir=directory / "cache", **how)
+    section = loaded.recipe.training.model_copy(update={"per_device_train_batch_size": 2, "extra": keeps_state})
+    loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"training": section}))
+
+    def noted(model: PeftModel) -> Before:
+        """Before anything is spread: which weights of the base this process holds."""
+        real = [name for name, p in model.named_parameters() if not p.requires_grad and not p.is_meta]
+        (place / "read.json").write_text(json.dumps(real), encoding="utf-8")
+        return remember(model)
+
+    with patch.object(training, "remember", noted):
+        trained = run_training(loaded, say=lambda line: None, cache_dir=directory / "cache", **how)
+    assert not any(parameter.is_meta for parameter in trained.model.parameters())
 
 
 def refusal(check: object) -> str:

@@ -52,16 +52,16 @@ class Before:
     moving: dict[str, torch.Tensor]
     """A copy, on CPU, of every trainable tensor."""
 
-    frozen: dict[str, int]
-    """A hash of the bytes of every frozen tensor."""
+    frozen: dict[str, int | None]
+    """A hash of the bytes of every frozen tensor; None in a process that is yet to be given it."""
 
 
 def remember(model: nn.Module) -> Before:
     """Take down what `verify_result` compares with: the memory of one adapter, and one pass over the base."""
     parameters = dict(model.named_parameters())
     return Before(
-        moving={name: p.detach().cpu().clone() for name, p in parameters.items() if p.requires_grad},
-        frozen={name: _hash(p) for name, p in parameters.items() if not p.requires_grad},
+        moving={name: p.detach().cpu().clone() for name, p in parameters.items() if p.requires_grad and not p.is_meta},
+        frozen={name: None if p.is_meta else _hash(p) for name, p in parameters.items() if not p.requires_grad},
     )
 
 
@@ -99,7 +99,9 @@ def verify_result(
     parameters = dict(model.named_parameters())
     # DeepSpeed leaves nothing of a weight it has spread: there is nothing to compare with what was there before.
     comparable = {name: parameters[name] for name in before.frozen if name in parameters and parameters[name].numel()}
-    changed = [name for name, parameter in comparable.items() if _hash(parameter) != before.frozen[name]]
+    # Every process takes part in every hash, also where it has nothing to compare it with.
+    after = {name: _hash(parameter) for name, parameter in comparable.items()}
+    changed = [name for name, found in after.items() if before.frozen[name] not in (found, None)]
     if gathered is not None and not PartialState().is_main_process:
         return
     _refuse_partial(before, gathered)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from lorafit import __version__
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, AdaptedModule
@@ -103,10 +104,10 @@ def model_facts(trainer: LoraTrainer, before: Before, *, init_method: bool | str
         start["adapter"] = {
             name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in before.moving.items()
         }
-    return {
-        "distribution": distribution(trainer.accelerator),
-        "weights before the first step": hashlib.sha256(json.dumps(start).encode()).hexdigest(),
-    }
+    weights = [hashlib.sha256(json.dumps(start).encode()).hexdigest()]
+    if PartialState().num_processes > 1:  # with FSDP2 only the first has them
+        broadcast_object_list(weights)
+    return {"distribution": distribution(trainer.accelerator), "weights before the first step": weights[0]}
 
 
 def checkpoint_room(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -15,7 +17,8 @@ from lorafit import launch
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
-from lorafit.recipe import LoadedRecipe
+from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
+from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.training.inputs import RunInputs
 
 
@@ -30,7 +33,7 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
     is_whole = launch.sharding_asked_for() == "data parallel"
     device_map = {"": state.device} if state.device.type == "cuda" and is_whole else None
     if base is None:
-        base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+        base = _base(recipe, state=state, device_map=device_map)
     by_fsdp = launch.shards_by_fsdp(recipe.launch)
     config = lora_config(
         recipe.lora,
@@ -48,7 +51,7 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
             rows = data.train.select(range(start, min(start + size, len(data.train))))
             yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
 
-    return attach_adapter(
+    model = attach_adapter(
         base,
         config,
         init_method=recipe.lora.init_lora_weights,
@@ -58,3 +61,23 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
         batches=batches,
         base_directory=str(inputs.base_files.directory),
     )
+    hold_trained(model)
+    return model
+
+
+def _base(recipe: Recipe, *, state: PartialState, device_map: Any) -> PreTrainedModel:
+    """Loaded, or only built where the first process hands its weights on: the host then holds the base once.
+
+    transformers 5.23 reads the files in every process all the same, and accelerate drops what the others read
+    (`fsdp2_prepare_model`). Weights in 4 or 8 bits are not handed on, and code from the Hub is not known to others.
+    """
+
+    def load() -> PreTrainedModel:
+        return load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+
+    is_alone = state.num_processes == 1 or recipe.quantization is not None or recipe.model.trust_remote_code
+    if is_alone or not launch.first_hands_weights_on():
+        return load()
+    base = load() if state.is_main_process else None
+    (layout,) = broadcast_object_list([None if base is None else layout_of(base)])
+    return unread_base(layout) if base is None else base
