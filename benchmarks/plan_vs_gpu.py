@@ -25,10 +25,12 @@ from typing import TYPE_CHECKING, Any
 
 from made_with import made_with
 from own_process import NoAnswer, end_by_exception, output_of
+from transformers import LlamaConfig, PreTrainedConfig
+
+from lorafit.planning.known_shapes import architecture
+from lorafit.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from lorafit.planning.answer import Measurement
     from lorafit.planning.fake_step import Rows
     from lorafit.planning.gpus import Gpu
@@ -36,6 +38,10 @@ if TYPE_CHECKING:
 ALLOWED, ALLOWED_TIME = 0.05, 0.20
 LONGEST_SECONDS = 120
 """Of one process: imports, a model of random weights, three steps."""
+TINY = LlamaConfig(
+    vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=4096, dtype="bfloat16",
+)  # fmt: skip
 KINDS = {
     "lora": (),
     "peft's lora": ("speed.fused_lora=false",),
@@ -98,17 +104,7 @@ CASES = (
 
 def architecture_of(shape: str) -> PreTrainedConfig:
     """Of a shipped shape, or of `tiny`."""
-    if shape == "tiny":
-        from transformers import LlamaConfig
-
-        return LlamaConfig(
-            vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=4096, dtype="bfloat16",
-        )  # fmt: skip
-    from lorafit.planning.known_shapes import architecture
-    from lorafit.recipe.sections import ModelSection
-
-    return architecture(ModelSection(model_name_or_path=shape))
+    return TINY if shape == "tiny" else architecture(ModelSection(model_name_or_path=shape))
 
 
 def predicted(case: Case, config: PreTrainedConfig, gpu: Gpu | None) -> Prediction:
@@ -124,12 +120,12 @@ def predicted(case: Case, config: PreTrainedConfig, gpu: Gpu | None) -> Predicti
     return Prediction(step.peak.total, step.reserved, seconds)
 
 
-def measured(case: Case, config: PreTrainedConfig, *, on_cuda: bool) -> Measurement:
-    """From real ones."""
+def measured(case: Case, config: PreTrainedConfig, gpu: Gpu | None) -> Measurement:
+    """From real ones, on the GPU that is named."""
     from lorafit.planning.fake_step import Batch
     from lorafit.planning.real_step import RealRun
 
-    run = _built(RealRun, case, config, on_cuda=on_cuda, device="cuda" if on_cuda else "cpu")
+    run = _built(RealRun, case, config, on_cuda=gpu is not None, device="cpu" if gpu is None else "cuda")
     return run.measure(Batch(case.rows, case.size, case.length))
 
 
@@ -169,9 +165,7 @@ def answer_of(what: str, *, shape: str, case: Case | None, gpu: dict[str, Any] |
     if what == "device" or case is None:
         return asdict(device_of(this_machine()))
     config = architecture_of(shape)
-    if what == "predicted":
-        return asdict(predicted(case, config, Gpu(**gpu) if gpu else None))
-    return asdict(measured(case, config, on_cuda=gpu is not None))
+    return asdict((predicted if what == "predicted" else measured)(case, config, Gpu(**gpu) if gpu else None))
 
 
 def apart(
