@@ -65,6 +65,11 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]) if is_worker() else 1
 
 
+def name_processes_here() -> None:
+    """Say how many there are where the launcher did not: accelerate takes that for one on a CPU, and writes it down."""
+    os.environ.setdefault("LOCAL_WORLD_SIZE", str(processes_here()))
+
+
 def end_with_launcher() -> None:
     """This process ends when the one that started it does, however that ended (Linux)."""
     if sys.platform == "linux":
