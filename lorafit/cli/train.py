@@ -130,17 +130,17 @@ def train(
 
             say = speaker(quiet=quiet)
             place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address, say=say)
-            with without_collections():
-                quiet_libraries(debug=debug)
-                from lorafit.preflight import this_machine
-                from lorafit.training.several_machines import met_by_recipe
-            machine = this_machine()
             is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
-            with (
-                met_by_recipe(loaded, place, begin=begin, device=machine.device, gpus=machine.gpus, say=say) as link,
-                held(RunDir(loaded.output_dir()), say=say) if is_ours else nullcontext(),
-            ):
-                trained = _train(loaded, stop, begin=begin, quiet=quiet, place=place, link=link)
+            with held(RunDir(loaded.output_dir()), say=say) if is_ours else nullcontext():
+                with without_collections():
+                    quiet_libraries(debug=debug)
+                    from lorafit.preflight import this_machine
+                    from lorafit.training.several_machines import met_by_recipe
+                machine = this_machine()
+                with met_by_recipe(
+                    loaded, place, begin=begin, device=machine.device, gpus=machine.gpus, say=say
+                ) as link:
+                    trained = _train(loaded, stop, begin=begin, quiet=quiet, place=place, link=link)
             if trained is None or launch.rank() != 0:
                 return
             from lorafit.report.tables import train_table
