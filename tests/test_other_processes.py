@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.state import AcceleratorState
 from forked import EVALUATED, Child, base_model, recipe
 from runs import cache_of
 from transformers import TrainerCallback
@@ -49,6 +50,7 @@ def train_in(loaded: LoadedRecipe, count: int, *, begin: Any, crash_after: int =
             file.write(f"{line}\n")
 
     def work() -> None:
+        AcceleratorState._reset_state(reset_partial_state=True)  # of tests that ran before this was forked
         is_first = os.environ.get("RANK", "0") == "0"
         with suppress(Crash):
             run_training(
