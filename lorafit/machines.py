@@ -71,6 +71,8 @@ class Link:
         """Whether all machines know why the run does not begin."""
         self._on_lost: Callable[[], None] | None = None
         self._thread = threading.Thread(target=self._listen, daemon=True)
+        self._telling: threading.Thread | None = None
+        """Calls `_on_lost`."""
         for peer in peers:
             peer.connection.settimeout(BEAT_SECONDS)
 
@@ -147,8 +149,21 @@ class Link:
 
     def _stop(self) -> None:
         self._is_over.set()
-        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+        if threading.current_thread() is self._thread:
+            return
+        try:
+            self._end_threads()
+        except KeyboardInterrupt:
+            if self.lost is None:
+                raise
+            self._end_threads()  # it was the one that a lost machine sends, after its loss had been noticed here
+
+    def _end_threads(self) -> None:
+        if self._thread.is_alive():
             self._thread.join()
+        if self._telling is not None:
+            self._telling.join()
+            time.sleep(0)  # where an interrupt that it has sent is raised
 
     def _next(self, peer: Peer) -> dict[str, Any]:
         while True:
@@ -182,7 +197,8 @@ class Link:
                         silent = f"gives no sign of life any more ({SILENCE_SECONDS:.0f} s): dead or cut off"
                         self._is_lost(f"{peer} {silent}; {_AGAIN}")
         if self.lost is not None and self._on_lost is not None and not self._is_over.is_set():
-            threading.Thread(target=self._on_lost, daemon=True).start()
+            self._telling = threading.Thread(target=self._on_lost, daemon=True)
+            self._telling.start()
 
     def _read(self, peer: Peer) -> bool:
         """Whether there may be more."""

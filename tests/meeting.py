@@ -29,6 +29,7 @@ def main(given: dict[str, Any]) -> None:
                 again = [sys.executable, __file__, "again", link.handed_over()]
                 os.execv(sys.executable, again)
             case "killed":
+                time.sleep(0.5)  # when all have met
                 os._exit(9)
             case "silent":
                 link._is_over.set()  # no signs of life any more, the connection stays
