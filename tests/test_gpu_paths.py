@@ -13,6 +13,7 @@ from runs import cache_of, small_recipe
 from torch import nn
 from transformers import TrainerCallback
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import enable_tf32
 from trl import SFTConfig
 
@@ -68,16 +69,23 @@ def test_tf32_widens_the_tolerances_of_the_self_test(with_tf32: None, tmp_path: 
     assert tolerances(recipe, dtype=torch.float32, bf16=False) == tolerances(recipe, dtype=torch.float16, bf16=False)
 
 
+@pytest.mark.parametrize("verbosity", [transformers_logging.WARNING, transformers_logging.ERROR])
 def test_a_lack_of_memory_while_weights_are_quantised_is_not_called_damage(
-    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+    verbosity: int, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = transformers_logging.get_verbosity()
+
     def lacks_memory(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     monkeypatch.setattr(Bnb4bitQuantize, "convert", lacks_memory)
     section = ModelSection(model_name_or_path=str(tiny_base))
-    with pytest.raises(MachineError, match="does not fit") as caught:
-        load_base_model(section, QuantizationSection(load_in_4bit=True), dtype="auto", device_map=None)
+    transformers_logging.set_verbosity(verbosity)  # the command line keeps it quiet
+    try:
+        with pytest.raises(MachineError, match="does not fit") as caught:
+            load_base_model(section, QuantizationSection(load_in_4bit=True), dtype="auto", device_map=None)
+    finally:
+        transformers_logging.set_verbosity(before)
     assert "\x1b" not in str(caught.value)
 
 

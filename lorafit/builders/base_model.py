@@ -277,17 +277,21 @@ def _kept_load_report() -> Iterator[list[str]]:
     """The table of missing and unexpected tensors that transformers logs, kept from the log: it is said in one line."""
     reports: list[str] = []
 
+    library = logging.getLogger("transformers.modeling_utils")
+    level, shown_from = library.level, library.getEffectiveLevel()
+
     def is_other(record: logging.LogRecord) -> bool:
         text = record.getMessage()
         if "LOAD REPORT" in text:
             reports.append(text)
-        return "LOAD REPORT" not in text
+        return "LOAD REPORT" not in text and record.levelno >= shown_from
 
-    library = logging.getLogger("transformers.modeling_utils")
     library.addFilter(is_other)
+    library.setLevel(min(shown_from, logging.WARNING))  # of a library that is kept quiet the table is wanted, too
     try:
         yield reports
     finally:
+        library.setLevel(level)
         library.removeFilter(is_other)
 
 
