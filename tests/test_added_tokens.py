@@ -11,6 +11,7 @@ import pytest
 import torch
 from merge_cases import choose
 from peft import PeftModel
+from plan_probe import apart
 from random_adapters import merged
 from runs import cache_of, logits, small_recipe
 from tiny import build_base, byte_tokenizer, llama_config, write_jsonl
@@ -245,9 +246,10 @@ def test_a_plain_adapter_with_new_tokens_is_evaluated_with_them(tmp_path: Path) 
 def test_a_plan_counts_the_rows_of_added_tokens(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
     model = {"model_name_or_path": str(base)}
-    trained = [
-        FakeRun(loaded, config=architecture(loaded.recipe.model), bf16=False, checkpointing=False).trained_bytes
-        for tokens in ([], TOKENS)
-        for loaded in [small_recipe(tmp_path, base, model=model | {"add_tokens": tokens})]
-    ]
-    assert trained[1] - trained[0] == 2 * 2 * 64 * 4
+
+    def trained_bytes(tokens: list[str]) -> int:
+        loaded = small_recipe(tmp_path, base, model=model | {"add_tokens": tokens})
+        run = FakeRun(loaded, config=architecture(loaded.recipe.model), bf16=False, checkpointing=False)
+        return run.trained_bytes
+
+    assert apart(trained_bytes, TOKENS) - apart(trained_bytes, []) == 2 * 2 * 64 * 4
