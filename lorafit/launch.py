@@ -65,9 +65,9 @@ def processes_here() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ["WORLD_SIZE"]) if is_worker() else 1
 
 
-def name_processes_here() -> None:
-    """Say how many there are where the launcher did not: accelerate takes that for one on a CPU, and writes it down."""
-    os.environ.setdefault("LOCAL_WORLD_SIZE", str(processes_here()))
+def name_processes_here(count: int) -> None:
+    """Say how many there are: on a CPU accelerate writes down one where the launcher did not say."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(count)
 
 
 def end_with_launcher() -> None:

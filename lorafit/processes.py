@@ -88,8 +88,9 @@ def join_processes(loaded: LoadedRecipe, *, device: str, gpus: int) -> PartialSt
     timeout = {"timeout": timedelta(seconds=seconds)}
     if not launch.is_worker():
         return PartialState(cpu=device == "cpu")
-    launch.name_processes_here()
+    here = launch.processes_here()
     state = done_elsewhere(lambda: PartialState(cpu=device == "cpu", **timeout))
+    launch.name_processes_here(here)
     if state.device.type == "cuda" and state.device.index is not None:
         torch.cuda.set_device(state.device)  # which each thread has its own of
     _refuse_other_numbers(loaded, state, gpus=gpus)
