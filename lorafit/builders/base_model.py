@@ -287,7 +287,8 @@ def _kept_load_report() -> Iterator[list[str]]:
         return "LOAD REPORT" not in text and record.levelno >= shown_from
 
     library.addFilter(is_other)
-    library.setLevel(min(shown_from, logging.WARNING))  # of a library that is kept quiet the table is wanted, too
+    if shown_from > logging.WARNING:  # of a library that is kept quiet the table is wanted, too
+        library.setLevel(logging.INFO)
     try:
         yield reports
     finally:
