@@ -16,6 +16,7 @@ import torch
 import yaml
 from runs import cache_of
 from tiny import build_base, llama_config, sums, write_jsonl
+from transformers import TrainerCallback
 
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.training.resume import Begin
@@ -114,6 +115,21 @@ def recipe(directory: Path, base: Path, *, every: int | str = 2, **sections: Any
 def adapter_hash(loaded: LoadedRecipe) -> str:
     """Of the bytes of the final adapter."""
     return hashlib.sha256((loaded.output_dir() / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+class Crash(Exception):
+    """Nothing that anything in lorafit waits for."""
+
+
+class CrashAfter(TrainerCallback):
+    """Ends a run in the middle of a step."""
+
+    def __init__(self, step: int) -> None:
+        self._step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._step:
+            raise Crash
 
 
 class Child:

@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 from accelerate.state import AcceleratorState
-from forked import EVALUATED, Child, base_model, recipe
+from forked import EVALUATED, Child, Crash, CrashAfter, base_model, recipe
 from runs import cache_of
-from transformers import TrainerCallback
 
 from lorafit.errors import LorafitError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
@@ -21,19 +20,6 @@ from lorafit.run_dir import RunDir
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.resume import SEQUENCES, divided_anew, kept_keys, refuse_changes
 from lorafit.training.train import run_training
-
-
-class Crash(Exception):
-    """Nothing that anything in lorafit waits for."""
-
-
-class CrashAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._step:
-            raise Crash
 
 
 @pytest.fixture(scope="module")

@@ -12,9 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from forked import EVALUATED, adapter_hash, base_model, recipe
+from forked import EVALUATED, Crash, CrashAfter, adapter_hash, base_model, recipe
 from tiny import byte_tokenizer, sums, write_jsonl
-from transformers import TrainerCallback
 
 from lorafit.cli import _exit_code
 from lorafit.data import prepare
@@ -23,19 +22,6 @@ from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.fields import field_at, places, section_in
 from lorafit.training.resume import MAY_CHANGE, changes, kept_keys
 from lorafit.training.train import run_training, train
-
-
-class Crash(Exception):
-    """Nothing that anything in lorafit waits for."""
-
-
-class CrashAfter(TrainerCallback):
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self._step:
-            raise Crash
 
 
 def crash(loaded: LoadedRecipe, *, after: int) -> LoadedRecipe:
