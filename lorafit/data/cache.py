@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import discard, remove_abandoned, staged, write_file
+from lorafit.durable import discard, remove_abandoned, sha256_of, staged, write_file
 
 FORMAT = 2
 """Of an entry: another number finds none of the entries that were written in another way."""
@@ -39,7 +38,7 @@ def load(cache: Path, fingerprint: str) -> Entry | None:
         tables = {name: entry / f"{name}.arrow" for name in facts["tables"]}
         then, now = facts["tables"], {name: _identity(path) for name, path in tables.items()}
         touched = [name for name in tables if then[name]["identity"] != now[name]]
-        if all(_sha256(tables[name]) == then[name]["sha256"] for name in touched):
+        if all(sha256_of(tables[name]) == then[name]["sha256"] for name in touched):
             if touched:  # copied to another disk, for one
                 with suppress(OSError):
                     for name in touched:
@@ -71,7 +70,7 @@ def new_entry(cache: Path, fingerprint: str) -> Iterator[Path]:
 
 def seal(stage: Path, tables: Mapping[str, Path], *, audit: dict[str, Any], prompts: list[Any], tokens: str) -> None:
     """Write down what the finished tables of a new entry are."""
-    known = {name: {"sha256": _sha256(path), "identity": _identity(path)} for name, path in tables.items()}
+    known = {name: {"sha256": sha256_of(path), "identity": _identity(path)} for name, path in tables.items()}
     facts = {"tables": known, "audit": audit, "prompts": prompts, "tokens": tokens}
     (stage / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
 
@@ -80,8 +79,3 @@ def _identity(path: Path) -> list[int]:
     """Changes whenever the file is written to: nobody can set the last of the times back."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

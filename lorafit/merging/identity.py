@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
 from lorafit.builders.model_files import BaseModelFiles
-from lorafit.durable import read_regular
+from lorafit.durable import read_regular, sha256_of
 from lorafit.errors import AdapterError, ModelError, Problem
 from lorafit.json_text import parsed
 from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter
@@ -74,15 +72,10 @@ def _edited_since(adapter: Adapter, hashes: Mapping[str, str]) -> Iterator[Probl
     """By the hashes of training. Only what makes the model: tokenizer and model card may have been improved since."""
     for name in (CONFIG, WEIGHTS):
         path = adapter.directory / name
-        if hashes.get(name) != _hash(path):
+        if hashes.get(name) != sha256_of(path):
             yield Problem(
                 str(path), "was changed after training (its hash is not the one in manifest.json): restore it"
             )
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _broken_tensors(adapter: Adapter, *, may_be_zero: bool) -> Iterator[Problem]:
@@ -142,7 +135,7 @@ def _refuse_merged_already(adapter: Adapter, base_files: BaseModelFiles) -> None
         merged = parsed(report.read_text(encoding="utf-8")).get("adapter_sha256") if report.is_file() else None
     except (ValueError, AttributeError):
         return
-    if merged == _hash(adapter.weights):
+    if merged == sha256_of(adapter.weights):
         message = "this adapter is merged into it already; merge into the base it was trained on"
         raise ModelError(message, where=str(base_files.directory))
 

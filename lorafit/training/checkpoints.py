@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import discard, flush, write_file
+from lorafit.durable import discard, flush, sha256_of, write_file
 from lorafit.json_text import parsed
 
 SEAL = "checkpoint.json"
@@ -80,12 +80,7 @@ def _flushed_hashes(files: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _flushed_hash(path: Path) -> dict[str, Any]:
     flush(path)
-    return {"bytes": path.stat().st_size, "sha256": _file_hash(path)}
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def _hash_of(body: dict[str, Any]) -> str:
@@ -101,7 +96,7 @@ def verified(path: Path) -> Checkpoint:
             raise Damaged(f"{name} is missing")
         if file.stat().st_size != sealed["bytes"]:
             raise Damaged(f"{name} has {file.stat().st_size:,} bytes, {sealed['bytes']:,} were committed")
-        if _file_hash(file) != sealed["sha256"]:
+        if sha256_of(file) != sealed["sha256"]:
             raise Damaged(f"{name} is not what was committed (SHA-256 differs)")
     return Checkpoint(path, body["step"], body["best_step"], body["seconds"], body["facts"])
 
