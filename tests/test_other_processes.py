@@ -48,7 +48,7 @@ def train_in(loaded: LoadedRecipe, count: int, *, begin: Any, crash_after: int =
             )
 
     port = str(20000 + os.getpid() % 20000)
-    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     children = [
         Child(
             work,
