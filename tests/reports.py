@@ -13,7 +13,7 @@ from lorafit.data.audit import Audit, side_audit
 from lorafit.data.findings import Findings
 from lorafit.evaluation.intervals import Interval
 from lorafit.evaluation.result import Comparison, Difference, EvalResult
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.result import LearningRate, ModuleSpectrum, RankRow, Spectra, SweepResult
 
 RECIPE = """output_dir: null

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.durable import discard
+from lorafit.storage.stage import discard
 from lorafit.training import checkpoints
 from lorafit.training.checkpoints import Damaged, commit, newest_verified, path_of, quarantine, rotate, verified
 

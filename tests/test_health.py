@@ -21,7 +21,7 @@ from transformers import TrainerControl, TrainerState
 from lorafit.cli import _exit_code
 from lorafit.errors import HealthStop
 from lorafit.recipe.sections import HealthSection
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training import model as model_module
 from lorafit.training import train as train_module
 from lorafit.training.health.watch import HealthWatch

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from lorafit.cli import _exit_code
-from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, RunDirError
 from lorafit.merging import adapter_files
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.report.page.contents import read_contents
-from lorafit.run_dir import RunDir
+from lorafit.storage.files import read_regular
+from lorafit.storage.run_dir import RunDir
 from recipes import SMALLEST, written
 
 WHOLE = b'{"step": 1, "kind": "selftest", "message": "passed"}'
@@ -123,7 +123,7 @@ def test_the_home_directory_is_found_where_no_shell_has_done_it(
 
 
 def test_an_output_dir_that_cannot_be_made_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from lorafit.run_lock import RunLock
+    from lorafit.storage.run_lock import RunLock
 
     with pytest.raises(RunDirError, match=r"cannot be made|not writable"):
         RunLock(RunDir(Path("/proc/x/y"))).take()

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.errors import AdapterError, DiskError, ModelError, RecipeError, RunDirError
 from lorafit.merging import merge as merge_module
-from lorafit.merging import stage as stage_module
+from lorafit.merging import out_directory
 from lorafit.merging import write as write_module
 from lorafit.merging.merge import bytes_of
 
@@ -245,7 +245,7 @@ def test_a_directory_without_an_adapter_is_refused(tmp_path: Path) -> None:
 def test_too_little_room_is_refused_before_anything_is_written(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module.shutil, "disk_usage", lambda path: _Usage())
+    monkeypatch.setattr(out_directory.shutil, "disk_usage", lambda path: _Usage())
     with pytest.raises(DiskError, match=r"needs 33,\d+,\d+ bytes, 1,000 are free"):
         merged(adapter, tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
@@ -278,7 +278,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
 def test_a_real_disk_that_fills_up_leaves_nothing(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage_module, "_refuse_full", lambda parent, needed: None)
+    monkeypatch.setattr(out_directory, "_refuse_full", lambda parent, needed: None)
     small = tmp_path / "small"
     small.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(small)]

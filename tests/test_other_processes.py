@@ -16,7 +16,7 @@ from runs import cache_of
 
 from lorafit.errors import LorafitError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.resume import SEQUENCES, divided_anew, kept_keys, refuse_changes
 from lorafit.training.train import run_training

@@ -28,7 +28,7 @@ from lorafit.report.page import write as write_module
 from lorafit.report.page.contents import Examples, read_contents
 from lorafit.report.page.html import element, page
 from lorafit.report.page.write import MOST_BYTES, report_page, write_report
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 
 UNITS = {"": 1.0, "%": 0.01, "GiB": 2**30, "MB": 1e6, "s": 1.0, "min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "G": 1e9}
 QUOTED = {"h1", "pre", "code", "time", "title", "desc", "style"}

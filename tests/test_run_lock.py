@@ -21,14 +21,14 @@ import yaml
 from tiny import sums, write_jsonl
 
 from lorafit.errors import RunDirError
-from lorafit.run_dir import RunDir
-from lorafit.run_lock import SILENCE_SECONDS, RunLock
+from lorafit.storage.run_dir import RunDir
+from lorafit.storage.run_lock import SILENCE_SECONDS, RunLock
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from lorafit.run_dir import RunDir
-from lorafit.run_lock import RunLock
+from lorafit.storage.run_dir import RunDir
+from lorafit.storage.run_lock import RunLock
 if "--again" not in sys.argv:
     before = RunLock(RunDir(Path(sys.argv[1]))).take()
     print(f"took over from {before}" if before else "held", flush=True)
@@ -181,7 +181,7 @@ def test_a_lock_of_another_machine_holds_until_it_is_silent(tmp_path: Path) -> N
 
 
 def test_a_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.run_lock.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("lorafit.storage.run_lock.SILENCE_SECONDS", 0.3)
     run = RunDir(tmp_path / "run")
     lock = RunLock(run)
     lock.take()

@@ -26,8 +26,8 @@ from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import RankSweepSection
-from lorafit.run_dir import RunDir
 from lorafit.stopping import StopRequest
+from lorafit.storage.run_dir import RunDir
 from lorafit.sweep import sweep as sweeps
 from lorafit.sweep import trial as trials
 from lorafit.sweep.pieces import seeds_of

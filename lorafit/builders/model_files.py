@@ -12,9 +12,9 @@ from lorafit.builders.hub_snapshot import cached_snapshot, hub_snapshot
 from lorafit.builders.modules import Modules
 from lorafit.builders.weight_files import FLOATS, INDEX, TensorInfo, fingerprint, is_lfs_pointer, shard_names
 from lorafit.errors import ModelError, Problem
-from lorafit.json_text import parsed
 from lorafit.recipe.paths import looks_local
 from lorafit.recipe.sections import DataSection, ModelSection, QuantizationSection
+from lorafit.storage.json_text import parsed
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model"),

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import ModelError, Problem
-from lorafit.json_text import parsed
+from lorafit.storage.json_text import parsed
 
 ITEM_BITS = {
     **dict.fromkeys(("F64", "I64", "U64", "C64"), 64),

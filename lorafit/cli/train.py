@@ -125,8 +125,8 @@ def train(
             tested = self_test_only(loaded, say=speaker(quiet=quiet), cache_dir=cache_directory())
             result, text = tested.result(), selftest_table(tested)
         else:
-            from lorafit.run_dir import RunDir
-            from lorafit.run_lock import held
+            from lorafit.storage.run_dir import RunDir
+            from lorafit.storage.run_lock import held
 
             say = speaker(quiet=quiet)
             place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address, say=say)
@@ -266,7 +266,7 @@ def _progress(say: "Say", *, quiet: bool) -> "Progress | None":
 
 def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:
     """Whether a run that is to go on has come to its end: no processes are needed to say so."""
-    from lorafit.run_dir import RunDir
+    from lorafit.storage.run_dir import RunDir
     from lorafit.training.resume import finished_manifest
 
     return begin != "new" and finished_manifest(loaded, RunDir(loaded.output_dir())) is not None
@@ -285,8 +285,8 @@ def processes(
 
     requests = PassOn()
     requests.listen()
-    from lorafit.run_dir import RunDir
-    from lorafit.run_lock import held
+    from lorafit.storage.run_dir import RunDir
+    from lorafit.storage.run_lock import held
 
     with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)), _linked(link) as others:
         from lorafit.processes import run_processes

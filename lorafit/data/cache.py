@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import discard, remove_abandoned, sha256_of, staged, write_file
+from lorafit.storage.files import sha256_of, write_file
+from lorafit.storage.stage import discard, remove_abandoned, staged
 
 FORMAT = 2
 """Of an entry: another number finds none of the entries that were written in another way."""

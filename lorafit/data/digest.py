@@ -23,8 +23,8 @@ from lorafit.data.formats import Shaper
 from lorafit.data.hub import HubTables
 from lorafit.data.listing import Listed
 from lorafit.data.streams import CHUNK
-from lorafit.durable import write_file
 from lorafit.recipe.sections import DataSection
+from lorafit.storage.files import write_file
 
 DATE = "date that the chat template writes"
 TOKENS = "tokens of the rows"

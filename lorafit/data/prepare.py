@@ -34,10 +34,10 @@ from lorafit.data.remote import Downloads
 from lorafit.data.render import Renderer
 from lorafit.data.scan import CHANGED, scan
 from lorafit.data.tokens import Limits, TextTokenizer
-from lorafit.durable import remove_abandoned, stage_beside
 from lorafit.errors import DataError, DiskError
 from lorafit.recipe.sections import DataSection
 from lorafit.stopping import ends_clean
+from lorafit.storage.stage import remove_abandoned, stage_beside
 
 logger = logging.getLogger(__name__)
 

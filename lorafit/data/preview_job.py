@@ -16,7 +16,7 @@ from lorafit.data.preview import prepared_preview
 from lorafit.errors import LorafitError
 from lorafit.preflight import cache_directory
 from lorafit.recipe import load
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 
 
 def main(run: RunDir, rows: int) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 from lorafit.doctor.examine import Diagnosis
 from lorafit.doctor.scrub import scrubbed
 from lorafit.errors import RecipeError, RunDirError
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 
 MOST_BYTES = 5_000_000
 """Of one file: of a longer one the end, which is where it went wrong."""

@@ -18,7 +18,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.builders.positions import positions
-from lorafit.durable import read_regular, write_file
 from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
 from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.harness import Harness
@@ -31,6 +30,7 @@ from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.evaluation.subject import Subject, read_subject
 from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
+from lorafit.storage.files import read_regular, write_file
 
 Say = Callable[[str], None]
 RESULT = "eval.json"

@@ -19,7 +19,6 @@ from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.data.familiar import familiar_mapping, first_row
 from lorafit.errors import ModelError, RecipeError, RunDirError
-from lorafit.json_text import parsed
 from lorafit.merging.adapted_model import refuse_misfit
 from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import REPORT, refuse_wrong_base
@@ -29,6 +28,7 @@ from lorafit.recipe.paths import looks_local
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.sections import ModelSection, Source
 from lorafit.recipe.write import dump
+from lorafit.storage.json_text import parsed
 
 Say = Callable[[str], None]
 

@@ -9,13 +9,13 @@ from typing import Any
 
 from lorafit.builders.model_files import is_on_hub
 from lorafit.builders.weight_files import TensorInfo, tensors_in
-from lorafit.durable import read_regular
 from lorafit.errors import AdapterError, ModelError, Problem, RunDirError
-from lorafit.json_text import parsed
 from lorafit.merging.adapter_claims import names_problem, settings_problems
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import ModelSection
-from lorafit.run_dir import RunDir
+from lorafit.storage.files import read_regular
+from lorafit.storage.json_text import parsed
+from lorafit.storage.run_dir import RunDir
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -25,9 +25,9 @@ from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter, read_adapter
 from lorafit.merging.held_out import HeldOutLoss, held_out_losses
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
+from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.overlap import Overlap, overlaps
 from lorafit.merging.settings_files import copy_tokenizer
-from lorafit.merging.stage import refuse_existing, staged
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that add A to A and B to B: approximations of the sum of the updates, for adapters of one rank."""
@@ -100,7 +100,7 @@ def combine(
     base_files = _one_base(inputs, say=say)
     _refuse_adapters(inputs, base_files, method=method)
     needed = sum(adapter.total_bytes for adapter in inputs.values())
-    with staged(out, needed=needed) as stage:
+    with out_directory(out, needed=needed) as stage:
         model = _loaded(inputs, base_files)
         _settle_configs(model, inputs)
         new_rank = _add(model, weights, method=method, density=density, rank=rank, seed=seed)

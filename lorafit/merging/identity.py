@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 
 from lorafit.builders.model_files import BaseModelFiles
-from lorafit.durable import read_regular, sha256_of
 from lorafit.errors import AdapterError, ModelError, Problem
-from lorafit.json_text import parsed
 from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter
+from lorafit.storage.files import read_regular, sha256_of
+from lorafit.storage.json_text import parsed
 
 REPORT = "merge_report.json"
 """What a merge leaves beside the model it made; by it a merged model is known."""

@@ -22,6 +22,7 @@ from lorafit.builders.model_files import (
 from lorafit.errors import ModelError, Problem, RecipeError
 from lorafit.merging.adapter_files import Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import refuse_wrong_base
+from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.peft_merge import merge_with_peft
 from lorafit.merging.plan import plan_merge
 from lorafit.merging.prompts import prompts_for
@@ -32,7 +33,6 @@ from lorafit.merging.quantized_base import (
     wanted_base,
 )
 from lorafit.merging.settings_files import write_settings
-from lorafit.merging.stage import refuse_existing, staged
 from lorafit.merging.verify import verification_device
 from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write import Progress, write_merged
@@ -100,7 +100,7 @@ def merge(
     compares = quantization is not None and (verify or onto == "auto")
     prompts = prompts_for(adapter, original, base=base, cache_dir=cache_dir) if verify or compares else None
     makes_base = compares or onto == "dequantized"
-    with staged(target, needed=plan.total_bytes + makes_base * base_files.total_bytes) as stage:
+    with out_directory(target, needed=plan.total_bytes + makes_base * base_files.total_bytes) as stage:
         bases: tuple[BaseDifference, ...] = ()
         if makes_base:
             bases, onto, base_files = settle_base(

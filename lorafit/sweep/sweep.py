@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import write_file
 from lorafit.errors import DataError, HealthStop, Problem, RecipeError, StopRequested
 from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
-from lorafit.run_dir import RunDir
 from lorafit.stopping import StopRequest
+from lorafit.storage.files import write_file
+from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.largest import cut_to_smaller_ranks
 from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
 from lorafit.sweep.result import SweepResult

@@ -18,12 +18,12 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerControl, Train
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
-from lorafit.durable import write_file
 from lorafit.errors import HealthStop, RecipeError
 from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.run_dir import RunDir
 from lorafit.stopping import StopRequest
+from lorafit.storage.files import write_file
+from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import peak_memory_bytes

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from lorafit.durable import write_file
 from lorafit.recipe import LoadedRecipe
+from lorafit.storage.files import write_file
 from lorafit.sweep.largest import SPECTRUM, write_cut_run
 from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
 from lorafit.sweep.result import ModuleSpectrum, RankRow, Spectra, SweepResult

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lorafit.durable import write_file
+from lorafit.storage.files import write_file
 
 _METRIC_NAMES = {"learning_rate": "lr", "num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 _KEPT = ("loss", "grad_norm", "epoch", "eval_loss", "eval_tokens", "entropy")

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import discard, flush, sha256_of, write_file
-from lorafit.json_text import parsed
+from lorafit.storage.files import flush, sha256_of, write_file
+from lorafit.storage.json_text import parsed
+from lorafit.storage.stage import discard
 
 SEAL = "checkpoint.json"
 """Written last: the hash and size of each file, and what the run was."""

@@ -22,9 +22,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from lorafit.builders.adapter_trainer import AdapterTrainer
-from lorafit.durable import stage_beside
 from lorafit.errors import RunDirError
 from lorafit.processes import DATA_PARALLEL
+from lorafit.storage.stage import stage_beside
 from lorafit.training import checkpoints, rank_allocation
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.save import WEIGHTS, give_usual_permissions

@@ -25,7 +25,7 @@ from lorafit.errors import DiskError
 from lorafit.planning.empty_base import empty_base
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import LoadedRecipe
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.checkpoints import KEPT_AT_LEAST
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

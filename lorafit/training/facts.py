@@ -23,7 +23,7 @@ from lorafit.preflight import Machine
 from lorafit.processes import distribution
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import TrainingSection
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.checks import Before
 from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.inputs import RunInputs

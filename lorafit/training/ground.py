@@ -24,7 +24,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.advice import advise
 from lorafit.recipe.arithmetic import total_steps
 from lorafit.recipe.rules.run import too_long_for
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say, say_data
 from lorafit.training.disk import Space, refuse_too_little_space, space_needed
 from lorafit.training.facts import kept_facts

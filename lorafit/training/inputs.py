@@ -20,7 +20,7 @@ from lorafit.errors import AdapterError, ModelError, RecipeError
 from lorafit.imports import imported_meanwhile
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.resume import Begin, Departure, departure
 
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorafit.data.digest import DATE, TOKENS
-from lorafit.durable import read_regular, remove_abandoned
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.load import load
-from lorafit.run_dir import RunDir
+from lorafit.storage.files import read_regular
+from lorafit.storage.run_dir import RunDir
+from lorafit.storage.stage import remove_abandoned
 from lorafit.training.checkpoints import Checkpoint, newest_verified, quarantine
 
 Begin = Literal["new", "resume", "restart"]

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.model_files import GENERATION, BaseModelFiles, read_json
-from lorafit.durable import staged
 from lorafit.errors import VerificationError
+from lorafit.storage.stage import staged
 from lorafit.training.checkpoints import QUARANTINE, quarantine
 
 WEIGHTS = "adapter_model.safetensors"

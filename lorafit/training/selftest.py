@@ -24,9 +24,9 @@ from accelerate import PartialState
 from peft import PeftModel
 
 from lorafit import __version__
-from lorafit.durable import write_file
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.storage.files import write_file
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.selftest_bench import Bench, Check, switch_off_noise, wake_adapter

@@ -20,9 +20,9 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from lorafit.builders.sft_config import sft_config
 from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.run_dir import RunDir
 from lorafit.speed import varlen_attention
 from lorafit.stopping import StopRequest
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs
 from lorafit.training.trainer import LoraTrainer

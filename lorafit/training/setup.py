@@ -21,9 +21,9 @@ from lorafit.processes import refuse_other_distribution
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
-from lorafit.run_dir import RunDir
 from lorafit.speed.levers import Levers, speed_up
 from lorafit.stopping import StopRequest
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say, say_adapter, say_steps
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
 from lorafit.training.checks import refuse_wrong_trainable_set

@@ -18,7 +18,7 @@ from lorafit.machines import Link, met
 from lorafit.placement import Place
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.run import zero_needs_a_shared_disk
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.inputs import RunInputs
 from lorafit.training.resume import Begin, Departure, changes, kept_keys
 

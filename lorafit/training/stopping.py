@@ -13,8 +13,8 @@ from transformers.trainer_callback import DefaultFlowCallback
 
 from lorafit import launch
 from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
-from lorafit.run_dir import RunDir
 from lorafit.stopping import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.committing_trainer import CommittingTrainer
 from lorafit.training.disk import full_disk_is_said
 

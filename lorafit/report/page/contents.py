@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import read_regular
 from lorafit.errors import Problem, RunDirError
-from lorafit.run_dir import RunDir
+from lorafit.storage.files import read_regular
+from lorafit.storage.run_dir import RunDir
 
 MERGE_REPORT = "merge_report.json"
 """As `merging/` names it, beside the weights of a merged model."""

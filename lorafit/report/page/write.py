@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from lorafit.durable import write_file
 from lorafit.errors import RunDirError
 from lorafit.report.page import run, sweep
 from lorafit.report.page.contents import Contents, Examples, read_contents, read_examples
@@ -13,6 +12,7 @@ from lorafit.report.page.evaluation import evaluation
 from lorafit.report.page.html import Html, element, page, section
 from lorafit.report.page.images import can_write_png, plot_files
 from lorafit.report.page.plot import Plot
+from lorafit.storage.files import write_file
 
 MOST_BYTES = 2_000_000
 MOST_RECIPE = 60_000

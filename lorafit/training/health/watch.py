@@ -17,7 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafit.errors import HealthStop, VerificationError
 from lorafit.recipe import Recipe
-from lorafit.run_dir import RunDir
+from lorafit.storage.run_dir import RunDir
 from lorafit.training.health.causes import Setting
 from lorafit.training.health.history import WINDOW, Evaluation, History, Point
 from lorafit.training.health.rules import RULES, Finding, Movement, Weights, not_finite, zero_b

@@ -1,4 +1,4 @@
-"""How bytes reach the disk: files and directories that are whole or not there, also after the machine loses power.
+"""Directories that are whole or not there, also after the machine loses power.
 
 What is being made, or thrown away, lies in a stage: a directory beside its target with a name drawn at random and a
 marker in it, locked as long as the process that made it lives. Only what is in a stage is ever removed, by its maker
@@ -9,53 +9,21 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import secrets
 import shutil
 import socket
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lorafit.json_text import parsed
+from lorafit.storage.files import STAGE_SUFFIX, flush
+from lorafit.storage.json_text import parsed
 
-STAGE_SUFFIX = ".lorafit-stage"
 MARKER = "made-by-lorafit.json"
 NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 """What file systems without locks answer (Lustre mounted so, some FUSE)."""
-
-
-def flush(path: Path) -> None:
-    """Bring what was written to a file, or the names in a directory, from memory to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex digest of a file, read a piece at a time."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_file(path: Path, content: str | bytes) -> None:
-    """`content` in `path`: whoever reads it, after whatever happened, sees what was there before or all of it."""
-    stage = path.with_name(f".{path.name}.{secrets.token_hex(8)}{STAGE_SUFFIX}")
-    try:
-        with stage.open("xb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        stage.replace(path)
-    except BaseException:  # a full disk, a request to stop
-        stage.unlink(missing_ok=True)
-        raise
-    flush(path.parent)
 
 
 @contextmanager
@@ -155,10 +123,3 @@ def _remove(stage: Path) -> None:
         if {path.name for path in stage.iterdir()} <= {MARKER}:  # else a network disk still holds a file of it
             (stage / MARKER).unlink(missing_ok=True)
             stage.rmdir()
-
-
-def read_regular(path: Path) -> bytes:
-    """What a file holds. Raises OSError, also for what is no file: reading a pipe would wait forever."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise OSError(errno.EINVAL, "it is a directory, a pipe or a device, not a file", str(path))
-    return path.read_bytes()

@@ -22,10 +22,10 @@ from pathlib import Path
 import psutil
 
 from lorafit import launch
-from lorafit.durable import NOT_LOCKABLE
 from lorafit.errors import RunDirError
-from lorafit.json_text import parsed
-from lorafit.run_dir import RunDir
+from lorafit.storage.json_text import parsed
+from lorafit.storage.run_dir import RunDir
+from lorafit.storage.stage import NOT_LOCKABLE
 
 SILENCE_SECONDS = 120.0
 """A holder on another machine that has not touched its lock for so long is gone."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
@@ -11,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from lorafit import durable
-from lorafit.durable import MARKER, STAGE_SUFFIX, discard, remove_abandoned, stage_beside, staged, write_file
-from lorafit.run_dir import RunDir
-from lorafit.run_lock import RunLock
+from lorafit.storage.files import STAGE_SUFFIX, write_file
+from lorafit.storage.run_dir import RunDir
+from lorafit.storage.run_lock import RunLock
+from lorafit.storage.stage import MARKER, NOT_LOCKABLE, discard, remove_abandoned, stage_beside, staged
 from lorafit.training.checkpoints import SEAL, commit, remove_committed, rotate
 
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from lorafit.durable import staged
+from lorafit.storage.stage import staged
 with staged(Path(sys.argv[1])) as made:
     (made / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)
@@ -85,9 +86,9 @@ def test_where_no_lock_can_tell_nothing_is_removed(tmp_path: Path, monkeypatch: 
     stage = killed_at_work(tmp_path / "out")
 
     def not_there(*_: int) -> None:
-        raise OSError(durable.NOT_LOCKABLE[0], "No locks available")
+        raise OSError(NOT_LOCKABLE[0], "No locks available")
 
-    monkeypatch.setattr(durable.fcntl, "flock", not_there)
+    monkeypatch.setattr(fcntl, "flock", not_there)
     remove_abandoned(tmp_path)
     assert stage.is_dir()
     with staged(tmp_path / "other"):

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lorafit.durable import flush, read_regular, write_file
 from lorafit.errors import RunDirError
+from lorafit.storage.files import flush, read_regular, write_file
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorafit import durable
 from lorafit.errors import DiskError, RunDirError
+from lorafit.storage.stage import remove_abandoned, staged
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SMALL_FILES = 32 << 20
@@ -18,7 +18,7 @@ SMALL_FILES = 32 << 20
 
 
 @contextmanager
-def staged(target: Path, *, needed: int) -> Iterator[Path]:
+def out_directory(target: Path, *, needed: int) -> Iterator[Path]:
     """A directory that becomes `target` when the block ends, and is gone when the block raises.
 
     `needed` is the bytes of the weights that will be written. Raises RunDirError when `target` exists, DiskError when
@@ -28,9 +28,9 @@ def staged(target: Path, *, needed: int) -> Iterator[Path]:
     refuse_existing(target)
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        durable.remove_abandoned(parent)
+        remove_abandoned(parent)
         _refuse_full(parent, needed)
-        with durable.staged(target) as stage:
+        with staged(target) as stage:
             yield stage
             refuse_existing(target)  # another process may have been faster
     except OSError as error:
