@@ -150,7 +150,7 @@ def _built(kind: type[Any], case: Case, config: PreTrainedConfig, *, on_cuda: bo
 def answer_of(what: str, *, shape: str, case: Case | None, gpu: dict[str, Any] | None) -> Any:
     """What the process that was started for it finds: the GPU here, a prediction, or a measurement."""
     warnings.filterwarnings("ignore")
-    from lorafit import launch
+    from lorafit.launching import launch
 
     launch.use_expandable_segments()  # as every command of lorafit
     import datasets

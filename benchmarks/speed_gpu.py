@@ -141,7 +141,7 @@ def with_trl(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
 
 def with_lorafit(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
     """The same as a recipe; what is not written here is lorafit's default."""
-    from lorafit import launch
+    from lorafit.launching import launch
 
     launch.use_expandable_segments()  # as every command of lorafit
     said: list[str] = []

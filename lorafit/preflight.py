@@ -13,7 +13,7 @@ from huggingface_hub.constants import HF_HOME
 from transformers.utils import is_torch_tf32_available
 
 from lorafit.errors import MachineError, Problem
-from lorafit.launch import is_worker
+from lorafit.launching.launch import is_worker
 from lorafit.packages import COMPILER_MEND, missing_compiler, missing_packages
 from lorafit.precision import computes_bfloat16, cpu_computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe

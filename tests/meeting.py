@@ -8,10 +8,10 @@ import sys
 import time
 from typing import Any
 
-from lorafit import machines
 from lorafit.errors import LorafitError, StopRequested
-from lorafit.machines import met, taken_over
-from lorafit.placement import Place
+from lorafit.launching import machines
+from lorafit.launching.machines import met, taken_over
+from lorafit.launching.placement import Place
 
 
 def differences(first: Any, here: Any) -> list[str]:

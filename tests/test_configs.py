@@ -11,7 +11,7 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_multi_gpu_env
 
-from lorafit import launch
+from lorafit.launching import launch
 from lorafit.recipe.paths import STRATEGIES
 
 CONFIGS = Path(__file__).parents[1] / "configs"

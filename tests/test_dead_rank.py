@@ -16,7 +16,7 @@ import pytest
 from commands import command, finished
 from runs import small_recipe
 
-from lorafit import launch
+from lorafit.launching import launch
 from lorafit.training.checkpoints import newest_verified
 
 SHARED = {"training": {"max_steps": 10**6, "per_device_train_batch_size": 2}, "launch": {"num_processes": 2}}
@@ -151,7 +151,7 @@ def test_a_request_at_any_time_of_the_start_ends_all(seconds: float, tmp_path: P
 FAILS = """
 import sys
 import lorafit.cli
-from lorafit import launch
+from lorafit.launching import launch
 from lorafit.errors import DataError
 from lorafit.training.trainer import LoraTrainer
 step = LoraTrainer.training_step

@@ -23,7 +23,7 @@ time.sleep(60)
 PARENT = """
 import pathlib, sys, tempfile
 from lorafit.merging.fresh_process import run_process
-from lorafit.stopping import ends_clean
+from lorafit.launching.signals import ends_clean
 with ends_clean(), tempfile.TemporaryDirectory(dir=sys.argv[1]):
     run_process("sleeper", pathlib.Path(sys.argv[2]), what="", where=pathlib.Path())
 """

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from runs import small_recipe
 
-from lorafit import cli, launch
+from lorafit import cli
 from lorafit.errors import MachineError
-from lorafit.placement import Place
+from lorafit.launching import launch
+from lorafit.launching.placement import Place
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import LaunchSection
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from lorafit import cli
-from lorafit.launch_file import launch_file
+from lorafit.launching.launch_file import launch_file
 from lorafit.recipe import load
 
 RECIPE = """

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from commands import ENVIRONMENT
 
-from lorafit.launch import free_port
+from lorafit.launching.launch import free_port
 
 MEETING = Path(__file__).with_name("meeting.py")
 NAME = socket.gethostname()

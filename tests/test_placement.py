@@ -11,9 +11,9 @@ import pytest
 from commands import command, finished
 from runs import small_recipe
 
-from lorafit import launch, placement
 from lorafit.errors import MachineError
-from lorafit.placement import Place
+from lorafit.launching import launch, placement
+from lorafit.launching.placement import Place
 
 MEETING = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "23456"}
 PODS = {

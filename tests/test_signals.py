@@ -13,7 +13,7 @@ from commands import Command, Starter
 from runs import small_recipe
 from tiny import sums, write_jsonl
 
-from lorafit.stopping import REQUESTS
+from lorafit.launching.signals import REQUESTS
 from lorafit.training.checkpoints import newest_verified
 
 ENDLESS = {"max_steps": 10**6}
@@ -241,7 +241,7 @@ def test_a_request_while_others_are_started_reaches_them_or_ends_the_start(
         tmp_path,
         tiny_base,
         launch={"num_processes": 2},
-        pause="lorafit.launch:replace_this_process",
+        pause="lorafit.launching.launch:replace_this_process",
         seconds=0.5,
     )
     command.paused()

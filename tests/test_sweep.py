@@ -21,12 +21,12 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.errors import DataError, LorafitError, MachineError, RecipeError, RunDirError, StopRequested
 from lorafit.evaluation.sequences import sequence_losses
+from lorafit.launching.signals import StopRequest
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import RankSweepSection
-from lorafit.stopping import StopRequest
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep import sweep as sweeps
 from lorafit.sweep import trial as trials

@@ -13,7 +13,7 @@ from runs import run, small_recipe
 from safetensors.torch import load_file
 from together import SPREAD, SPREAD_QLORA, VARIANTS, lora_model, step_by_hand
 
-from lorafit import launch
+from lorafit.launching import launch
 
 TESTS = Path(__file__).parent
 CLOSE = {"rtol": 0, "atol": 2e-6}

@@ -12,8 +12,8 @@ from together import lora_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lorafit import launch
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
+from lorafit.launching import launch
 from lorafit.training.checks import remember
 
 

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import typer
 
-from lorafit import launch
 from lorafit.cli.app import app
 from lorafit.errors import DiskError, HealthStop, LorafitError, RecipeError, StopRequested
+from lorafit.launching import launch
+from lorafit.launching.signals import ends_clean
 from lorafit.report.inert import inert
-from lorafit.stopping import ends_clean
 
 # Each adds its commands, which `lorafit --help` lists in this order.
 # isort: off
@@ -100,7 +100,7 @@ def main() -> None:
         sys.exit(_exit_code(sys.argv[1:]))
     except Exception:
         if launch.is_worker():
-            from lorafit.stopping import ENDED_WITH_ANOTHER, has_lost_another
+            from lorafit.launching.signals import ENDED_WITH_ANOTHER, has_lost_another
 
             # One that fails only because another did says nothing.
             if has_lost_another(within_seconds=2) or not launch.is_first_to_fail():

@@ -10,10 +10,10 @@ from typing import Annotated
 
 import typer
 
-from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import StopRequested
 from lorafit.imports import without_collections
+from lorafit.launching import launch
 
 
 @app.command()
@@ -42,8 +42,8 @@ def rank_sweep(
     debug: Debug = False,
 ) -> None:
     """The smallest rank that is as good as the largest. The same command goes on with a sweep that was stopped."""
+    from lorafit.launching.signals import StopRequest
     from lorafit.recipe import load
-    from lorafit.stopping import StopRequest
 
     def new_stop() -> StopRequest:
         stop = StopRequest(resume_command=shlex.join(["lorafit", *sys.argv[1:]]), is_announced=not quiet)

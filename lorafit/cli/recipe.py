@@ -158,7 +158,7 @@ def launch_file(
     set_: Overrides = None,
 ) -> None:
     """Print the file that trains a recipe on several machines: a batch script, a job, a task."""
-    from lorafit.launch_file import launch_file as text_of
+    from lorafit.launching.launch_file import launch_file as text_of
     from lorafit.recipe import load
 
     loaded = load(recipe, overrides=set_ or ())

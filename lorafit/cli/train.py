@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit import launch
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.imports import without_collections
+from lorafit.launching import launch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from lorafit.machines import Link
-    from lorafit.placement import Place
+    from lorafit.launching.machines import Link
+    from lorafit.launching.placement import Place
+    from lorafit.launching.signals import StopRequest
     from lorafit.pulse import Say
     from lorafit.recipe import LoadedRecipe
-    from lorafit.stopping import StopRequest
     from lorafit.training.inputs import RunInputs
     from lorafit.training.progress import Progress
     from lorafit.training.resume import Begin
@@ -92,7 +92,7 @@ def train(
     debug: Debug = False,
 ) -> None:
     """Audit the data, train an adapter, leave a run directory."""
-    from lorafit.stopping import StopRequest
+    from lorafit.launching.signals import StopRequest
 
     stop = StopRequest(resume_command=_resume_command(), is_announced=not quiet and launch.rank() == 0)
     stop.listen()
@@ -164,7 +164,7 @@ def _place(
     say: "Say",
 ) -> "Place":
     """Which machine of the run this is; what other launchers left in the environment is said in a line."""
-    from lorafit import placement
+    from lorafit.launching import placement
 
     if launch.is_worker():
         return placement.ALONE
@@ -192,7 +192,7 @@ def _train(
         if is_over:
             return None
     with without_collections():
-        from lorafit.processes import leave_processes
+        from lorafit.training.processes import leave_processes
         from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
@@ -236,7 +236,7 @@ def _before_training(
     meanwhile = None if starts_others else "lorafit.training.train"
     inputs = read_inputs(loaded, cache_dir=cache_directory(), as_of=as_of, meanwhile=meanwhile, show_progress=not quiet)
     if starts_others:
-        from lorafit.stopping import hold_back
+        from lorafit.launching.signals import hold_back
 
         handed = None
         if link is not None:
@@ -281,7 +281,7 @@ def processes(
     link: Annotated[str | None, typer.Option("--link")] = None,
 ) -> None:
     """`accelerate launch`, ending with the exit code of the process that failed; what `train` turns itself into."""
-    from lorafit.stopping import PassOn
+    from lorafit.launching.signals import PassOn
 
     requests = PassOn()
     requests.listen()
@@ -289,7 +289,7 @@ def processes(
     from lorafit.storage.run_lock import held
 
     with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)), _linked(link) as others:
-        from lorafit.processes import run_processes
+        from lorafit.training.processes import run_processes
 
         code = run_processes(context.args, requests=requests, link=others)
         if others is not None:
@@ -303,8 +303,8 @@ def _linked(handed: str | None) -> "Iterator[Link | None]":
     if handed is None:
         yield None
         return
-    from lorafit.machines import taken_over
-    from lorafit.stopping import end_after_lost_machine
+    from lorafit.launching.machines import taken_over
+    from lorafit.launching.signals import end_after_lost_machine
 
     link = taken_over(handed)
     with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:

@@ -35,8 +35,8 @@ from lorafit.data.render import Renderer
 from lorafit.data.scan import CHANGED, scan
 from lorafit.data.tokens import Limits, TextTokenizer
 from lorafit.errors import DataError, DiskError
+from lorafit.launching.signals import ends_clean
 from lorafit.recipe.sections import DataSection
-from lorafit.stopping import ends_clean
 from lorafit.storage.stage import remove_abandoned, stage_beside
 
 logger = logging.getLogger(__name__)

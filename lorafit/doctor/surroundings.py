@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 from huggingface_hub import constants, get_token
 
-from lorafit import placement
 from lorafit.doctor.ask import Answers
 from lorafit.doctor.line import Line
-from lorafit.launch import CONFIGS
+from lorafit.launching import placement
+from lorafit.launching.launch import CONFIGS
 
 TOKEN_NAMES = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")

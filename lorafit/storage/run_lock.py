@@ -21,8 +21,8 @@ from pathlib import Path
 
 import psutil
 
-from lorafit import launch
 from lorafit.errors import RunDirError
+from lorafit.launching import launch
 from lorafit.storage.json_text import parsed
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import NOT_LOCKABLE

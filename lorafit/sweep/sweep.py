@@ -11,10 +11,10 @@ from typing import Any
 
 from lorafit.errors import DataError, HealthStop, Problem, RecipeError, StopRequested
 from lorafit.evaluation.sequences import SequenceLosses
+from lorafit.launching.signals import StopRequest
 from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
-from lorafit.stopping import StopRequest
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.largest import cut_to_smaller_ranks

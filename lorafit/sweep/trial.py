@@ -20,8 +20,8 @@ from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import HealthStop, RecipeError
 from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
+from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.stopping import StopRequest
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS

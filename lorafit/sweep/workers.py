@@ -6,8 +6,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from lorafit import launch
-from lorafit.stopping import PassOn
+from lorafit.launching import launch
+from lorafit.launching.signals import PassOn
 
 
 def run_side_by_side(arguments: Sequence[str], *, count: int, gpus: int) -> list[int]:

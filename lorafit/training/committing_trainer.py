@@ -23,10 +23,10 @@ from transformers.trainer_callback import ExportableState
 
 from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.errors import RunDirError
-from lorafit.processes import DATA_PARALLEL
 from lorafit.storage.stage import stage_beside
 from lorafit.training import checkpoints, rank_allocation
 from lorafit.training.checkpoints import Checkpoint
+from lorafit.training.processes import DATA_PARALLEL
 from lorafit.training.save import WEIGHTS, give_usual_permissions
 from lorafit.training.sent_checkpoints import seen_here
 

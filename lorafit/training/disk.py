@@ -16,12 +16,12 @@ import torch
 from peft import get_peft_model
 from safetensors import SafetensorError
 
-from lorafit import launch
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
+from lorafit.launching import launch
 from lorafit.planning.empty_base import empty_base
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import LoadedRecipe

@@ -20,13 +20,13 @@ from accelerate.utils import broadcast_object_list
 from lorafit import __version__
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, AdaptedModule
 from lorafit.preflight import Machine
-from lorafit.processes import distribution
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import TrainingSection
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.checks import Before
 from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.inputs import RunInputs
+from lorafit.training.processes import distribution
 from lorafit.training.resume import ROUNDING, SEQUENCES, Departure, kept_keys
 from lorafit.training.trainer import LoraTrainer
 

@@ -7,8 +7,8 @@ from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorafit.processes import distribution
 from lorafit.training.checks import is_adapter_tensor
+from lorafit.training.processes import distribution
 from lorafit.training.trainer import LoraTrainer
 
 

@@ -19,7 +19,6 @@ from lorafit.preflight import (
     refuse_what_this_machine_lacks,
     this_machine,
 )
-from lorafit.processes import join_processes
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.advice import advise
 from lorafit.recipe.arithmetic import total_steps
@@ -29,6 +28,7 @@ from lorafit.training.announce import Say, say_data
 from lorafit.training.disk import Space, refuse_too_little_space, space_needed
 from lorafit.training.facts import kept_facts
 from lorafit.training.inputs import RunInputs, read_inputs, refuse_before_reading
+from lorafit.training.processes import join_processes
 from lorafit.training.resume import Begin, Departure, divided_anew, refuse_changes
 from lorafit.training.sent_checkpoints import by_first
 from lorafit.training.token_rows import check_token_rows, tokens_line

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafit import launch
 from lorafit.builders.adapter_fit import adapter_misfits
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles, stop_problems
@@ -18,6 +17,7 @@ from lorafit.data.prepare import PreparedData, prepare
 from lorafit.data.saved_template import refuse_other_prompts
 from lorafit.errors import AdapterError, ModelError, RecipeError
 from lorafit.imports import imported_meanwhile
+from lorafit.launching import launch
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.run_dir import RunDir

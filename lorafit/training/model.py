@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from lorafit import launch
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
+from lorafit.launching import launch
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.training.inputs import RunInputs
 

@@ -18,10 +18,10 @@ from torch.nn.modules.dropout import _DropoutNd
 from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.builders.sft_config import sft_config
+from lorafit.launching.signals import StopRequest
 from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed import varlen_attention
-from lorafit.stopping import StopRequest
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs

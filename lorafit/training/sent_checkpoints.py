@@ -12,8 +12,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
-from lorafit import launch
 from lorafit.errors import LorafitError
+from lorafit.launching import launch
 from lorafit.training.checkpoints import SEAL
 
 CHUNK_BYTES = 64 * 2**20

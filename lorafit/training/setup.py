@@ -13,16 +13,15 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
 
-from lorafit import launch
 from lorafit.builders.adapter import AdaptedModule, adapted_modules, set_total_steps
 from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
-from lorafit.processes import refuse_other_distribution
+from lorafit.launching import launch
+from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
 from lorafit.speed.levers import Levers, speed_up
-from lorafit.stopping import StopRequest
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say, say_adapter, say_steps
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
@@ -32,6 +31,7 @@ from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.model import model_with_adapter
 from lorafit.training.out_of_memory import out_of_memory_is_said
+from lorafit.training.processes import refuse_other_distribution
 from lorafit.training.progress import Progress
 from lorafit.training.rows import RowFinder
 from lorafit.training.trainer import LoraTrainer, planned_steps

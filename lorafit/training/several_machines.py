@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
-from lorafit import __version__, launch
+from lorafit import __version__
 from lorafit.errors import MachineError
-from lorafit.machines import Link, met
-from lorafit.placement import Place
+from lorafit.launching import launch
+from lorafit.launching.machines import Link, met
+from lorafit.launching.placement import Place
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.run import zero_needs_a_shared_disk
 from lorafit.storage.run_dir import RunDir

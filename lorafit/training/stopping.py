@@ -11,9 +11,9 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import DefaultFlowCallback
 
-from lorafit import launch
 from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
-from lorafit.stopping import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
+from lorafit.launching import launch
+from lorafit.launching.signals import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.committing_trainer import CommittingTrainer
 from lorafit.training.disk import full_disk_is_said

@@ -14,10 +14,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
 from lorafit.data.templates import saved_chat_template
+from lorafit.launching.signals import StopRequest
 from lorafit.planning.for_training import measured_beside
 from lorafit.recipe import LoadedRecipe
 from lorafit.report.model_card import model_card
-from lorafit.stopping import StopRequest
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say

@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 
 from lorafit.errors import LorafitError, MachineError
-from lorafit.placement import Place
+from lorafit.launching.placement import Place
 
 ANSWER_SECONDS = 60.0
 """An address at which nobody answers for so long is wrong, or the first machine was not started."""

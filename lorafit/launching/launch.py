@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit import placement
-from lorafit.placement import ALONE, Place
+from lorafit.launching import placement
+from lorafit.launching.placement import ALONE, Place
 
 if TYPE_CHECKING:  # `lorafit --help` answers without pydantic
     from lorafit.recipe.sections import LaunchSection
 
-CONFIGS = Path(__file__).parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 """The shipped accelerate files; a link to `configs/` in a checkout, the files themselves in a wheel."""
 
 

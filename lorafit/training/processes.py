@@ -16,14 +16,14 @@ from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
-from lorafit.machines import Link
+from lorafit.launching import launch
+from lorafit.launching.machines import Link
+from lorafit.launching.signals import ENDED_WITH_ANOTHER, PassOn, done_elsewhere
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
 from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
-from lorafit.stopping import ENDED_WITH_ANOTHER, PassOn, done_elsewhere
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)

@@ -18,8 +18,8 @@ from typing import TypeVar
 
 import psutil
 
-from lorafit import launch
 from lorafit.errors import MachineError, StopRequested
+from lorafit.launching import launch
 
 T = TypeVar("T")
 
