@@ -24,12 +24,14 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen3Config
 from trl import SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.merging.merge import merge
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.fused_lora import fuse
 from lorafit.speed.varlen_attention import packed_attention, use_varlen_attention
+from lorafit.training.checks import remember
 from lorafit.training.smoke import smoke
 from lorafit.training.train import run_training, train
 
@@ -162,6 +164,33 @@ def test_fused_lora_has_the_gradients_of_peft(
     for ours, theirs in zip(step(), expected, strict=True):
         assert ours.isfinite().all()
         assert apart(ours, theirs) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+def test_a_frozen_tensor_has_the_same_hash_wherever_it_lies(dtype: torch.dtype, device: str) -> None:
+    """FSDP2 reads a base on the CPU and moves it; a hash that changed on the way would throw a finished run away."""
+    torch.manual_seed(0)
+    layer = nn.Module()
+    layer.weight = nn.Parameter(torch.randint(0, 255, (1 << 20,)).to(dtype), requires_grad=False)
+    here = remember(layer).frozen
+    assert here["weight"] not in (0, None)
+    assert remember(layer.to(device)).frozen == here
+
+
+def test_log_probabilities_of_trained_positions_are_those_of_cross_entropy(device: str) -> None:
+    """TRL takes them by a kernel of its own on a GPU."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SMALL), dtype=torch.bfloat16).to(device)
+    ids = torch.randint(0, SMALL["vocab_size"], (2, 50), device=device)
+    labels = ids.clone()
+    labels[:, :20] = -100
+    logits = model(input_ids=ids).logits[:, :-1].float().flatten(0, 1)
+    expected = functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    assert apart(-model(input_ids=ids, labels=labels, fused_lm_head=True).log_probs.sum(), expected) < 1e-3
+    without_labels = model(input_ids=ids, labels=torch.full_like(labels, -100), fused_lm_head=True).loss
+    without_labels.backward()
+    assert without_labels.item() == 0
 
 
 QLORA = {"quantization": {"load_in_4bit": True}, "model": {"dtype": "bfloat16"}}

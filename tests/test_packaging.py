@@ -219,7 +219,7 @@ def test_the_workflow_runs_the_same_script_on_the_tested_python() -> None:
 
 
 def test_the_scripts_can_be_run() -> None:
-    for name in (".ci/run", "scripts/check"):
+    for name in (".ci/run", "scripts/check", "scripts/gpu_check.sh", "scripts/gpu_prepare.sh"):
         assert (ROOT / name).stat().st_mode & stat.S_IXUSR
         subprocess.run(["bash", "-n", str(ROOT / name)], check=True)
 
