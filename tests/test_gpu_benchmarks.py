@@ -76,6 +76,26 @@ def test_a_case_that_fails_is_said_and_breaks_the_claim(
     assert plan_vs_gpu.verdict(found) == 1
 
 
+def test_a_case_that_the_end_of_the_time_cuts_off_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    left: list[float] = []
+
+    def answers(command: list[str], *, environment: dict[str, str], seconds: float) -> str:
+        left.append(seconds)
+        if len(left) == 4:
+            time.sleep(seconds)
+            raise own_process.NoAnswer("killed: it took more than 1 s")
+        return json.dumps({"allocated": 100, "reserved": 120, "seconds": 1.0})
+
+    monkeypatch.setattr(plan_vs_gpu, "output_of", answers)
+    found = list(plan_vs_gpu.rows(plan_vs_gpu.CASES, shape="tiny", gpu=None, budget=0.5))
+    assert [row["case"] for row in found] == [str(plan_vs_gpu.CASES[0])]
+    assert max(left) <= 0.5 and len(left) == 4
+    assert capsys.readouterr().out == "the time is over\n"
+    assert plan_vs_gpu.verdict(found) == 0
+
+
 def test_a_process_that_takes_too_long_is_killed_with_what_it_started(tmp_path: Path) -> None:
     started, mark = time.monotonic(), tmp_path / "mark"
     with pytest.raises(own_process.NoAnswer, match="killed"):
@@ -127,7 +147,7 @@ def test_no_side_is_begun_once_the_time_is_over(
 
     monkeypatch.setattr(speed_gpu, "in_its_own_process", measures)
     monkeypatch.setattr(sys, "argv", ["speed_gpu.py", "--budget", "0.2"])
-    assert speed_gpu.main() == 0
+    assert speed_gpu.main() == 1
     assert asked == ["prepare", "lorafit"]
     assert capsys.readouterr().out.endswith("the time is over\n")
 
