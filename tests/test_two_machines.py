@@ -20,8 +20,10 @@ from namespaces import Cluster, reason_against, two_machines
 from runs import run, small_recipe
 from test_two_processes import assert_same_curves, saved_adapter
 from tiny import sums, write_jsonl
+from together import SPREAD
 from torch.testing import assert_close
 
+from lorafit.launching import launch
 from lorafit.training.checkpoints import newest_verified
 
 REASON = reason_against()
@@ -250,6 +252,41 @@ def test_rows_that_differ_are_named(cluster: Cluster, tmp_path: Path, tiny_base:
         assert (code, out) == (4, "")
         assert "data files" in err and "all machines need the same recipe, rows, base and versions" in err
     assert not (homes[0] / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_model_that_fsdp2_spreads_over_machines_needs_no_shared_disk(
+    cluster: Cluster, tmp_path: Path, tiny_base: Path
+) -> None:
+    """Without a GPU accelerate would not start FSDP2; nothing in it needs one, see `together.train_spread_over`."""
+    homes = homes_in(tmp_path)
+    machines = [
+        cluster.start(
+            rank,
+            home,
+            *("lorafit", "processes", "--config_file", str(launch.config_file("ddp")), "--num_processes", "2"),
+            *("--num_machines", "2", "--machine_rank", str(rank), "--same_network"),
+            *("--main_process_ip", cluster.addresses[0], "--main_process_port", "29400"),
+            *("--num_cpu_threads_per_process", "1", str(Path(__file__).with_name("spread_apart.py"))),
+            *(str(home), str(shutil.copytree(tiny_base, home / "base"))),
+            variables={"GLOO_SOCKET_IFNAME": "eth0"},
+        )
+        for rank, home in enumerate(homes)
+    ]
+    try:
+        ended = [(process.wait(timeout=180), *process.communicate()) for process in machines]
+    finally:
+        for process in machines:
+            process.kill()
+    assert [code for code, _, _ in ended] == [0, 0], ended
+    one_process(tmp_path / "one", tiny_base, **SPREAD)
+    assert_same_curves(tmp_path / "one/run", homes[0] / "whole/run")
+    files = [homes[0] / name / "run/adapter/adapter_model.safetensors" for name in ("whole", "resumed")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    assert json.loads((homes[0] / "resumed/run/manifest.json").read_text())["resumes"]
+    read = [json.loads((homes[rank] / f"whole/{rank}/read.json").read_text()) for rank in (0, 1)]
+    assert len(read[0]) == 21 and not read[1], "the first machine alone reads the base, and hands it on"
+    assert not (homes[1] / "whole/run").exists() and not (homes[1] / "resumed/run").exists()
 
 
 @pytest.mark.slow
