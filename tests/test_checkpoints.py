@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lorafit.storage.seal import Damaged
 from lorafit.storage.stage import discard
 from lorafit.training import checkpoints
-from lorafit.training.checkpoints import Damaged, commit, newest_verified, path_of, quarantine, rotate, verified
+from lorafit.training.checkpoints import commit, newest_verified, path_of, quarantine, rotate, verified
 
 
 def committed(directory: Path, step: int, *, best_step: int | None = None) -> Path:

@@ -9,13 +9,24 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from lorafit.storage.files import STAGE_SUFFIX, write_file
+from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.run_lock import RunLock
-from lorafit.storage.stage import MARKER, NOT_LOCKABLE, discard, remove_abandoned, stage_beside, staged
+from lorafit.storage.stage import (
+    MARKER,
+    NOT_LOCKABLE,
+    STAGE_SUFFIX,
+    UNLOCKED,
+    discard,
+    remove_abandoned,
+    scratch,
+    stage_beside,
+    staged,
+)
 from lorafit.training.checkpoints import SEAL, commit, remove_committed, rotate
 
 KILLED = """
@@ -71,15 +82,52 @@ def test_the_stage_of_a_process_at_work_is_left_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "marker",
-    [None, "", "[]", "{}", json.dumps({"host": socket.gethostname()}), json.dumps({"stage_of": "a", "host": "other"})],
+    ["", "[]", "{}", json.dumps({"host": socket.gethostname()}), json.dumps({"stage_of": "a", "host": "other"})],
 )
-def test_what_carries_no_marker_of_this_machine_stays(marker: str | None, tmp_path: Path) -> None:
+def test_what_carries_no_marker_of_this_machine_stays(marker: str, tmp_path: Path) -> None:
     stage = tmp_path / f".out.0123456789abcdef{STAGE_SUFFIX}"
     stage.mkdir()
-    if marker is not None:
-        (stage / MARKER).write_text(marker)
+    (stage / MARKER).write_text(marker)
     remove_abandoned(tmp_path)
     assert stage.is_dir()
+
+
+def test_a_directory_of_that_name_with_something_in_it_stays(tmp_path: Path) -> None:
+    mine = tmp_path / f".out.0123456789abcdef{STAGE_SUFFIX}"
+    mine.mkdir()
+    (mine / "notes").write_text("mine")
+    remove_abandoned(tmp_path)
+    assert (mine / "notes").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", [[], [UNLOCKED]])
+def test_a_stage_whose_maker_was_killed_before_it_was_marked_is_removed(left: list[str], tmp_path: Path) -> None:
+    stage = tmp_path / f".out.0123456789abcdef{STAGE_SUFFIX}"
+    stage.mkdir()
+    for name in left:
+        (stage / name).touch()
+    remove_abandoned(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["mkdir", "flock"])
+def test_a_stage_that_another_removes_before_it_is_marked_is_made_again(
+    moment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, real = (Path, Path.mkdir) if moment == "mkdir" else (fcntl, fcntl.flock)
+    calls = []
+
+    def another_comes(*arguments: Any, **named: Any) -> None:
+        real(*arguments, **named)
+        calls.append(arguments)
+        if len(calls) == 1:
+            remove_abandoned(tmp_path)
+
+    monkeypatch.setattr(target, moment, another_comes)
+    with staged(tmp_path / "out") as made:
+        (made / "file").write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(calls) == {"mkdir": 3, "flock": 2}[moment]
 
 
 def test_where_no_lock_can_tell_nothing_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,6 +171,29 @@ def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path: Path, monkey
     with pytest.raises(OSError, match="No space"):
         write_file(tmp_path / "a.json", "new")
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.json": "old"}
+
+
+def test_what_a_killed_writer_left_goes_when_the_next_one_comes(tmp_path: Path) -> None:
+    killed_at_work(tmp_path / "a.json")
+    write_file(tmp_path / "other.json", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_a_file_is_written_into_no_directory_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        write_file(tmp_path / "nowhere/a.json", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_scratch_is_for_this_user_alone_and_goes_where_temporary_files_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with scratch() as directory:
+        assert directory.is_relative_to(tmp_path)
+        assert list(directory.iterdir()) == []
+        assert directory.parent.stat().st_mode & 0o077 == 0
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_discarded_directory_is_gone_with_all_that_is_in_it(tmp_path: Path) -> None:

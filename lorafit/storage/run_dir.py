@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RunDirError
-from lorafit.storage.files import flush, read_regular, write_file
+from lorafit.storage.files import append_line, read_regular, sha256_of, write_file
+from lorafit.storage.stage import flush, make_directory
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class RunDir:
         if torn or lines[-1:] not in ([], [b""]):
             whole = [line for line in lines if _event(line)]
             if torn:
-                self.quarantine.mkdir(exist_ok=True)
+                make_directory(self.quarantine)
                 with (self.quarantine / self.events.name).open("ab") as aside:
                     aside.write(b"".join(line + b"\n" for line in torn))
             write_file(self.events, "".join(line.decode() + "\n" for line in whole))
@@ -105,13 +105,12 @@ class RunDir:
             "message": message,
             "figures": figures or {},
         }
-        with self.events.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(event, ensure_ascii=False) + "\n")
+        append_line(self.events, json.dumps(event, ensure_ascii=False))
 
     def adapter_hashes(self) -> dict[str, str]:
         """SHA-256 of each file of the adapter, by which a later command knows that it is as training left it."""
         files = sorted(path for path in self.adapter.iterdir() if path.is_file())
-        return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+        return {path.name: sha256_of(path) for path in files}
 
     def refuse_used(self) -> None:
         """A run directory is never overwritten: it must be absent, or empty but for the lock, and writable.

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast
 from transformers import EarlyStoppingCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from lorafit.storage.files import write_file
+from lorafit.storage.files import append_line, write_file
 
 _METRIC_NAMES = {"learning_rate": "lr", "num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
 _KEPT = ("loss", "grad_norm", "epoch", "eval_loss", "eval_tokens", "entropy")
@@ -50,7 +50,7 @@ class MetricsFile(TrainerCallback, ExportableState):
         since_start, since_seen, tokens = self._ago
         self._started, self._seen = now - since_start, (now - since_seen, tokens)
         if state.is_world_process_zero:
-            write_file(self._path, "".join(_line(entry) for entry in self.history))
+            write_file(self._path, "".join(f"{json.dumps(entry)}\n" for entry in self.history))
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
@@ -70,8 +70,7 @@ class MetricsFile(TrainerCallback, ExportableState):
         entry["seconds"] = round(time.monotonic() - self._started, 3)
         self.history.append(entry)
         if state.is_world_process_zero:
-            with self._path.open("a", encoding="utf-8") as lines:
-                lines.write(_line(entry))
+            append_line(self._path, json.dumps(entry))
 
     def tokens_per_second(self) -> float:
         """Throughput of the logged steps, evaluations left out."""
@@ -80,10 +79,6 @@ class MetricsFile(TrainerCallback, ExportableState):
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Evaluation is not training time: the next throughput counts from here."""
         self._seen = (time.monotonic(), self._seen[1])
-
-
-def _line(entry: dict[str, Any]) -> str:
-    return json.dumps(entry) + "\n"
 
 
 class Updates(TrainerCallback, ExportableState):

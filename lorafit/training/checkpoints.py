@@ -8,16 +8,17 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.storage.files import flush, sha256_of, write_file
+from lorafit.storage import seal
+from lorafit.storage.files import write_file
 from lorafit.storage.json_text import parsed
-from lorafit.storage.stage import discard
+from lorafit.storage.seal import Damaged, sealed
+from lorafit.storage.stage import discard, make_directory, move
 
 SEAL = "checkpoint.json"
 """Written last: the hash and size of each file, and what the run was."""
@@ -25,10 +26,6 @@ SEAL = "checkpoint.json"
 QUARANTINE = "quarantine"
 KEPT_AT_LEAST = 2
 """If the newest should turn out to be damaged, there is one before it."""
-
-
-class Damaged(Exception):
-    """A checkpoint is not as it was committed; the text says what differs."""
 
 
 @dataclass(frozen=True)
@@ -55,33 +52,13 @@ def commit(stage: Path, target: Path, *, contents: dict[str, Any]) -> None:
 
     Killed anywhere in here it leaves a checkpoint that verifies or none of that name.
     """
-    files = sorted(path for path in stage.rglob("*") if path.is_file())
-    sealed = _flushed_hashes(files)
-    names = [path.relative_to(stage).as_posix() for path in files]
-    body = contents | {"files": dict(zip(names, sealed, strict=True))}
+    body = contents | {"files": sealed(stage)}
     write_file(stage / SEAL, json.dumps({"checkpoint": body, "sha256": _hash_of(body)}, indent=1) + "\n")
-    for directory in (path for path in stage.rglob("*") if path.is_dir()):
-        flush(directory)
     if _is_sealed(target):
         discard(target)
     elif target.exists():  # somebody else's
         quarantine(target, target.parent.parent / QUARANTINE)
-    stage.rename(target)
-    flush(target.parent)
-
-
-def _flushed_hashes(files: Sequence[Path]) -> list[dict[str, Any]]:
-    """Side by side; one by one where memory has just run out and no thread can be started."""
-    try:
-        with ThreadPoolExecutor() as threads:
-            return list(threads.map(_flushed_hash, files))
-    except RuntimeError:
-        return [_flushed_hash(file) for file in files]
-
-
-def _flushed_hash(path: Path) -> dict[str, Any]:
-    flush(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    move(stage, target)
 
 
 def _hash_of(body: dict[str, Any]) -> str:
@@ -91,14 +68,7 @@ def _hash_of(body: dict[str, Any]) -> str:
 def verified(path: Path) -> Checkpoint:
     """The checkpoint in `path`, every file hashed. Raises Damaged."""
     body = _seal(path)
-    for name, sealed in body["files"].items():
-        file = path / name
-        if not file.is_file():
-            raise Damaged(f"{name} is missing")
-        if file.stat().st_size != sealed["bytes"]:
-            raise Damaged(f"{name} has {file.stat().st_size:,} bytes, {sealed['bytes']:,} were committed")
-        if sha256_of(file) != sealed["sha256"]:
-            raise Damaged(f"{name} is not what was committed (SHA-256 differs)")
+    seal.verified(path, body["files"])
     return Checkpoint(path, body["step"], body["best_step"], body["seconds"], body["facts"])
 
 
@@ -205,12 +175,10 @@ def _best_step(path: Path) -> int | None:
 
 def quarantine(path: Path, room: Path) -> Path:
     """Move what stands in the way elsewhere; nothing is thrown away that someone may want to look at."""
-    room.mkdir(exist_ok=True)
+    make_directory(room)
     target, number = room / path.name, 1
     while target.exists():
         number += 1
         target = room / f"{path.name}.{number}"
-    path.rename(target)
-    flush(room)
-    flush(path.parent)
+    move(path, target)
     return target

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -23,7 +22,7 @@ from transformers.trainer_callback import ExportableState
 
 from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.errors import RunDirError
-from lorafit.storage.stage import stage_beside
+from lorafit.storage.stage import scratch, stage_beside
 from lorafit.training import checkpoints, rank_allocation
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.processes import DATA_PARALLEL
@@ -125,9 +124,9 @@ class CommittingTrainer(AdapterTrainer):
         if self.args.world_size == 1:
             super()._save_rng_state(output_dir)
             return
-        with tempfile.TemporaryDirectory(prefix="lorafit-") as own:
-            super()._save_rng_state(own)
-            states = gather_object([(file.name, file.read_bytes()) for file in Path(own).iterdir()])
+        with scratch() as own:
+            super()._save_rng_state(str(own))
+            states = gather_object([(file.name, file.read_bytes()) for file in own.iterdir()])
         if self.is_world_process_zero():
             for name, content in states:
                 (Path(output_dir) / name).write_bytes(content)
@@ -247,9 +246,9 @@ class CommittingTrainer(AdapterTrainer):
         if (checkpoint / own).is_file() or not saved:
             yield checkpoint
             return
-        with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
-            shutil.copyfile(saved[process % len(saved)], Path(directory) / own)
-            yield Path(directory)
+        with scratch() as directory:
+            shutil.copyfile(saved[process % len(saved)], directory / own)
+            yield directory
 
     def _run_epoch(self, **named: Any) -> None:
         """Nothing, when the checkpoint was that of a run which had come to its end."""

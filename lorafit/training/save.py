@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.model_files import GENERATION, BaseModelFiles, read_json
 from lorafit.errors import VerificationError
-from lorafit.storage.stage import staged
+from lorafit.storage.stage import scratch, staged
 from lorafit.training.checkpoints import QUARANTINE, quarantine
 
 WEIGHTS = "adapter_model.safetensors"
@@ -35,13 +34,13 @@ def initial_adapter(model: PeftModel, *, init_method: bool | str) -> Iterator[Pa
     if init_method not in CHANGES_BASE_WEIGHTS:
         yield None
         return
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
+    with scratch() as directory:
         config = model.peft_config["default"]
         recorded = config.init_lora_weights, config.corda_config
         config.init_lora_weights, config.corda_config = True, None
         model.save_pretrained(directory)
         config.init_lora_weights, config.corda_config = recorded
-        yield Path(directory)
+        yield directory
 
 
 def write_adapter(

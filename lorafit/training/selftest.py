@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -27,6 +26,7 @@ from lorafit import __version__
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.storage.files import write_file
+from lorafit.storage.stage import scratch
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.selftest_bench import Bench, Check, switch_off_noise, wake_adapter
@@ -105,14 +105,14 @@ def self_test(
     started = time.monotonic()
     recipe = loaded.recipe
     combination = combination_of(model, recipe, bf16=bf16)
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as scratch, unchanged(model), _quick_collections():
+    with scratch() as directory, unchanged(model), _quick_collections():
         switch_off_noise(model)
         wake_adapter(model)
         bench = Bench(
             model,
             loaded,
             inputs=inputs,
-            scratch=Path(scratch),
+            scratch=directory,
             bf16=bf16,
             checkpointing=checkpointing,
             answer_head=answer_head,

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from lorafit.recipe import LoadedRecipe
+from lorafit.storage.stage import scratch
 from lorafit.training.selftest import SelfTest, SelfTested
 from lorafit.training.train import run_training
 
@@ -18,8 +18,8 @@ def self_test_only(loaded: LoadedRecipe, *, say: Callable[[str], None], cache_di
     Raises every error that the run could raise before its first step, and VerificationError.
     """
     launch = loaded.recipe.launch.model_copy(update={"num_processes": 1, "strategy": "ddp"})
-    with tempfile.TemporaryDirectory(prefix="lorafit-selftest-") as scratch:
-        recipe = loaded.recipe.model_copy(update={"launch": launch, "output_dir": str(Path(scratch) / "run")})
+    with scratch() as directory:
+        recipe = loaded.recipe.model_copy(update={"launch": launch, "output_dir": str(directory / "run")})
         try:
             run_training(replace(loaded, recipe=recipe), say=say, cache_dir=cache_dir, only_self_test=True)
         except SelfTested as done:

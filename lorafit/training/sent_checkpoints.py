@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ from accelerate.utils import broadcast, broadcast_object_list, gather_object
 
 from lorafit.errors import LorafitError
 from lorafit.launching import launch
+from lorafit.storage.stage import scratch
 from lorafit.training.checkpoints import SEAL
 
 CHUNK_BYTES = 64 * 2**20
@@ -54,9 +54,9 @@ def seen_here(checkpoint: Path) -> Iterator[Path]:
         return
     is_copied = launch.machine_rank() in blind
     writes = is_copied and PartialState().is_local_main_process
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
-        _send(checkpoint, Path(directory) if writes else None)
-        made = dict(gather_object([(launch.machine_rank(), directory) if writes else (-1, "")]))
+    with scratch() as directory:
+        _send(checkpoint, directory if writes else None)
+        made = dict(gather_object([(launch.machine_rank(), str(directory)) if writes else (-1, "")]))
         yield Path(made[launch.machine_rank()]) if is_copied else checkpoint
         PartialState().wait_for_everyone()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -25,6 +24,7 @@ from lorafit.planning.known_shapes import architecture
 from lorafit.preflight import Machine, bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.sections import LoraSection, ModelSection, Source
+from lorafit.storage.stage import scratch
 from lorafit.training.announce import Say
 from lorafit.training.inputs import read_inputs
 from lorafit.training.token_rows import used_tokens
@@ -57,8 +57,7 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
     adapter is not the one that was trained.
     """
     started = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="lorafit-smoke-") as scratch:
-        directory = Path(scratch)
+    with scratch() as directory:
         config = architecture(loaded.recipe.model)
         tokenizer_dir = _own_tokenizer(loaded.recipe.model)
         base = write_smoke_base(
