@@ -20,10 +20,11 @@ from tiny import build_base, llama_config
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
+from lorafit.preflight import bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.training import checkpoints, disk
 from lorafit.training import model as model_module
-from lorafit.training.disk import BESIDES, NO_ROOM, space_needed
+from lorafit.training.disk import BESIDES, NO_ROOM, Space, space_needed
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lora": {"r": 32}},
@@ -44,6 +45,11 @@ def files_of(loaded: LoadedRecipe) -> BaseModelFiles:
     return check_base_model(loaded.recipe.model, quantization=loaded.recipe.quantization)
 
 
+def space_of(loaded: LoadedRecipe) -> Space:
+    bf16 = bf16_choice(loaded.recipe.training, this_machine()).value
+    return space_needed(loaded, files_of(loaded), bf16=bf16)
+
+
 def size(directory: Path) -> int:
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
 
@@ -60,7 +66,7 @@ def test_what_a_run_writes_is_what_was_reckoned_from_the_settings(
 ) -> None:
     base = build_base(tmp_path / "base", config=llama_config(hidden_size=256, intermediate_size=512))
     loaded = small_recipe(tmp_path, base, checkpoints={"every": 1}, **METHODS[method])
-    space = space_needed(loaded, files_of(loaded))
+    space = space_of(loaded)
     assert space.checkpoints == 3
     run(loaded)
     for reckoned, written in ((space.adapter, tmp_path / "run/adapter"), (space.checkpoint, committed(tmp_path)[-1])):
@@ -73,7 +79,7 @@ def test_too_little_space_is_said_before_the_model_is_loaded(
 ) -> None:
     monkeypatch.setattr(model_module, "load_base_model", None)  # calling it would be a TypeError
     loaded = small_recipe(tmp_path, tiny_base)
-    space = space_needed(loaded, files_of(loaded))
+    space = space_of(loaded)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(disk.shutil, "disk_usage", lambda _: usage._replace(free=space.whole - 1))
     expected = f"the run needs {space.whole:,} bytes .* {space.whole - 1:,} are free on its disk; make room"
@@ -87,7 +93,7 @@ def test_checkpoints_that_are_there_need_no_more_space(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded = small_recipe(tmp_path, tiny_base)
-    space, usage = space_needed(loaded, files_of(loaded)), shutil.disk_usage(tmp_path)
+    space, usage = space_of(loaded), shutil.disk_usage(tmp_path)
     there = tmp_path / "run" / "checkpoints" / "checkpoint-1"
     there.mkdir(parents=True)
     (there / "optimizer.pt").write_bytes(bytes(1000))
@@ -111,7 +117,7 @@ def test_a_write_that_fails_in_a_checkpoint_keeps_the_one_before(
 
     monkeypatch.setattr(checkpoints, "commit", failing)
     loaded = small_recipe(tmp_path, tiny_base, checkpoints={"every": 1})
-    needed = space_needed(loaded, files_of(loaded)).checkpoint
+    needed = space_of(loaded).checkpoint
     expected = f"{os.strerror(number)}: a checkpoint needs {needed:,} bytes, .* are free"
     with pytest.raises(DiskError if number in NO_ROOM else OSError, match=expected if number in NO_ROOM else None):
         run(loaded)

@@ -19,7 +19,7 @@ class AdapterTrainer(SFTTrainer):
     def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(**sft_arguments)
-        if self.args.fp16:
+        if not self.args.bf16:
             train_in_float32(self.model)
         if self.accelerator.is_fsdp2:
             sum_in_float32(self.accelerator.state.fsdp_plugin)
@@ -49,9 +49,9 @@ class AdapterTrainer(SFTTrainer):
 
 
 def train_in_float32(model: nn.Module) -> None:
-    """TRL makes the adapter of a quantised base bfloat16; of such gradients no loss scale can be taken off again.
-
-    https://github.com/pytorch/pytorch/issues/127176
+    """TRL makes the adapter of a quantised base bfloat16, also where nothing else is: a CPU that emulates the type
+    multiplies it fifty times slower than float32, and gradients are added up in 8 bits of mantissa. With fp16 no loss
+    scale can be taken off such gradients: https://github.com/pytorch/pytorch/issues/127176
     """
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -52,7 +52,7 @@ class Space:
         return self.adapter + self.checkpoints * self.checkpoint
 
 
-def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles) -> Space:
+def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles, *, bf16: bool) -> Space:
     """What a run of this recipe writes, from the model's settings alone. Raises ModelError and AdapterError."""
     recipe = loaded.recipe
     of_base = architecture(recipe.model)
@@ -72,8 +72,8 @@ def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles) -> Space:
     with torch.device("meta"), used_patterns_are_known():
         model = get_peft_model(base, config, low_cpu_mem_usage=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # TRL turns the adapter of a quantised model into bfloat16, and with fp16 it is turned back.
-    value_bytes = 2 if recipe.quantization is not None and not recipe.training.fp16 else 4
+    # TRL turns the adapter of a quantised model into bfloat16, and without bfloat16 autocast it is turned back.
+    value_bytes = 2 if recipe.quantization is not None and bf16 else 4
     weights = value_bytes * sum(parameter.numel() for parameter in trained)
     copied = {path for pattern in ("*token*", "vocab*", "merges*") for path in base_files.directory.glob(pattern)}
     files = BESIDES + sum(path.stat().st_size for path in copied)

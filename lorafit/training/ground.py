@@ -94,7 +94,7 @@ def find_ground(
     kept = kept_facts(written, inputs, machine=machine, bf16=bf16.value, divided=recipe.training)
     if begun.checkpoint:
         refuse_changes(loaded, run, begun.checkpoint, now=kept)
-    space = space_needed(loaded, inputs.base_files)
+    space = space_needed(loaded, inputs.base_files, bf16=bf16.value)
     if state.is_main_process:
         refuse_too_little_space(space, run)
     return Ground(loaded, machine, begun, inputs, plan, bf16.value, checkpointing.value, kept, space)
