@@ -21,8 +21,9 @@ import yaml
 from tiny import sums, write_jsonl
 
 from lorafit.errors import RunDirError
+from lorafit.storage.lease import SILENCE_SECONDS
 from lorafit.storage.run_dir import RunDir
-from lorafit.storage.run_lock import SILENCE_SECONDS, RunLock
+from lorafit.storage.run_lock import RunLock
 
 HOLD = """
 import os, sys, time
@@ -181,7 +182,7 @@ def test_a_lock_of_another_machine_holds_until_it_is_silent(tmp_path: Path) -> N
 
 
 def test_a_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.storage.run_lock.SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("lorafit.storage.lease.BEAT_SECONDS", 0.05)
     run = RunDir(tmp_path / "run")
     lock = RunLock(run)
     lock.take()

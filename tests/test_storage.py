@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 
 from lorafit.storage.files import write_file
+from lorafit.storage.locks import NOT_LOCKABLE
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.run_lock import RunLock
 from lorafit.storage.stage import (
     MARKER,
-    NOT_LOCKABLE,
     STAGE_SUFFIX,
     UNLOCKED,
     discard,

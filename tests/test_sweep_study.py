@@ -108,14 +108,14 @@ def test_the_work_of_a_dead_process_is_taken_over_at_once(storage: str, tmp_path
 def test_a_process_of_another_machine_is_dead_when_its_counter_stands_still(
     storage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(studies, "_host", lambda: "elsewhere")
-    monkeypatch.setattr(studies, "BEAT", 0.02)
+    monkeypatch.setattr(studies, "this_host", lambda: "elsewhere")
+    monkeypatch.setattr(studies, "BEAT_SECONDS", 0.02)
     far = Study(storage, "s")
     claim = far.claim("a")
     assert claim is not None
-    monkeypatch.setattr(studies, "_host", lambda: "here")
+    monkeypatch.setattr(studies, "this_host", lambda: "here")
     near = Study(storage, "s")
-    near.silence = 0.4
+    monkeypatch.setattr("lorafit.storage.lease.SILENCE_SECONDS", 0.4)
     with claim:
         until = time.monotonic() + 0.6
         while time.monotonic() < until:

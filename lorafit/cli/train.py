@@ -131,7 +131,8 @@ def train(
             say = speaker(quiet=quiet)
             place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address, say=say)
             is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
-            with held(RunDir(loaded.output_dir()), say=say) if is_ours else nullcontext():
+            rank = launch.rank() if launch.is_worker() else None
+            with held(RunDir(loaded.output_dir()), rank=rank, say=say) if is_ours else nullcontext():
                 with without_collections():
                     quiet_libraries(debug=debug)
                     from lorafit.preflight import this_machine

@@ -8,7 +8,6 @@ that the maker is gone, by whoever comes next.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import secrets
@@ -20,12 +19,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lorafit.storage.json_text import parsed
+from lorafit.storage.locks import lock_opened, locked_by_nobody
 
 STAGE_SUFFIX = ".lorafit-stage"
 MARKER = "made-by-lorafit.json"
 UNLOCKED = f"{MARKER}.new"
-NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What file systems without locks answer (Lustre mounted so, some FUSE)."""
 
 
 def flush(path: Path) -> None:
@@ -107,7 +105,7 @@ def remove_abandoned(parent: Path) -> None:
         for stage in [path for path in parent.iterdir() if path.name.endswith(STAGE_SUFFIX)]:
             with suppress(OSError):  # held by its maker, or removed by another process meanwhile
                 if _is_ours(stage):
-                    with _locked(stage / MARKER):
+                    with locked_by_nobody(stage / MARKER):
                         _remove(stage)
                 elif _holds_nothing(stage):
                     _remove_unmarked(stage)
@@ -134,8 +132,7 @@ def _new_stage(target: Path) -> tuple[Path, int]:
 def _marked(stage: Path, target: Path) -> int:
     lock = os.open(stage / UNLOCKED, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with suppress_not_lockable():
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        lock_opened(lock)
         marker = {"stage_of": target.name, "host": socket.gethostname(), "process": os.getpid()}
         os.write(lock, json.dumps(marker).encode())
         os.fsync(lock)
@@ -144,27 +141,6 @@ def _marked(stage: Path, target: Path) -> int:
         os.close(lock)
         raise
     return lock
-
-
-@contextmanager
-def _locked(file: Path) -> Iterator[None]:
-    """With a lock that nobody else holds. Raises OSError where another does, or none can be had."""
-    lock = os.open(file, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextmanager
-def suppress_not_lockable() -> Iterator[None]:
-    """Go on where the file system has no locks: nothing is removed by others there."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NOT_LOCKABLE:
-            raise
 
 
 def _is_ours(stage: Path) -> bool:

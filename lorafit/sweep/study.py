@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import os
-import platform
 import threading
 import time
 import uuid
@@ -31,12 +30,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lorafit.errors import MachineError
 from lorafit.evaluation.sequences import SequenceLosses
-
-BEAT = 10.0
-"""Seconds between two signs of life."""
-
-SILENCE = 90.0
-"""Seconds without one after which a process of another machine counts as dead."""
+from lorafit.storage.lease import BEAT_SECONDS, is_alive, this_host
 
 _LIFE = uuid.uuid4().hex
 """Of this process: its number may have been that of one which died."""
@@ -84,7 +78,6 @@ class Study:
     def __init__(self, storage: str, name: str) -> None:
         """`storage` is a URL, or the path of a journal file. Raises MachineError."""
         self._where = storage
-        self.silence = SILENCE
         self._last_beats: dict[int, tuple[Any, float]] = {}
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         with storage_is_there(storage), _without_notices():
@@ -106,7 +99,7 @@ class Study:
                 return None
             if any(self._is_alive(trial) for trial in self._running(key)):
                 return None
-            who = {"host": _host(), "process": os.getpid(), "life": _LIFE, "beat": 0}
+            who = {"host": this_host(), "process": os.getpid(), "life": _LIFE, "beat": 0}
             template = create_trial(state=TrialState.RUNNING, user_attrs={"key": key, **who})
             trial_id = self.storage.create_new_trial(self._id, template_trial=template)
             # Numbers are given one after the other: of two that claim at the same time the lower one has it.
@@ -134,16 +127,14 @@ class Study:
 
     def _is_alive(self, trial: FrozenTrial) -> bool:
         """Its process exists, where it is of this machine, and has moved its counter lately, by our clock."""
-        if trial.user_attrs["process"] == os.getpid() and trial.user_attrs["host"] == _host():
-            return trial.user_attrs["life"] == _LIFE
-        if trial.user_attrs["host"] == _host() and not _process_exists(trial.user_attrs["process"]):
-            return False
-        now, beat = time.monotonic(), trial.user_attrs["beat"]
+        who, now = trial.user_attrs, time.monotonic()
+        if who["process"] == os.getpid() and who["host"] == this_host():
+            return bool(who["life"] == _LIFE)
         seen, since = self._last_beats.get(trial.number, (None, now))
-        if beat != seen:
+        if who["beat"] != seen:
             since = now
-        self._last_beats[trial.number] = (beat, since)
-        return now - since < self.silence
+        self._last_beats[trial.number] = (who["beat"], since)
+        return is_alive(who["process"], host=who["host"], started=None, silent_seconds=now - since)
 
 
 @dataclass
@@ -165,7 +156,7 @@ class Claim:
 
     def _beat(self) -> None:
         beat = 0
-        while not self._ended.wait(BEAT):
+        while not self._ended.wait(BEAT_SECONDS):
             beat += 1
             try:
                 self.study.storage.set_trial_user_attr(self.trial_id, "beat", beat)
@@ -215,22 +206,6 @@ def _without_notices() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _host() -> str:
-    """This machine, and the space in which its process numbers hold: containers have their own."""
-    space = Path("/proc/self/ns/pid")
-    return f"{platform.node()}:{space.stat().st_ino if space.exists() else 0}"
-
-
-def _process_exists(number: int) -> bool:
-    try:
-        os.kill(number, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
 
 
 def _packed(losses: Mapping[str, SequenceLosses]) -> dict[str, str]:
