@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, TypeVar
 
 import torch
-from huggingface_hub.constants import HF_HOME
 from transformers.utils import is_torch_tf32_available
 
 from lorafit.errors import MachineError, Problem
@@ -86,13 +84,6 @@ def _cpu_name() -> str:
 
 def _ram_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def cache_directory() -> Path:
-    """Where prepared tokens are kept: `$LORAFIT_CACHE`, else `lorafit` beside the Hugging Face cache."""
-    if chosen := os.environ.get("LORAFIT_CACHE"):
-        return Path(chosen)
-    return Path(HF_HOME).parent / "lorafit"
 
 
 def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:

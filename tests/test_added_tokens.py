@@ -17,8 +17,9 @@ from runs import cache_of, logits, small_recipe
 from tiny import build_base, byte_tokenizer, llama_config, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from lorafit.builders.added_tokens import added_tokens, begin_rows
+from lorafit.builders.added_tokens import added_tokens
 from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.new_rows import begin_rows
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.errors import DataError, ModelError
 from lorafit.evaluation.models import models

@@ -75,7 +75,7 @@ def test_the_page_needs_no_other_file_and_escapes_the_data(tmp_path: Path) -> No
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr("lorafit.preflight.cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr("lorafit.data.cache.cache_directory", lambda: tmp_path / "cache")
     write_jsonl(tmp_path / "a.jsonl", [*ROWS, ROWS[0]])
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {{model_name_or_path: {tiny_base}}}\ndata:\n  train:\n    - path: a.jsonl\n")

@@ -9,6 +9,7 @@ import pytest
 
 from recipes import SMALLEST, written
 
+TORCH = ("torch", "peft", "trl", "accelerate", "bitsandbytes")
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "accelerate", "bitsandbytes", "numpy", "pyarrow", "rich")
 RUN = f"""
 import sys
@@ -45,3 +46,11 @@ def test_a_base_is_read_without_anything_heavy(tmp_path: Path, tiny_base: Path) 
 def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:
     source = RUN.replace("code = _exit_code(sys.argv[1:])", "code = 0")
     assert heavy_modules(tmp_path, source) == "[]"
+
+
+def test_a_preview_imports_no_torch(tmp_path: Path, tiny_base: Path) -> None:
+    written(tmp_path, SMALLEST.replace("gpt2", str(tiny_base)))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 40, encoding="utf-8")
+    loaded = json.loads(heavy_modules(tmp_path, RUN, "preview", "x.yaml", "--quiet").replace("'", '"'))
+    assert "datasets" in loaded
+    assert not {*loaded} & {*TORCH}

@@ -1,17 +1,14 @@
-"""The tokens of `model.add_tokens`: their ids, the pieces they were cut into before, and the rows they start from."""
+"""The tokens of `model.add_tokens`: their ids, and the pieces they were cut into before. No torch."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 
-import torch
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.model_files import AddedTokens
-from lorafit.builders.untrained_rows import Matrix, never_trained
 from lorafit.errors import ModelError
 
 
@@ -63,35 +60,3 @@ def _without(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> Token
     core["added_tokens"] = [one for one in core["added_tokens"] if one["content"] not in tokens]
     core["truncation"] = core["padding"] = None
     return Tokenizer.from_str(json.dumps(core))
-
-
-@torch.no_grad()
-def begin_rows(model: PreTrainedModel, added: AddedTokens) -> None:
-    """Give the model a row for each token, in its embedding and in its output head where that has its own.
-
-    A new token begins as the mean of its pieces; so does one that the base has without ever having trained it. What is
-    only there to fill up the ids between begins as the mean of all rows.
-    """
-    if model.get_input_embeddings().weight.shape[0] < added.rows_needed:
-        model.resize_token_embeddings(added.rows_needed, mean_resizing=False)
-    matrices = [model.get_input_embeddings().weight]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not matrices[0]:
-        matrices.append(head.weight)
-    token_of = {id_: token for token, id_ in added.ids.items()}
-    for matrix in matrices:
-        kept = _trained_before(matrix, added)
-        for id_ in added.trained:
-            pieces = added.pieces.get(token_of.get(id_, ""), ())
-            if id_ not in kept:
-                matrix[id_] = (matrix[list(pieces)] if pieces else matrix[: added.rows]).float().mean(dim=0)
-
-
-def _trained_before(matrix: Tensor, added: AddedTokens) -> set[int]:
-    known = sorted(added.ids[token] for token in added.known if added.ids[token] < added.rows)
-
-    def rows(ids: Sequence[int]) -> Matrix:
-        values: Matrix = matrix[list(ids)].float().cpu().numpy()
-        return values
-
-    return {*known} - never_trained(rows, known, ordinary=range(added.rows), peers=added.reserved).keys()

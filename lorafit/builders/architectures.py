@@ -24,7 +24,7 @@ def model_types() -> frozenset[str]:
 
     A test compares it, and `causal_model_types`, with the library's own.
     """
-    tables = [_source(name) for name in ("auto_mappings.py", "configuration_auto.py")]
+    tables = [source_of_auto(name) for name in ("auto_mappings.py", "configuration_auto.py")]
     shown = [table.partition("\nSPECIAL_MODEL_TYPE_TO_MODULE_NAME")[0] for table in tables]
     return frozenset(kind for table in shown for kind in _CONFIG_OF_TYPE.findall(table))
 
@@ -32,11 +32,13 @@ def model_types() -> frozenset[str]:
 @cache
 def causal_model_types() -> frozenset[str]:
     """Those of which there is a model that predicts the next token (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)."""
-    table = _source("modeling_auto.py").partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)\n")[0]
+    source = source_of_auto("modeling_auto.py")
+    table = source.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)\n")[0]
     return frozenset(re.findall(r'^ +\("([\w.-]+)", ', table, re.MULTILINE))
 
 
-def _source(name: str) -> str:
+def source_of_auto(name: str) -> str:
+    """A file of `transformers.models.auto`; empty where the library lies without source."""
     package = importlib.util.find_spec("transformers")
     folders = package.submodule_search_locations if package else None
     path = Path((folders or ["."])[0], "models", "auto", name)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lorafit.builders.added_tokens import added_tokens, begin_rows
+from lorafit.builders.added_tokens import added_tokens
 from lorafit.builders.architectures import model_type_problems, task_problems
 from lorafit.builders.bnb_config import bnb_config
+from lorafit.builders.library_config import CONFIG_ERRORS, load_config, one_line
 from lorafit.builders.model_files import (
     AddedTokens,
     BaseModelFiles,
@@ -33,6 +33,7 @@ from lorafit.builders.model_files import (
     weight_problems,
 )
 from lorafit.builders.model_modules import modules_of
+from lorafit.builders.new_rows import begin_rows
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.builders.weight_files import FLOATS, TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
@@ -50,7 +51,6 @@ OUT_OF_MEMORY_WORDS = re.compile(
 )
 """As the allocators of torch, the CUDA driver, cuBLAS and the system call put it, inside a plain RuntimeError."""
 
-CONFIG_ERRORS = (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError)
 WHERE_FILES_LIE = frozenset({"cache_dir", "local_files_only", "subfolder"})
 """Arguments used up in finding the model's directory."""
 EXTRA_KEYS = WHERE_FILES_LIE | {
@@ -145,7 +145,7 @@ def _outline(section: ModelSection, *, config: PreTrainedConfig, where: str) -> 
                 config, trust_remote_code=section.trust_remote_code, **_attention(section)
             )
     except (*CONFIG_ERRORS, ImportError, RuntimeError) as error:
-        raise ModelError(f"transformers cannot build it: {_one_line(error)}{_mend(section)}", where=where) from error
+        raise ModelError(f"transformers cannot build it: {one_line(error)}{_mend(section)}", where=where) from error
 
 
 def _attention(section: ModelSection) -> dict[str, str]:
@@ -163,15 +163,6 @@ def commit_of(section: ModelSection, *, directory: Path) -> str | None:
     """A snapshot is called after its commit; `directory` is it, or the subfolder in it."""
     snapshot = [directory, *directory.parents][len(Path(section.extra.get("subfolder", "")).parts)]
     return snapshot.name if is_on_hub(section) else None
-
-
-def load_config(section: ModelSection, *, directory: Path) -> PreTrainedConfig:
-    """The library's config object for a directory. Raises ModelError when the library does not take a value in it."""
-    try:
-        return AutoConfig.from_pretrained(directory, trust_remote_code=section.trust_remote_code)
-    except (*CONFIG_ERRORS, ImportError, OSError) as error:
-        where = str(directory / "config.json")
-        raise ModelError(f"transformers cannot use it: {_one_line(error)}", where=where) from error
 
 
 def _extra_problems(section: ModelSection, *, config: PreTrainedConfig) -> Iterator[Problem]:
@@ -216,7 +207,7 @@ def load_base_model(
                 **keys,
             )
         except (OSError, ImportError, ValueError) as error:
-            message = f"transformers cannot load it: {_one_line(error)}{_mend(model)}"
+            message = f"transformers cannot load it: {one_line(error)}{_mend(model)}"
             raise ModelError(message, where=str(directory)) from error
         except torch.OutOfMemoryError as error:
             raise MachineError(f"the base model does not fit: {OUT_OF_MEMORY}", where=str(directory)) from error
@@ -228,7 +219,7 @@ def load_base_model(
             if OUT_OF_MEMORY_WORDS.search(details):
                 raise MachineError(f"the base model does not fit: {OUT_OF_MEMORY}", where=str(directory)) from error
             raise ModelError(
-                f"its weights do not fit config.json: {_one_line(details)}", where=str(directory)
+                f"its weights do not fit config.json: {one_line(details)}", where=str(directory)
             ) from error
     _refuse_incomplete(loaded, depth=base.config.get_text_config().num_hidden_layers, where=str(directory))
     added = tokens_added(model, directory=directory, rows=int(base.get_input_embeddings().weight.shape[0]))
@@ -294,7 +285,3 @@ def _kept_load_report() -> Iterator[list[str]]:
     finally:
         library.setLevel(level)
         library.removeFilter(is_other)
-
-
-def _one_line(text: Exception | str) -> str:
-    return " ".join(str(text).split())[:300]

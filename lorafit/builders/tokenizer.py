@@ -9,8 +9,8 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.added_tokens import add_to, is_one
-from lorafit.builders.base_model import load_config
-from lorafit.builders.model_files import model_directory
+from lorafit.builders.library_config import embedding_rows
+from lorafit.builders.model_files import model_directory, read_config
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.errors import ModelError
 from lorafit.recipe.sections import ModelSection
@@ -39,7 +39,7 @@ def load_tokenizer(section: ModelSection, *, stop_token: str | None = None) -> P
             'the tokenizer has no end-of-text token: write "eos_token": "..." in tokenizer_config.json',
             where=str(directory),
         )
-    vocab_size = load_config(section, directory=directory).get_text_config().vocab_size
+    vocab_size = embedding_rows(section, directory=directory, config=read_config(directory))
     add_to(tokenizer, section.add_tokens)
     if stop_token is not None:
         _end_with(tokenizer, stop_token)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+import transformers
+from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.model_files import TOKENIZER_FILES, read_json
 from lorafit.builders.template_files import DEFAULT, chat_templates
+from lorafit.builders.tokenizer_class import tokenizer_class_name
 from lorafit.errors import ModelError
 
 
@@ -22,7 +25,7 @@ def read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTok
             read_json(directory / name)
     templates = chat_templates(directory)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+        tokenizer = _from_files(directory, trust_remote_code=trust_remote_code)
     except Exception as error:
         # The tokenizers library raises plain Exception for a file it cannot use; anything rarer is a bug and is kept.
         if type(error) not in (Exception, OSError, ValueError, KeyError, TypeError, ImportError):
@@ -38,3 +41,11 @@ def read_tokenizer(directory: Path, *, trust_remote_code: bool) -> PreTrainedTok
     if templates:  # without a mark of byte order, and also from where transformers looks for those of processors only
         tokenizer.chat_template = templates[DEFAULT] if list(templates) == [DEFAULT] else templates
     return tokenizer
+
+
+def _from_files(directory: Path, *, trust_remote_code: bool) -> Any:
+    """What AutoTokenizer makes of them; most often without it, because importing it takes as long as torch does."""
+    name = tokenizer_class_name(directory)
+    if name is not None and hasattr(transformers, name):
+        return getattr(transformers, name).from_pretrained(directory)
+    return transformers.AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)

@@ -45,8 +45,8 @@ def evaluate(
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
         with without_collections():
             quiet_libraries(debug=debug)
+            from lorafit.data.cache import cache_directory
             from lorafit.evaluation.evaluate import evaluate as evaluated
-            from lorafit.preflight import cache_directory
             from lorafit.report.evaluation import eval_table
 
         named = [task.strip() for given in tasks or () for task in given.split(",") if task.strip()]

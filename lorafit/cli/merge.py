@@ -40,8 +40,8 @@ def merge(
     """Merge an adapter into its base: a standalone model that plain transformers loads."""
     with without_collections():
         quiet_libraries(debug=debug)
+        from lorafit.data.cache import cache_directory
         from lorafit.merging.merge import merge as merge_adapter
-        from lorafit.preflight import cache_directory
         from lorafit.report.merge import merge_table
 
     result = merge_adapter(
@@ -87,9 +87,9 @@ def combine(
     """Make one adapter of several of the same base."""
     with without_collections():
         quiet_libraries(debug=debug)
+        from lorafit.data.cache import cache_directory
         from lorafit.merging.combine import combine as combine_adapters
         from lorafit.merging.combine import weighted
-        from lorafit.preflight import cache_directory
         from lorafit.report.merge import combine_table
 
     result = combine_adapters(

@@ -58,7 +58,8 @@ def rank_sweep(
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
         with without_collections():
             quiet_libraries(debug=debug)
-            from lorafit.preflight import cache_directory, this_machine
+            from lorafit.data.cache import cache_directory
+            from lorafit.preflight import this_machine
             from lorafit.report.rank_sweep import sweep_table
             from lorafit.sweep.sweep import rank_sweep as sweep
             from lorafit.sweep.sweep import refuse_what_cannot_be_swept

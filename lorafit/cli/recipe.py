@@ -69,8 +69,8 @@ def preview(
 
     loaded = load(recipe, overrides=set_ or ())
     quiet_libraries(debug=debug)
+    from lorafit.data.cache import cache_directory
     from lorafit.data.preview import recipe_preview
-    from lorafit.preflight import cache_directory
     from lorafit.report.preview import preview_page, preview_text
 
     try:

@@ -118,7 +118,7 @@ def train(
             result, text = asdict(miniature), smoke_table(miniature)
         elif selftest:
             quiet_libraries(debug=debug)
-            from lorafit.preflight import cache_directory
+            from lorafit.data.cache import cache_directory
             from lorafit.report.selftest import selftest_table
             from lorafit.training.selftest_only import self_test_only
 
@@ -185,7 +185,7 @@ def _train(
 ) -> "TrainResult | None":
     """Train in this process, or first become the launcher of those that train; None where another machine has it."""
     with without_collections():
-        from lorafit.preflight import cache_directory
+        from lorafit.data.cache import cache_directory
 
     inputs = None
     if not launch.is_worker():
@@ -216,7 +216,8 @@ def _before_training(
 ) -> "tuple[RunInputs | None, bool]":
     """What this process has read for its run, which does not return where others train it; whether all is said."""
     with without_collections():
-        from lorafit.preflight import cache_directory, refuse_what_this_machine_lacks, this_machine
+        from lorafit.data.cache import cache_directory
+        from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
         from lorafit.training.inputs import read_inputs, refuse_before_reading
         from lorafit.training.several_machines import ready_to_start, tell_others, told_by_first
 

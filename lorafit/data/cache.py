@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.constants import HF_HOME
+
 from lorafit.storage.files import sha256_of, write_file
 from lorafit.storage.stage import discard, remove_abandoned, staged
 
 FORMAT = 2
 """Of an entry: another number finds none of the entries that were written in another way."""
+
+
+def cache_directory() -> Path:
+    """Where prepared tokens are kept: `$LORAFIT_CACHE`, else `lorafit` beside the Hugging Face cache."""
+    if chosen := os.environ.get("LORAFIT_CACHE"):
+        return Path(chosen)
+    return Path(HF_HOME).parent / "lorafit"
 
 
 @dataclass(frozen=True)

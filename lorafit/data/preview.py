@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from lorafit.builders.base_model import load_config
+from lorafit.builders.library_config import embedding_rows
 from lorafit.builders.model_files import model_directory, read_config, stop_token_ids
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.audit import Audit
@@ -76,7 +76,7 @@ def prepared_preview(
     stops = stop_token_ids(directory, config=config)
     if recipe.data.stop_token is not None:
         stops |= {int(tokenizer.eos_token_id)}
-    vocab_size = load_config(recipe.model, directory=directory).get_text_config().vocab_size
+    vocab_size = embedding_rows(recipe.model, directory=directory, config=config)
     added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in recipe.model.add_tokens]
     data = prepare(
         recipe.data,

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
+from lorafit.data.cache import cache_directory
 from lorafit.data.preview import prepared_preview
 from lorafit.errors import LorafitError
-from lorafit.preflight import cache_directory
 from lorafit.recipe import load
 from lorafit.storage.run_dir import RunDir
 

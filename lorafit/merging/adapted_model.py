@@ -23,7 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from lorafit.builders.base_model import CONFIG_ERRORS, load_config
+from lorafit.builders.library_config import CONFIG_ERRORS, load_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import AdapterError, ModelError
 from lorafit.merging.adapter_files import Adapter

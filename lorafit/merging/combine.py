@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 
-from lorafit.builders.base_model import load_config
+from lorafit.builders.library_config import load_config
 from lorafit.builders.model_files import BaseModelFiles, is_on_hub
 from lorafit.errors import AdapterError, ModelError, Problem, RecipeError
 from lorafit.merging.adapted_model import HARMLESS_STARTS, outline, refuse_misfit

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.builders.architectures import model_type_problems
-from lorafit.builders.base_model import commit_of, load_config, whole_tensors
+from lorafit.builders.base_model import commit_of, whole_tensors
+from lorafit.builders.library_config import load_config
 from lorafit.builders.model_files import (
     BaseModelFiles,
     config_problems,

@@ -10,7 +10,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from lorafit.builders.architectures import model_type_problems
-from lorafit.builders.base_model import load_config
+from lorafit.builders.library_config import load_config
 from lorafit.builders.model_files import is_on_hub, model_directory, read_config
 from lorafit.errors import ModelError
 from lorafit.recipe.sections import ModelSection
