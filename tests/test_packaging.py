@@ -19,14 +19,10 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
-from typer.testing import CliRunner
-
-from lorafit import errors
-from lorafit.cli import app
-from lorafit.recipe import load
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+START = (ROOT / "docs/start.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUN_LINE = "pip install -c constraints.txt -e . && lorafit train recipes/quickstart.yaml"
 TEST_LINE = "pip install -c constraints.txt -e '.[test]' && pytest"
@@ -126,59 +122,6 @@ def test_the_readme_has_the_two_lines() -> None:
     assert RUN_LINE in lines and TEST_LINE in lines
 
 
-def test_every_command_and_option_of_the_readme_exists() -> None:
-    listed = CliRunner().invoke(app, ["--help"]).output.partition("Commands:")[2]
-    commands = set(re.findall(r"^  ([a-z][a-z-]*)  ", listed, re.MULTILINE))
-    inline = re.findall(r"`lorafit ([a-z][a-z-]*)([^`]*)`", README)
-    typed = re.findall(r"^(?:\$ |.*&& )lorafit ([a-z][a-z-]*)(.*)$", README, re.MULTILINE)
-    assert len(commands) >= 6 and typed
-    assert {name for name, _ in inline} <= commands
-    for name, rest in [*inline, *typed]:
-        page = CliRunner().invoke(app, [name, "--help"])
-        assert page.exit_code == 0
-        for option in re.findall(r"--[a-z-]+", rest):
-            assert option in page.output, (name, option)
-
-
-def test_every_file_the_readme_names_exists() -> None:
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", README) if "://" not in link]
-    typed = re.findall(r"(?:python|-r|--config_file) ([\w./-]+\.\w+)|(?<=train )(recipes/[\w.-]+)", README)
-    files = [*links, *(name for names in typed for name in names if name)]
-    assert len(files) > 20
-    assert [name for name in files if not (ROOT / name).exists()] == []
-
-
-def test_the_readme_lists_every_recipe_with_the_memory_its_header_says() -> None:
-    for path in (ROOT / "recipes").glob("*.yaml"):
-        (row,) = [line for line in README.splitlines() if line.startswith(f"| [{path.name}]")]
-        needs = re.search(r"# Needs   ([\d.]+ [MG]B) for the weights", path.read_text(encoding="utf-8"))
-        if needs:
-            assert row.endswith(f"| {needs.group(1)} |")
-        assert ("QLoRA" in row) == (load(path).recipe.quantization is not None)
-
-
-def test_the_recipe_of_the_readme_is_one(tmp_path: Path) -> None:
-    (text,) = [block for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "$schema" in block]
-    path = tmp_path / "recipe.yaml"
-    path.write_text(text, encoding="utf-8")
-    assert load(path).recipe.training.learning_rate == 2e-4
-
-
-def test_the_mistakes_of_the_readme_are_named_as_it_shows(tmp_path: Path) -> None:
-    recipe = re.search(r"```yaml\n(# bad\.yaml\n.*?)```", README, re.DOTALL).group(1)  # type: ignore[union-attr]
-    shown = re.search(r"\$ lorafit train bad\.yaml\n(.*?)```", README, re.DOTALL).group(1)  # type: ignore[union-attr]
-    (tmp_path / "bad.yaml").write_text(recipe, encoding="utf-8")
-    command = [sys.executable, "-m", "lorafit", "train", "bad.yaml"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stderr) == (2, shown)
-
-
-def test_the_readme_lists_the_exit_codes() -> None:
-    listed = {int(code) for code in re.findall(r"^\| (\d+) \|", README, re.MULTILINE)}
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.LorafitError)]
-    assert listed == {0} | {kind.exit_code for kind in kinds}
-
-
 @pytest.mark.parametrize("pip_fails", [False, True])
 def test_ci_runs_the_second_line_in_a_fresh_environment(tmp_path: Path, pip_fails: bool) -> None:
     """With programs in place of Python, pip and pytest that only say how they were called."""
@@ -225,10 +168,10 @@ def test_the_scripts_can_be_run() -> None:
 
 
 @pytest.mark.slow
-def test_the_quickstart_prints_what_the_readme_shows_and_its_qlora_twin_learns_as_much(tmp_path: Path) -> None:
+def test_the_quickstart_prints_what_its_page_shows_and_its_qlora_twin_learns_as_much(tmp_path: Path) -> None:
     """Times, memory and this machine's precision aside; the losses to what another CPU may change in them."""
     done = quickstart("quickstart.yaml", tmp_path / "lora")
-    shown = re.search(r"```text\n(data: .*?)```", README, re.DOTALL).group(1).splitlines()  # type: ignore[union-attr]
+    shown = re.search(r"```text\n(data: .*?)```", START, re.DOTALL).group(1).splitlines()  # type: ignore[union-attr]
     varying = ("bfloat16", "held-out", "perplexity", "tokens", "time", "peak memory", "adapter  ", "next")
     printed, expected = (
         [re.sub(r"in [\d.]+ s", "in - s", line) for line in lines if not line.startswith(varying)]
