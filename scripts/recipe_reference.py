@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lorafit.recipe.rules import RULES
+from lorafit.recipe.rules.broken import Rule
 from lorafit.recipe.schema import recipe_schema
 
 PAGE = Path(__file__).parent.parent / "docs" / "recipe.md"
@@ -31,6 +33,11 @@ key that is not below is refused, with the one that was meant.
 line `# yaml-language-server: $schema=lorafit.schema.json` they complete and explain every key. This page is written by
 `python scripts/recipe_reference.py` from the schema.
 """
+OF_RULES = """\
+## Rules between keys
+
+A recipe that breaks one is refused with the line of the key and what to write. Each says what must hold, and why: what
+would otherwise fail late, or be ignored without a word."""
 
 
 def page() -> str:
@@ -43,7 +50,13 @@ def page() -> str:
     for name, field in schema["properties"].items():
         for definition in _sections_in(field):
             blocks += _section(_path(name, field), definition, definitions, shown)
-    return "\n\n".join(blocks) + "\n"
+    return "\n\n".join([*blocks, OF_RULES, "\n".join(map(_rule, RULES))]) + "\n"
+
+
+def _rule(rule: Rule) -> str:
+    """What its name says must hold, and why."""
+    name = rule.__name__.replace("_", " ")
+    return f"- {name[0].upper()}{name[1:]}. {_one_line(rule.__doc__ or '')}"
 
 
 def _section(path: str, name: str, definitions: dict[str, Any], shown: dict[str, str]) -> Iterator[str]:
