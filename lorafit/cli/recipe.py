@@ -71,6 +71,7 @@ def preview(
     quiet_libraries(debug=debug)
     from lorafit.data.cache import cache_directory
     from lorafit.data.preview import recipe_preview
+    from lorafit.recipe.write import write_asked_for
     from lorafit.report.preview import preview_page, preview_text
 
     try:
@@ -81,7 +82,7 @@ def preview(
     for warning in result.audit.warnings:
         say(f"warning: {warning}")
     if html is not None:
-        html.write_text(preview_page(result), encoding="utf-8")
+        write_asked_for(html, preview_page(result), option="--html", overwrite=True)
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org
     text = f"{html}: open it in a browser" if html is not None else preview_text(result, in_colour=in_colour)
     print_result(result.as_dict(), as_json=as_json, text=text, is_styled=html is None)
@@ -94,13 +95,13 @@ def schema(
 ) -> None:
     """Print the JSON Schema of a recipe: every key with its meaning, for editors."""
     from lorafit.recipe.schema import recipe_schema
-    from lorafit.recipe.write import write_file
+    from lorafit.recipe.write import write_asked_for
 
     text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
     if output is None:
         print(text)
     else:
-        write_file(output, f"{text}\n", overwrite=True)
+        write_asked_for(output, f"{text}\n", option="--output", overwrite=True)
 
 
 @app.command()

@@ -4,7 +4,6 @@ import contextlib
 import json
 import shlex
 import sys
-import tempfile
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, pr
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.imports import without_collections
 from lorafit.launching import launch
+from lorafit.storage.stage import scratch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -309,8 +309,8 @@ def _linked(handed: str | None) -> "Iterator[Link | None]":
     from lorafit.launching.signals import end_after_lost_machine
 
     link = taken_over(handed)
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
-        sign = Path(directory) / "lost-machine"
+    with scratch() as directory:
+        sign = directory / "lost-machine"
         launch.name_sign_of_lost_machine(sign)
         link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost))
         try:

@@ -13,7 +13,8 @@ from typing import Any
 from huggingface_hub.constants import HF_HOME
 
 from lorafit.storage.files import sha256_of, write_file
-from lorafit.storage.stage import discard, remove_abandoned, staged
+from lorafit.storage.seal import Damaged, identity, verified
+from lorafit.storage.stage import discard, make_directory, staged
 
 FORMAT = 2
 """Of an entry: another number finds none of the entries that were written in another way."""
@@ -47,19 +48,18 @@ def load(cache: Path, fingerprint: str) -> Entry | None:
     try:
         facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
         tables = {name: entry / f"{name}.arrow" for name in facts["tables"]}
-        then, now = facts["tables"], {name: _identity(path) for name, path in tables.items()}
-        touched = [name for name in tables if then[name]["identity"] != now[name]]
-        if all(sha256_of(tables[name]) == then[name]["sha256"] for name in touched):
-            if touched:  # copied to another disk, for one
-                with suppress(OSError):
-                    for name in touched:
-                        then[name]["identity"] = now[name]
-                    write_file(entry / "facts.json", json.dumps(facts))
-            return Entry(tables, facts["audit"], facts["prompts"], facts["tokens"])
+        verified(entry, {tables[name].name: seal for name, seal in facts["tables"].items()})
+        touched = [name for name, path in tables.items() if facts["tables"][name]["identity"] != identity(path)]
+        if touched:  # copied to another disk, for one
+            with suppress(OSError):
+                for name in touched:
+                    facts["tables"][name]["identity"] = identity(tables[name])
+                write_file(entry / "facts.json", json.dumps(facts))
+        return Entry(tables, facts["audit"], facts["prompts"], facts["tokens"])
     except OSError:
         if not entry.is_dir():
             return None
-    except (ValueError, KeyError, TypeError):
+    except (Damaged, ValueError, KeyError, TypeError, AttributeError):
         pass
     # Damaged: made again. Whoever still reads the old files keeps them open.
     with suppress(OSError):
@@ -73,20 +73,13 @@ def new_entry(cache: Path, fingerprint: str) -> Iterator[Path]:
 
     When another process was faster its entry, equal by content, stays. What killed processes left goes.
     """
-    cache.mkdir(parents=True, exist_ok=True)
-    remove_abandoned(cache)
+    make_directory(cache)
     with suppress(FileExistsError), staged(cache / fingerprint) as stage:
         yield stage
 
 
 def seal(stage: Path, tables: Mapping[str, Path], *, audit: dict[str, Any], prompts: list[Any], tokens: str) -> None:
     """Write down what the finished tables of a new entry are."""
-    known = {name: {"sha256": sha256_of(path), "identity": _identity(path)} for name, path in tables.items()}
+    known = {name: {"sha256": sha256_of(path), "identity": identity(path)} for name, path in tables.items()}
     facts = {"tables": known, "audit": audit, "prompts": prompts, "tokens": tokens}
     (stage / "facts.json").write_text(json.dumps(facts), encoding="utf-8")
-
-
-def _identity(path: Path) -> list[int]:
-    """Changes whenever the file is written to: nobody can set the last of the times back."""
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]

@@ -24,6 +24,7 @@ import fsspec
 
 from lorafit.data.files import DataFile, FileProblem, suffix_of
 from lorafit.errors import DiskError
+from lorafit.storage.stage import move
 
 Kept = TypeVar("Kept")
 CHUNK = 1 << 20
@@ -104,7 +105,7 @@ class Downloads:
         if not path.exists():
             part = path.with_suffix(".part")
             asked(remote.url, lambda: _download(remote.url, part))
-            part.rename(path)
+            move(part, path)
         return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from datetime import date
 
 import jinja2
@@ -14,6 +13,7 @@ from lorafit.data.prompts import Prompt
 from lorafit.data.templates import saved_chat_template
 from lorafit.errors import DiskError, Problem, VerificationError
 from lorafit.recipe.sections import DataSection
+from lorafit.storage.stage import scratch
 
 SHOWN = 40
 """Characters from where two prompts part."""
@@ -39,13 +39,13 @@ def refuse_other_prompts(data: PreparedData, section: DataSection, tokenizer: Pr
 def _as_saved(section: DataSection, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     """The tokenizer that the adapter will have, really saved and loaded again."""
     own = tokenizer.chat_template
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as directory:
+    with scratch() as directory:
         tokenizer.chat_template = saved_chat_template(section, tokenizer)
         try:
             tokenizer.save_pretrained(directory)
         except OSError as error:
             message = f"the tokenizer cannot be saved to be checked ({error.strerror}); make room, or set TMPDIR"
-            raise DiskError(message, where=directory) from None
+            raise DiskError(message, where=str(directory)) from None
         finally:
             tokenizer.chat_template = own
         # The code of a tokenizer from the Hub is not saved with it; its class is here already.

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import zipfile
 from pathlib import Path
 
 from lorafit.doctor.examine import Diagnosis
 from lorafit.doctor.scrub import scrubbed
-from lorafit.errors import RecipeError, RunDirError
+from lorafit.errors import RunDirError
+from lorafit.recipe.write import write_asked_for
 from lorafit.storage.run_dir import RunDir
 
 MOST_BYTES = 5_000_000
@@ -25,16 +27,11 @@ def write_bundle(diagnosis: Diagnosis, file: Path, *, run: Path | None) -> tuple
         if not run.is_dir():
             raise RunDirError("is not a directory; name the output_dir of a run", where=str(run))
         contents |= _of_run(RunDir(run))
-    try:
-        with file.open("xb") as target, zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, text in contents.items():
-                archive.writestr(name, scrubbed(text))
-    except FileExistsError:
-        raise RecipeError(
-            "is there already and is never overwritten; choose another --bundle", where=str(file)
-        ) from None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise RecipeError(f"cannot be written ({error.strerror}); choose another --bundle", where=str(file)) from None
+    bundle = io.BytesIO()
+    with zipfile.ZipFile(bundle, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, text in contents.items():
+            archive.writestr(name, scrubbed(text))
+    write_asked_for(file, bundle.getvalue(), option="--bundle", overwrite=False)
     return tuple(contents)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +26,9 @@ from lorafit.recipe.paths import looks_local
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.sections import ModelSection, Source
 from lorafit.recipe.write import dump
+from lorafit.storage.files import sha256_of
 from lorafit.storage.json_text import parsed
+from lorafit.storage.stage import scratch
 
 Say = Callable[[str], None]
 
@@ -109,8 +109,8 @@ def _with_recipe(adapter: Adapter, *, data: Path | None, overrides: Sequence[str
         },
         "data": {"train": [{"path": "none"}], "eval": [_source(data, None)]},
     }
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as work:
-        path = Path(work) / "adapter.yaml"
+    with scratch() as work:
+        path = work / "adapter.yaml"
         path.write_text(dump(written), encoding="utf-8")
         loaded = load(path, overrides=overrides)
     return replace(adapter, base=loaded.recipe.model, recipe=loaded)
@@ -191,11 +191,9 @@ def _merged_model(adapter: Adapter, asked_for: Path | None, *, say: Say) -> Path
         made_of = parsed(report.read_text(encoding="utf-8"))["adapter_sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"is not the report of a merge ({error}): merge again", where=str(report)) from None
-    with adapter.weights.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != made_of:
-            raise ModelError(
-                "was made of another adapter, or of this one before it changed: merge again, or name another with "
-                "--merged",
-                where=str(merged),
-            )
+    if sha256_of(adapter.weights) != made_of:
+        raise ModelError(
+            "was made of another adapter, or of this one before it changed: merge again, or name another with --merged",
+            where=str(merged),
+        )
     return merged

@@ -28,6 +28,7 @@ from lorafit.merging.merge import read_base
 from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.overlap import Overlap, overlaps
 from lorafit.merging.settings_files import copy_tokenizer
+from lorafit.storage.stage import move
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that add A to A and B to B: approximations of the sum of the updates, for adapters of one rank."""
@@ -317,7 +318,7 @@ def _write(model: PeftModel, stage: Path, first: Adapter) -> None:
     """The new adapter alone, with the tokenizer of the first input, which training saw the text through."""
     model.save_pretrained(str(stage), selected_adapters=[COMBINED], save_embedding_layers=False)
     for name in (CONFIG, WEIGHTS):
-        (stage / COMBINED / name).rename(stage / name)
+        move(stage / COMBINED / name, stage / name)
     shutil.rmtree(stage / COMBINED)
     (stage / "README.md").unlink(missing_ok=True)
     config = json.loads((stage / CONFIG).read_text(encoding="utf-8"))
@@ -327,7 +328,7 @@ def _write(model: PeftModel, stage: Path, first: Adapter) -> None:
         config["target_modules"] = sorted(config["target_modules"])
     (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     shutil.copyfile(stage / WEIGHTS, stage / "copy")  # safetensors lets nobody but the owner read its files
-    (stage / "copy").replace(stage / WEIGHTS)
+    move(stage / "copy", stage / WEIGHTS)
     copy_tokenizer(first.directory, stage)
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorafit.errors import DiskError, RunDirError
-from lorafit.storage.stage import remove_abandoned, staged
+from lorafit.storage.stage import make_directory, remove_abandoned, staged
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SMALL_FILES = 32 << 20
@@ -27,7 +27,7 @@ def out_directory(target: Path, *, needed: int) -> Iterator[Path]:
     parent = target.parent
     refuse_existing(target)
     try:
-        parent.mkdir(parents=True, exist_ok=True)
+        make_directory(parent)
         remove_abandoned(parent)
         _refuse_full(parent, needed)
         with staged(target) as stage:

@@ -13,7 +13,6 @@ A wrong merge misses by its share of the update, which no order of sums explains
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import tempfile
@@ -32,6 +31,7 @@ from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
 from lorafit.pulse import Say, unsaid
+from lorafit.storage.files import sha256_of
 
 SAME_MODEL_TWICE = 2.0**-20
 """Of the largest logit: what equal weights may give in two processes, eight units of float32."""
@@ -229,7 +229,7 @@ def judge(findings: Mapping[str, Any], *, job: Job, prompts: Prompts, adapter: A
         modules=tuple(modules),
         dtype=job.main_type,
         advice=_advice(job.main_type, kept=kept, noise=noise, effect=effect, worst=modules[:1]),
-        adapter_sha256=hashlib.sha256(adapter.weights.read_bytes()).hexdigest(),
+        adapter_sha256=sha256_of(adapter.weights),
         onto=onto,
     )
 

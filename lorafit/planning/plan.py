@@ -15,7 +15,7 @@ from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.variants import changed, written_as
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.recipe.write import recipe_yaml, write_file
+from lorafit.recipe.write import recipe_yaml, write_asked_for
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,6 @@ def write_fixed(question: Question, plan: Plan, out: Path) -> str:
     assert recipe is not None  # it was planned
     made = f"changed to fit: {written_as(plan.fixed.change)}" if plan.fixed.change else "it fits as it was"
     head = f"# {question.loaded.path.name}, {made}\n# Plan: {plan.fixed.line}\n"
-    write_file(out, head + recipe_yaml(recipe, out.absolute().parent), overwrite=False)
+    write_asked_for(out, head + recipe_yaml(recipe, out.absolute().parent), option="--output", overwrite=False)
     load(out)  # what was written is a recipe
     return f"{out}: {made}"

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -17,6 +14,7 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
 from lorafit.speed import varlen_attention
 from lorafit.speed.fused_lora import fuse
+from lorafit.storage.stage import scratch
 
 
 class PlannedTrainer(AdapterTrainer):
@@ -65,10 +63,10 @@ def planned_trainer(
             ),
         }
     )
-    with tempfile.TemporaryDirectory() as directory:
+    with scratch() as directory:
         arguments = sft_config(
             alone,
-            output_dir=Path(directory),
+            output_dir=directory,
             run_name="plan",
             bf16=bf16,
             gradient_checkpointing=checkpointing,

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lorafit.recipe.load import load
 from lorafit.recipe.paths import looks_local, moved
-from lorafit.recipe.write import dump, write_file
+from lorafit.recipe.write import dump, write_asked_for
 
 Preset = Literal["lora", "qlora", "dora"]
 Goal = Literal["style", "knowledge", "code"]
@@ -114,7 +114,7 @@ training:
 
 def write_recipe(text: str, output: Path) -> None:
     """Write a new recipe and load it once. Raises RecipeError when `output` exists or cannot be written."""
-    write_file(output, text, overwrite=False)
+    write_asked_for(output, text, option="--output", overwrite=False)
     load(output)
 
 

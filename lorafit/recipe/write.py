@@ -9,6 +9,7 @@ from lorafit.errors import RecipeError
 from lorafit.recipe.paths import relative
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.yaml_reader import FLOAT
+from lorafit.storage.files import write_file, write_new_file
 
 
 class _Dumper(yaml.SafeDumper):
@@ -32,13 +33,15 @@ def dump(value: Any) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def write_file(path: Path, text: str, *, overwrite: bool) -> None:
-    """`text` in the file that the command line asks for. Raises RecipeError where there can be no such file."""
+def write_asked_for(path: Path, content: str | bytes, *, option: str, overwrite: bool) -> None:
+    """`content` in the file that the command line asks for with `option`.
+
+    Raises RecipeError where there can be no such file.
+    """
     where = str(path)
     try:
-        with path.open("w" if overwrite else "x", encoding="utf-8") as file:
-            file.write(text)
+        (write_file if overwrite else write_new_file)(path, content)
     except FileExistsError:
-        raise RecipeError("is there already and is never overwritten; choose another --output", where=where) from None
+        raise RecipeError(f"is there already and is never overwritten; choose another {option}", where=where) from None
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        raise RecipeError(f"cannot be written ({error.strerror}); choose another --output", where=where) from None
+        raise RecipeError(f"cannot be written ({error.strerror}); choose another {option}", where=where) from None

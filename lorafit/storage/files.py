@@ -13,15 +13,26 @@ from lorafit.storage.stage import move, stage_beside
 
 def write_file(path: Path, content: str | bytes) -> None:
     """`content` in `path`: whoever reads it, after whatever happened, sees what was there before or all of it."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    encoded = content.encode("utf-8") if isinstance(content, str) else content
+    if path.exists() and not path.is_file() and not path.is_dir():  # /dev/stdout, a pipe
+        path.write_bytes(encoded)
+        return
+    path = Path(os.path.realpath(path))  # what a link leads to is replaced, not the link
+    os.stat(f"{path.parent}/.")  # noqa: PTH116 - raises where it is no directory, which `Path` would drop the dot of
     with stage_beside(path) as stage:
         made = stage / path.name
         with made.open("xb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
+            file.write(encoded)
             file.flush()
             os.fsync(file.fileno())
         move(made, path)
+
+
+def write_new_file(path: Path, content: str | bytes) -> None:
+    """The same where there is none yet. Raises FileExistsError."""
+    if path.exists() or path.is_symlink():
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    write_file(path, content)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -17,6 +17,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
+from lorafit.storage.stage import make_directory
 from lorafit.sweep.largest import cut_to_smaller_ranks
 from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
 from lorafit.sweep.result import SweepResult
@@ -66,7 +67,7 @@ def rank_sweep(
     }
     _refuse_another_sweep(loaded, out, facts)
     study = Study(storage or str(out / JOURNAL), study_name(facts))
-    out.mkdir(parents=True, exist_ok=True)
+    make_directory(out)
     write_file(out / FACTS, json.dumps(facts, indent=2) + "\n")
     bench = Bench(loaded, inputs, cache_dir=cache_dir, say=say, new_stop=new_stop)
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import signal
-import tempfile
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +23,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weights_can_be_sharded
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
 from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
+from lorafit.storage.stage import scratch
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -38,8 +38,8 @@ def run_processes(arguments: Sequence[str], *, requests: PassOn, link: Link | No
     """
     logging.disable(logging.ERROR)  # the launcher's own account of a failure, a page long
     launch.name_this_launcher()
-    with tempfile.TemporaryDirectory(prefix="lorafit-") as error_files:
-        settings = launch_command_parser().parse_args(["--log_dir", error_files, *arguments])
+    with scratch() as error_files:
+        settings = launch_command_parser().parse_args(["--log_dir", str(error_files), *arguments])
         # torch's launcher ends the processes 30 seconds after a signal; ours lets them save.
         settings.signals_to_handle = "SIGQUIT"
         try:
