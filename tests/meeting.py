@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import LorafitError, StopRequested
 from lorafit.launching import machines
 from lorafit.launching.machines import met, taken_over
 from lorafit.launching.placement import Place
+from lorafit.launching.signals import end_after_lost_machine
 
 
 def differences(first: Any, here: Any) -> list[str]:
@@ -25,14 +29,13 @@ def main(given: dict[str, Any]) -> None:
     with met(place, given["facts"], differences=differences, say=lambda line: print(line, flush=True)) as link:
         print("met", flush=True)
         match given.get("then"):
-            case "exec":
-                again = [sys.executable, __file__, "again", link.handed_over()]
-                os.execv(sys.executable, again)
+            case "again" | "launches" as then:
+                os.execv(sys.executable, [sys.executable, __file__, then, link.handed_over()])
             case "killed":
                 time.sleep(0.5)  # when all have met
                 os._exit(9)
             case "silent":
-                link._is_over.set()  # no signs of life any more, the connection stays
+                link.is_over.set()  # no signs of life any more, the connection stays
                 time.sleep(60)
             case "fails":
                 raise StopRequested("stopped at 15/20")
@@ -40,6 +43,17 @@ def main(given: dict[str, Any]) -> None:
                 link.hear()
         link.compare(given["facts"], differences=differences)
         print("compared again", flush=True)
+
+
+def launches(handed: str) -> None:
+    """After `exec`, as the process that starts the others, which wait for longer than a test does."""
+    link = taken_over(handed)
+    with tempfile.TemporaryDirectory() as directory:
+        sign = Path(directory) / "lost"
+        link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost, is_over=link.is_over))
+        code = subprocess.run(["sleep", "60"]).returncode
+        link.close(4)
+        print(f"ended by {-code}: {link.lost}; told by a file: {sign.exists()}", flush=True)
 
 
 def again(handed: str) -> None:
@@ -53,7 +67,13 @@ def again(handed: str) -> None:
 
 if __name__ == "__main__":
     try:
-        again(sys.argv[2]) if sys.argv[1] == "again" else main(json.loads(sys.argv[1]))
+        match sys.argv[1:]:
+            case ["again", handed]:
+                again(handed)
+            case ["launches", handed]:
+                launches(handed)
+            case [given]:
+                main(json.loads(given))
     except LorafitError as error:
         print(error)
         sys.exit(error.exit_code)

@@ -41,10 +41,10 @@ def both(*, first: Mapping[str, Any] = {}, other: Mapping[str, Any] = {}) -> lis
 
 def test_machines_of_one_mind_meet_in_any_order_and_go_on_after_exec() -> None:
     port = free_port()
-    others = [start(rank, port=port, count=3, then="exec") for rank in (2, 1)]
+    others = [start(rank, port=port, count=3, then="again") for rank in (2, 1)]
     time.sleep(0.5)
     with socket.create_server(("", 0)):  # something else that runs here
-        machines = [start(0, port=port, count=3, then="exec"), *others]
+        machines = [start(0, port=port, count=3, then="again"), *others]
         assert [ended(one) for one in machines] == [(0, ["met", "compared again"])] * 3
 
 
@@ -127,3 +127,13 @@ def test_a_machine_that_is_gone_is_named_by_the_others(gone: int, then: str, sai
     ended(leaves)
     assert (code, lines[0], len(lines)) == (4, "met", 2)
     assert lines[1].startswith(f"machines: machine {gone} ({NAME}) {said}")
+
+
+def test_a_process_that_starts_others_ends_them_and_itself_after_a_machine_is_gone() -> None:
+    port = free_port()
+    first, other = start(0, port=port, then="launches"), start(1, port=port, then="killed")
+    ended(other)
+    said = f"ended by 15: machines: machine 1 ({NAME}) has ended without a word (killed?)"
+    code, lines = ended(first)
+    assert (code, lines[0], len(lines)) == (0, "met", 2)
+    assert lines[1].startswith(said) and lines[1].endswith("told by a file: True")

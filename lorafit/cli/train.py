@@ -312,7 +312,7 @@ def _linked(handed: str | None) -> "Iterator[Link | None]":
     with scratch() as directory:
         sign = directory / "lost-machine"
         launch.name_sign_of_lost_machine(sign)
-        link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost))
+        link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost, is_over=link.is_over))
         try:
             yield link
         except LorafitError as error:

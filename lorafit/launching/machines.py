@@ -65,7 +65,8 @@ class Link:
         """Why the run cannot go on; set once."""
         self._peers = {peer.rank: peer for peer in peers}
         self._writing = threading.Lock()
-        self._is_over = threading.Event()
+        self.is_over = threading.Event()
+        """Whether nothing is sent or heard any more."""
         self._is_closed = False
         self._is_settled = False
         """Whether all machines know why the run does not begin."""
@@ -148,7 +149,7 @@ class Link:
         return None
 
     def _stop(self) -> None:
-        self._is_over.set()
+        self.is_over.set()
         if threading.current_thread() is self._thread:
             return
         try:
@@ -184,7 +185,7 @@ class Link:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
                 self._take(peer)  # what was read before `exec`
             due = time.monotonic()
-            while not self._is_over.is_set() and self.lost is None:
+            while not self.is_over.is_set() and self.lost is None:
                 if (now := time.monotonic()) >= due:
                     for peer in self._peers.values():
                         self._send(peer, b"")
@@ -196,7 +197,7 @@ class Link:
                     if not peer.is_done and time.monotonic() - peer.heard > SILENCE_SECONDS:
                         silent = f"gives no sign of life any more ({SILENCE_SECONDS:.0f} s): dead or cut off"
                         self._is_lost(f"{peer} {silent}; {_AGAIN}")
-        if self.lost is not None and self._on_lost is not None and not self._is_over.is_set():
+        if self.lost is not None and self._on_lost is not None and not self.is_over.is_set():
             self._telling = threading.Thread(target=self._on_lost, daemon=True)
             self._telling.start()
 

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TypeVar
@@ -205,24 +205,34 @@ def _is_alive(process: psutil.Process) -> bool:
         return False
 
 
-def end_after_lost_machine(sign: Path, why: Callable[[], object]) -> None:
-    """End what this process has started, which waits for a machine that is gone and may hear nothing any more.
+def _end(processes: list[psutil.Process], *, within_seconds: float) -> None:
+    """Ask them to end, and kill those that do not. Another thread may learn meanwhile that one has ended."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+    kill_at = time.monotonic() + within_seconds
+    while time.monotonic() < kill_at and any(_is_alive(process) for process in processes):
+        time.sleep(0.1)
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def end_after_lost_machine(sign: Path, why: Callable[[], object], *, is_over: threading.Event) -> None:
+    """End what this process has started, which waits for a machine that is gone and may hear nothing any more, until
+    this process is over, too.
 
     Where nothing was started yet this process itself may wait in torch, and is left without a goodbye.
     """
     sign.touch()
     until, has_ended_some = time.monotonic() + 8, False
-    while time.monotonic() < until or has_ended_some:
+    while not is_over.is_set() and (time.monotonic() < until or has_ended_some):
         started = psutil.Process().children()  # asked for no exit code, which is for the launcher to learn
         has_ended_some = has_ended_some or bool(started)
-        for process in started:
-            process.terminate()
-        kill_at = time.monotonic() + 4
-        while time.monotonic() < kill_at and any(_is_alive(process) for process in started):
-            time.sleep(0.1)
-        for process in started:
-            process.kill()
-        time.sleep(0.5)
+        _end(started, within_seconds=4)
+        is_over.wait(0.5)
+    if is_over.is_set():
+        return
     _write_line(f"error: {why()}")
     os._exit(MachineError.exit_code)
 
