@@ -21,7 +21,7 @@ part() {
   local name=$1 limit=$2 began=$SECONDS code how=ok
   shift 2
   [[ " $PARTS " == *" $name "* ]] || return 0
-  [[ $TINY ]] && limit=$((limit * 6))  # few cores, and other work on them
+  [[ $TINY ]] && limit=$((limit * 20))  # few cores, and other work on them
   ((limit <= TOTAL - SECONDS)) || limit=$((TOTAL - SECONDS))
   if ((limit < 5)); then
     printf '%-10s %s\n' "no time" "$name" | tee -a "$OUT/summary.txt"
