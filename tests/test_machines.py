@@ -90,13 +90,25 @@ def test_a_machine_that_does_not_belong_is_told_so(other: dict[str, Any], said: 
 
 def test_a_rank_that_is_taken_is_refused() -> None:
     port = free_port()
-    first, one = start(0, port=port, count=3), start(1, port=port, count=3)
-    time.sleep(0.7)
-    code, lines = ended(start(1, port=port, count=3))
+    first, *both = (start(rank, port=port, count=3) for rank in (0, 1, 1))
+    until = time.monotonic() + 30
+    while time.monotonic() < until and all(one.poll() is None for one in both):
+        time.sleep(0.1)
+    refused, taken = sorted(both, key=lambda one: one.poll() is None)
+    code, lines = ended(refused)
     assert (code, len(lines)) == (4, 1)
     assert lines[0].endswith(f"machine 1 is {NAME} already; give each machine its own --machine-rank")
     last = start(2, port=port, count=3)
-    assert [ended(machine)[0] for machine in (first, one, last)] == [0, 0, 0]
+    assert [ended(machine)[0] for machine in (first, taken, last)] == [0, 0, 0]
+
+
+def test_machines_that_are_there_wait_for_one_that_comes_late() -> None:
+    quick = {"BEAT_SECONDS": 0.3, "SILENCE_SECONDS": 3.0}
+    port = free_port()
+    early = [start(rank, port=port, count=3, settings=quick) for rank in (0, 1)]
+    time.sleep(6)
+    late = start(2, port=port, count=3, settings=quick)
+    assert [ended(machine) for machine in (*early, late)] == [(0, ["met", "compared again"])] * 3
 
 
 def test_an_address_that_does_not_answer_is_named() -> None:

@@ -264,8 +264,8 @@ def met(
     Raises MachineError for an address that does not answer, for a machine that does not come, and for differences.
     """
     link = _first(place, say=say) if place.rank == 0 else _other(place)
-    link.watch(_interrupt_main)
     try:
+        link.watch(_interrupt_main)
         link.compare(hello, differences=differences)
         yield link
     except LorafitError as error:
@@ -295,8 +295,13 @@ def _first(place: Place, *, say: Say) -> Link:
         server = undo.enter_context(_listening(place.port))
         peers: dict[int, Peer] = {}
         undo.callback(_close_all, peers)
-        told = began
+        told = due = began
         while len(peers) < place.count - 1:
+            if time.monotonic() >= due:  # to those that are there: they listen for signs of life already
+                for early in peers.values():
+                    with suppress(OSError):
+                        early.connection.sendall(b"\n")
+                due = time.monotonic() + BEAT_SECONDS
             missing = [rank for rank in range(1, place.count) if rank not in peers]
             named = f"machine{'s' * (len(missing) > 1)} {', '.join(map(str, missing))} of {place.count}"
             if time.monotonic() - began > GATHER_SECONDS:
