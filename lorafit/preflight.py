@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -12,6 +11,7 @@ from transformers.utils import is_torch_tf32_available
 
 from lorafit.errors import MachineError, Problem
 from lorafit.launching.launch import is_worker
+from lorafit.operating_system import memory_bytes, processor_name
 from lorafit.packages import COMPILER_MEND, missing_compiler, missing_packages
 from lorafit.precision import computes_bfloat16, cpu_computes_bfloat16
 from lorafit.recipe.load import LoadedRecipe
@@ -63,7 +63,7 @@ def this_machine() -> Machine:
 def this_cpu() -> Machine:
     """The CPU of this machine, whatever else it has."""
     has_bf16 = cpu_computes_bfloat16()
-    return Machine(device="cpu", name=_cpu_name(), gpus=0, has_bf16=has_bf16, memory_bytes=_ram_bytes())
+    return Machine(device="cpu", name=processor_name(), gpus=0, has_bf16=has_bf16, memory_bytes=memory_bytes())
 
 
 def free_gpu_bytes(gpus: Iterable[int]) -> int:
@@ -72,18 +72,6 @@ def free_gpu_bytes(gpus: Iterable[int]) -> int:
     Asking makes a CUDA context on each of them: for the processes that use them, and such as end soon.
     """
     return min(torch.cuda.mem_get_info(gpu)[0] + torch.cuda.memory_reserved(gpu) for gpu in gpus)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:  # noqa: PTH123
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return "CPU"
-
-
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:

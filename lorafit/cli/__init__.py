@@ -91,8 +91,7 @@ def _at_home(word: str) -> str:
 
 def main() -> None:
     """Entry point of the `lorafit` command."""
-    if launch.is_worker():
-        launch.end_with_launcher()
+    launch.end_with_launcher()
     launch.use_expandable_segments()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal or a pipe without UTF-8, as stderr has it

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit import operating_system
 from lorafit.builders.positions import positions
 from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
 from lorafit.evaluation.generate import answers, own_texts
@@ -348,4 +348,4 @@ def _peak_memory_bytes() -> int:
     """Peak of the GPU allocator, or of this process's memory on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return operating_system.peak_bytes()

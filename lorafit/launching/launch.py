@@ -5,16 +5,15 @@ With `preflight.py` the only place that reads the environment. No torch: the com
 
 from __future__ import annotations
 
-import ctypes
 import os
 import re
-import signal
 import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lorafit import operating_system
 from lorafit.launching import placement
 from lorafit.launching.placement import ALONE, Place
 
@@ -71,12 +70,11 @@ def name_processes_here(count: int) -> None:
 
 
 def end_with_launcher() -> None:
-    """This process ends when the one that started it does, however that ended (Linux)."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.environ.get("LORAFIT_LAUNCHER", str(os.getppid())) != str(os.getppid()):
-        sys.exit(1)  # it ended before that was settled
+    """This process ends when the one that started it does, however that ended: one of ours, which has left its number,
+    or another launcher. What a user started outlives the shell."""
+    number = os.environ.pop("LORAFIT_LAUNCHER", "")  # not for what this process starts
+    if number or is_worker():
+        operating_system.end_with(int(number) if number else os.getppid())
 
 
 def name_this_launcher() -> None:
@@ -189,8 +187,17 @@ def _threads(count: int, *, gpus: int) -> int:
     """OMP_NUM_THREADS of each process: the user's, else 1 beside a GPU (torchrun's), else its share of the cores."""
     if (chosen := os.environ.get("OMP_NUM_THREADS", "")).isdecimal():
         return int(chosen)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 1 if gpus else max(1, cores // count)
+    return 1 if gpus else max(1, operating_system.usable_cores() // count)
+
+
+def environment_alone() -> dict[str, str]:
+    """The environment of a process that trains with no other, whatever this one does."""
+    of_others = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in placement.FOREIGN and not name.startswith(of_others)
+    }
 
 
 def environment_beside(index: int, *, count: int, gpus: int) -> dict[str, str]:

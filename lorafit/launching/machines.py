@@ -7,6 +7,7 @@ starts the others, from before the data is read to the end, also across `exec`.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import queue
@@ -330,7 +331,7 @@ def _listening(port: int) -> socket.socket:
     try:
         server = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     except OSError as error:
-        if error.errno in (98, 48):  # in use, here and on macOS
+        if error.errno == errno.EADDRINUSE:
             message = f"port {port} is in use on this machine; name another with --main-address HOST:PORT on all"
             raise MachineError(message, where="--main-address") from None
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from lorafit.builders.weight_files import INDEX, WEIGHTS, TensorInfo
 from lorafit.errors import ModelError
 from lorafit.merging.deltas import ScaleColumns
 from lorafit.merging.plan import TORCH, MergePlan, OutputShard, OutputTensor, Piece
+from lorafit.operating_system import flush, flush_data, kernel_copy, read_into
 
 Progress = Callable[[int], None]
 """Takes the number of bytes written since it was last called."""
@@ -31,7 +31,6 @@ TASK = 16 << 20
 FLUSH = 256 << 20
 """Bytes after which the disk is set to work on them, beside the computing of the next."""
 THREADS = 4
-NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
 
 def write_merged(plan: MergePlan, directory: Path, *, progress: Progress) -> None:
@@ -112,11 +111,11 @@ def _write_shard(
             progress(task.result())
             unflushed += task.result()
             if unflushed > FLUSH:
-                flushes.append(flusher.submit(os.fdatasync, target))
+                flushes.append(flusher.submit(flush_data, target))
                 unflushed = 0
-        for flush in flushes:
-            flush.result()  # the kernel tells of a failed write once: the sync below would not hear of it again
-        os.fsync(target)
+        for flushed in flushes:
+            flushed.result()  # the kernel tells of a failed write once: the sync below would not hear of it again
+        flush(target)
 
 
 def _tasks(tensor: OutputTensor) -> Iterator[Piece]:
@@ -165,12 +164,7 @@ def _copy(source: int, target: int, span: tuple[int, int, int]) -> int:
     done, in_kernel = 0, True
     while done < nbytes:
         if in_kernel:
-            try:
-                count = os.copy_file_range(source, target, nbytes - done, start + done, offset + done)
-            except OSError as error:
-                if error.errno not in NO_KERNEL_COPY:
-                    raise
-                count = 0
+            count = kernel_copy(source, target, nbytes - done, start=start + done, offset=offset + done)
             in_kernel = count > 0
         else:
             data = os.pread(source, min(nbytes - done, 4 << 20), start + done)
@@ -252,7 +246,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 def _read(source: int, into: Tensor, offset: int) -> None:
     view, done = _bytes_of(into), 0
     while done < len(view):
-        count = os.preadv(source, [view[done:]], offset + done)
+        count = read_into(source, view[done:], offset + done)
         if not count:
             raise ModelError("a weight file of the base became shorter while it was read: merge again")
         done += count

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from lorafit.operating_system import resident_bytes
 from lorafit.planning.gpus import Gpu
 
 WIDTH = 1024
@@ -34,7 +34,7 @@ def measured(cpu: Gpu) -> Gpu:
         bf16_tflops=bf16 / 1e12,
         fp32_tflops=float32 / 1e12,
         bandwidth_gb=bandwidth / 1e9,
-        process_bytes=_resident_bytes(),
+        process_bytes=resident_bytes(),
     )
 
 
@@ -59,9 +59,3 @@ def _seconds(work: Callable[[], object]) -> float:
         work()
         quickest = min(quickest, time.perf_counter() - started)
     return quickest
-
-
-def _resident_bytes() -> int:
-    """Of this process (Linux)."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmRSS"))

@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorafit import operating_system
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
@@ -263,9 +264,7 @@ def _read(path: Path) -> SequenceLosses:
 
 
 def _reset_peak_memory() -> None:
-    """So that the next peak is that of one trial; Linux alone lets a process forget its own."""
+    """So that the next peak is that of one trial."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    forget = Path("/proc/self/clear_refs")
-    if forget.exists():
-        forget.write_text("5", encoding="ascii")
+    operating_system.forget_peak()

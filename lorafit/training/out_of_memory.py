@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import re
-import resource
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Literal
 
 import torch
 
+from lorafit import operating_system
 from lorafit.builders.base_model import OUT_OF_MEMORY, OUT_OF_MEMORY_WORDS
 from lorafit.errors import MachineError, ModelError
 from lorafit.preflight import this_machine
@@ -49,7 +49,7 @@ def peak_memory_bytes() -> int:
     """Peak of the GPU allocator, or of this process's memory on CPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return operating_system.peak_bytes()
 
 
 def forget_peak() -> None:
