@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.merging.adapter_files import Adapter, read_adapter
-from lorafit.merging.prompts import Prompts
+from lorafit.merging.prompts import Prompts, PromptsJob
 from lorafit.merging.prompts_job import choose
 from lorafit.merging.verify import MergeReport, judge, verification_job
 from lorafit.merging.verify_job import Job
@@ -69,7 +68,8 @@ class Case:
     prompts: Prompts
     right: Path
     job: Job
-    """Its reference is computed."""
+    facts: dict[str, Any]
+    """Of its reference."""
 
 
 def random_adapter(base: Path, directory: Path, *, size: float = 1.0, **settings: Any) -> Path:
@@ -120,22 +120,20 @@ def case(
     adapter = read_adapter(plain, base=str(base))
     base_files = check_base_model(ModelSection(model_name_or_path=str(base)))
     ids, _ = choose(
-        {"directory": str(adapter.directory), "base": str(base_files.directory), "vocab_size": base_files.vocab_size}
+        PromptsJob(adapter.directory, str(base_files.directory), frozenset(), base_files.vocab_size, cache_dir=None)
     )
     prompts = Prompts(tuple(map(tuple, ids[:8])), "8 random sequences")
     (directory / "work").mkdir()
     job = verification_job(
         right, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=directory / "work"
     )
-    reference(job)
-    return Case(adapter, base_files, prompts, right, job)
+    return Case(adapter, base_files, prompts, right, job, reference(job))
 
 
 def verdict(case: Case, written: Path) -> MergeReport:
     """On the model in `written`, compared in this process."""
-    job = Job(**(vars(case.job) | {"written": str(written)}))
-    compare(job)
-    findings = json.loads(job.findings.read_text())
+    job = replace(case.job, written=str(written))
+    findings = compare(job, case.facts)
     return judge(findings, job=job, prompts=case.prompts, adapter=case.adapter, onto="original")
 
 

@@ -26,7 +26,7 @@ from lorafit.evaluation.models import models
 from lorafit.evaluation.subject import read_subject
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.merge import read_base
-from lorafit.merging.prompts import Prompts
+from lorafit.merging.prompts import Prompts, PromptsJob
 from lorafit.merging.verify import judge, verification_job
 from lorafit.merging.verify_reference import reference
 from lorafit.merging.verify_written import compare
@@ -115,17 +115,14 @@ def test_a_merge_with_a_larger_vocabulary_is_verified(tmp_path: Path) -> None:
     merged(run, tmp_path / "merged")
     adapter = read_adapter(run)
     files = read_base(adapter)
-    facts = {"directory": str(run), "base": None, "vocab_size": files.vocab_size}
-    ids, _ = choose(facts | {"stop_token_ids": [2], "cache_dir": None})
+    ids, _ = choose(PromptsJob(run, None, frozenset([2]), files.vocab_size, cache_dir=None))
     assert any(259 in row for row in ids)
     (tmp_path / "work").mkdir()
     prompts = Prompts(tuple(map(tuple, ids[:8])), "8 rows")
     job = verification_job(
         tmp_path / "merged", adapter=adapter, base_files=files, dtype=None, prompts=prompts, work=tmp_path / "work"
     )
-    reference(job)
-    compare(job)
-    report = judge(json.loads(job.findings.read_text()), job=job, prompts=prompts, adapter=adapter, onto="original")
+    report = judge(compare(job, reference(job)), job=job, prompts=prompts, adapter=adapter, onto="original")
     assert report.passed, report.wrong
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= {module.name for module in report.modules}
 

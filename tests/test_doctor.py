@@ -19,7 +19,7 @@ import pytest
 
 from lorafit.cli import _exit_code
 from lorafit.doctor import machine, surroundings
-from lorafit.doctor.ask import Answers, Probe
+from lorafit.doctor.answers import Answers, answers, probe
 from lorafit.doctor.bundle import write_bundle
 from lorafit.doctor.examine import Diagnosis, cache_mend, examine
 from lorafit.doctor.line import Line
@@ -72,10 +72,10 @@ def stub_libraries(directory: Path, *, torch: str = "", bitsandbytes: str = BITS
     return directory
 
 
-def answers(directory: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 30, **stubs: object) -> Answers:
+def asked(directory: Path, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 30, **stubs: object) -> Answers:
     """What the probe says where these libraries are installed."""
     monkeypatch.setenv("PYTHONPATH", str(stub_libraries(directory / "site", **stubs)))  # type: ignore[arg-type]
-    return Probe("torch", seconds=seconds).answers()
+    return answers(probe("torch"), seconds=seconds)
 
 
 def device_lines(found: Answers, driver: machine.Driver = NO_DRIVER) -> dict[str, Line]:
@@ -136,44 +136,44 @@ def test_the_tested_set_is_that_of_the_repository() -> None:
 
 
 def test_a_machine_without_a_gpu_trains_on_its_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = device_lines(answers(tmp_path, monkeypatch))
+    lines = device_lines(asked(tmp_path, monkeypatch))
     assert [name for name, line in lines.items() if line.mend] == []
     assert "CPU cores" in lines["gpu"].found and lines["bf16"].found == "computed natively"
 
 
 def test_missing_bfloat16_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = device_lines(answers(tmp_path, monkeypatch, bf16=False))["bf16"]
+    line = device_lines(asked(tmp_path, monkeypatch, bf16=False))["bf16"]
     assert "not native" in line.found and not line.mend
 
 
 def test_a_gpu_that_computes_is_shown_with_its_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = fake_smi(tmp_path, monkeypatch, "echo '570.1, H9'")
-    lines = device_lines(answers(tmp_path, monkeypatch, cuda="13.0", available=True), driver)
+    lines = device_lines(asked(tmp_path, monkeypatch, cuda="13.0", available=True), driver)
     assert lines["gpu"].found == "H9 (80 GiB)" and lines["driver"].found == "NVIDIA 570.1"
     assert lines["bitsandbytes"].found == "4 bits and back on cuda"
     assert not any(line.mend for line in lines.values())
 
 
 def test_a_gpu_that_computes_wrongly_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = device_lines(answers(tmp_path, monkeypatch, cuda="13.0", available=True, product=7.0))["gpu"]
+    line = device_lines(asked(tmp_path, monkeypatch, cuda="13.0", available=True, product=7.0))["gpu"]
     assert line.found == "H9 computes wrongly" and line.is_broken
 
 
 def test_a_torch_for_cpu_beside_a_gpu_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = device_lines(answers(tmp_path, monkeypatch), machine.Driver(("H9",), "570.1"))["gpu"]
+    line = device_lines(asked(tmp_path, monkeypatch), machine.Driver(("H9",), "570.1"))["gpu"]
     assert "built for CPU" in line.found and line.mend.startswith("pip install") and line.is_broken
 
 
 def test_a_driver_too_old_for_torch_is_named_with_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    found = answers(tmp_path, monkeypatch, cuda="13.0", init="raise RuntimeError('the driver is too old')")
+    found = asked(tmp_path, monkeypatch, cuda="13.0", init="raise RuntimeError('the driver is too old')")
     line = device_lines(found, machine.Driver(("H9",), "400.1"))["gpu"]
     assert "the driver is too old" in line.found and "newer NVIDIA driver" in line.mend and line.is_broken
 
 
 def test_a_hidden_gpu_is_said_and_does_not_stop_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    line = device_lines(answers(tmp_path, monkeypatch, cuda="13.0"), machine.Driver(("H9",), "570.1"))["gpu"]
+    line = device_lines(asked(tmp_path, monkeypatch, cuda="13.0"), machine.Driver(("H9",), "570.1"))["gpu"]
     assert line.mend == "unset CUDA_VISIBLE_DEVICES" and not line.is_broken
 
 
@@ -181,21 +181,19 @@ def test_a_driver_that_hangs_is_named_and_does_not_hang_the_doctor(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hanging = TORCH.format(**SETTINGS).replace("lambda: False)\n    device", "lambda: time.sleep(60))\n    device")
-    lines = device_lines(answers(tmp_path, monkeypatch, torch=hanging, seconds=3))
+    lines = device_lines(asked(tmp_path, monkeypatch, torch=hanging, seconds=3))
     assert "gave no answer in 3 s" in lines["gpu"].found and "the driver hangs" in lines["gpu"].mend
     assert not lines["torch"].mend and lines["bitsandbytes"].is_broken
 
 
 def test_a_torch_that_does_not_import_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = device_lines(answers(tmp_path, monkeypatch, torch="raise ImportError('libcudart.so.13: not found')"))[
-        "torch"
-    ]
+    line = device_lines(asked(tmp_path, monkeypatch, torch="raise ImportError('libcudart.so.13: not found')"))["torch"]
     assert line.found == "ImportError: libcudart.so.13: not found" and line.mend.startswith("pip install")
 
 
 def test_a_library_that_crashes_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     crash = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
-    lines = device_lines(answers(tmp_path, monkeypatch, bitsandbytes=crash))
+    lines = device_lines(asked(tmp_path, monkeypatch, bitsandbytes=crash))
     assert lines["bitsandbytes"].found == "was ended by signal 11" and not lines["torch"].mend
 
 
@@ -203,7 +201,7 @@ def test_a_library_that_crashes_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_four_bits_that_do_not_come_back_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: dict[str, object]
 ) -> None:
-    line = device_lines(answers(tmp_path, monkeypatch, **stub))["bitsandbytes"]
+    line = device_lines(asked(tmp_path, monkeypatch, **stub))["bitsandbytes"]
     assert line.is_broken and "bitsandbytes" in line.mend
 
 
@@ -278,7 +276,7 @@ def test_the_login_is_named_and_its_token_is_not(
     with hub(status, {"name": "mia"}) as address:
         monkeypatch.setenv("HF_ENDPOINT", address)
         monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-        line = surroundings.login_line("HF_TOKEN", Probe("hub", seconds=30).answers())
+        line = surroundings.login_line("HF_TOKEN", answers(probe("hub"), seconds=30))
     assert said in line.found and line.mend == mend and TOKEN not in line.found
 
 
@@ -288,7 +286,7 @@ def test_a_hub_that_cannot_be_reached_is_no_fault(monkeypatch: pytest.MonkeyPatc
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
     monkeypatch.setenv("HF_ENDPOINT", address)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    line = surroundings.login_line("HF_TOKEN", Probe("hub", seconds=30).answers())
+    line = surroundings.login_line("HF_TOKEN", answers(probe("hub"), seconds=30))
     assert "cannot be reached" in line.found and not line.mend
 
 

@@ -12,17 +12,17 @@ from merge_cases import Case, case, copied, rewrite, verdict
 from runs import run, small_recipe
 from safetensors.torch import load_file
 
+from lorafit import operating_system
 from lorafit.builders.base_model import check_base_model
 from lorafit.errors import MachineError, VerificationError
+from lorafit.launching.child import Child
 from lorafit.merging import merge as merge_module
 from lorafit.merging import verify as verify_module
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.prompts import prompts_for
 from lorafit.merging.sketch import distance, round_once, sketch
 from lorafit.merging.verify import verification_device, verify
-from lorafit.merging.verify_job import Job
 from lorafit.merging.verify_reference import reference
-from lorafit.pulse import Say
 from lorafit.recipe.sections import ModelSection
 
 
@@ -60,15 +60,19 @@ def test_a_right_merge_is_verified_in_fresh_processes_and_reported_beside_the_mo
 @pytest.fixture
 def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference in this process, which has the libraries loaded; what was written still in another."""
-    run_process = verify_module.run_process
+    of_another = verify_module.child_answer
 
-    def run_here(module: str, job_file: Path, *, what: str, where: Path, say: Say) -> None:
-        if module.endswith("verify_reference"):
-            reference(Job(**json.loads(job_file.read_text())))
-        else:
-            run_process(module, job_file, what=what, where=where, say=say)
+    class Here(Child):
+        def __init__(self, work: str, *arguments: Any) -> None:
+            self.facts = reference(*arguments) if work.endswith(":reference") else None
+            if self.facts is None:
+                super().__init__(work, *arguments)
 
-    monkeypatch.setattr(verify_module, "run_process", run_here)
+    def answer(child: Here, **named: Any) -> Any:
+        return child.facts or of_another(child, **named)
+
+    monkeypatch.setattr(verify_module, "Child", Here)
+    monkeypatch.setattr(verify_module, "child_answer", answer)
 
 
 @pytest.mark.usefixtures("reference_here")
@@ -181,7 +185,7 @@ def test_too_little_memory_is_said_before_anything_is_written(tiny_base: Path, m
     files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert verification_device(files) == "cpu"
-    monkeypatch.setattr(verify_module, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(operating_system, "available_bytes", lambda: 1000)
     with pytest.raises(MachineError, match=r"verifying needs 0.0 GiB .*--no-verify"):
         verification_device(files)
 

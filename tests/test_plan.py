@@ -211,7 +211,7 @@ def test_the_fullest_gpu_decides_and_what_this_process_holds_is_its_own(monkeypa
 def test_a_run_is_planned_on_the_memory_that_is_free(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Question] = []
     monkeypatch.setattr(for_training, "free_gpu_bytes", lambda gpus: 5 * GIB)
-    monkeypatch.setattr(for_training, "Asked", asked.append)
+    monkeypatch.setattr(for_training, "begin", asked.append)
     machine = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, True, 79 * GIB)
     PlanOfRun(load(directory / "x.yaml"), machine, state=PartialState(cpu=True))
     assert [question.gpu.memory_bytes for question in asked] == [5 * GIB + CONTEXT]

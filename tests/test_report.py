@@ -19,13 +19,13 @@ from reports import RECIPE, write_run, write_sweep
 from tiny import sums, write_jsonl
 
 from lorafit.cli import _exit_code
-from lorafit.data import preview_job
 from lorafit.data.preview import prepared_preview
-from lorafit.errors import RunDirError
+from lorafit.data.preview_job import examples
+from lorafit.errors import DataError, RunDirError
 from lorafit.recipe import load
 from lorafit.report.page import images
 from lorafit.report.page import write as write_module
-from lorafit.report.page.contents import Examples, read_contents
+from lorafit.report.page.contents import Examples, read_contents, read_examples
 from lorafit.report.page.html import element, page
 from lorafit.report.page.write import MOST_BYTES, report_page, write_report
 from lorafit.storage.run_dir import RunDir
@@ -389,16 +389,16 @@ def test_rows_are_shown_as_the_model_saw_them_and_torch_stays_out(trained: RunDi
     assert "Itis0." in text.replace(" ", "") and "Whatis" not in text.replace(" ", "")
 
 
-def test_rows_that_are_no_longer_those_of_the_run_are_not_shown(
-    trained: RunDir, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert preview_job.main(trained, 1) == 0
+def test_rows_that_are_no_longer_those_of_the_run_are_not_shown(trained: RunDir) -> None:
+    assert len(examples(trained.path, 1)["rows"]) == 1
     write_jsonl(trained.path.parent / "train.jsonl", sums(5))
-    assert preview_job.main(trained, 1) == 4
-    assert "no longer that of the run" in capsys.readouterr().out
+    with pytest.raises(RunDirError, match="no longer that of the run"):
+        examples(trained.path, 1)
     trained.path.parent.joinpath("train.jsonl").unlink()
-    assert preview_job.main(trained, 1) == 3
-    assert "train.jsonl" in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"train\.jsonl"):
+        examples(trained.path, 1)
+    shown = read_examples(read_contents(trained.path), rows=1)
+    assert not shown.rows and "train.jsonl" in shown.missing
 
 
 def test_the_reason_why_there_are_no_rows_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

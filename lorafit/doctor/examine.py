@@ -9,7 +9,7 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.doctor import machine, surroundings
-from lorafit.doctor.ask import Answers, Probe
+from lorafit.doctor.answers import Answers, answers, probe
 from lorafit.doctor.line import Line
 from lorafit.doctor.scrub import scrubbed_values
 
@@ -51,10 +51,10 @@ def cache_mend(cache: Path) -> str:
 
 def examine(*, torch_seconds: float = TORCH_SECONDS, hub_seconds: float = HUB_SECONDS) -> Diagnosis:
     """Look at everything; what takes long runs side by side."""
-    torch = Probe("torch", seconds=torch_seconds)
+    torch = probe("torch")
     source = surroundings.token_source(os.environ)
     asks_hub = source and not surroundings.is_offline()
-    hub = Probe("hub", seconds=hub_seconds) if asks_hub else None
+    hub = probe("hub") if asks_hub else None
     driver = machine.nvidia_driver()
     cache = surroundings.hub_cache()
     lines = [machine.python_line(), *machine.library_lines()]
@@ -62,8 +62,8 @@ def examine(*, torch_seconds: float = TORCH_SECONDS, hub_seconds: float = HUB_SE
         machine.disk_line("disk here", Path.cwd(), mend="free some space, or `--set output_dir=DIR` on another disk"),
         machine.disk_line("hub cache", cache, mend=cache_mend(cache)),
     ]
-    said: Answers | None = hub.answers() if hub else None
+    said: Answers | None = answers(hub, seconds=hub_seconds) if hub else None
     login = surroundings.login_line(source, said)
     around = [login, *surroundings.accelerate_lines(os.environ), surroundings.port_line()]
-    lines += [*machine.device_lines(torch.answers(), driver), *disks, *around]
+    lines += [*machine.device_lines(answers(torch, seconds=torch_seconds), driver), *disks, *around]
     return Diagnosis(tuple(lines), scrubbed_values(surroundings.shown_environment(os.environ)))

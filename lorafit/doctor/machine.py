@@ -16,7 +16,8 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from lorafit.doctor.ask import Answers
+from lorafit import operating_system
+from lorafit.doctor.answers import Answers
 from lorafit.doctor.line import Line
 from lorafit.packages import COMPILER_MEND, missing_compiler
 
@@ -87,11 +88,7 @@ def nvidia_driver() -> Driver:
     """Asked through nvidia-smi, which comes with the driver; empty when there is none."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return (
-            Driver(problem="nvidia-smi is not on the PATH")
-            if Path("/proc/driver/nvidia/version").exists()
-            else Driver()
-        )
+        return Driver(problem="nvidia-smi is not on the PATH") if operating_system.has_nvidia_driver() else Driver()
     query = [program, "--query-gpu=driver_version,name", "--format=csv,noheader"]
     try:
         done = subprocess.run(query, capture_output=True, text=True, timeout=SMI_SECONDS, check=False)
@@ -151,11 +148,7 @@ def _gpu_line(torch: Answers, driver: Driver, *, is_cpu_build: bool) -> Line:
         return Line("gpu", f"hidden by CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES", is_needed=False)
     if driver.gpus:
         return Line("gpu", f"torch cannot use it: {answer['reason'] or 'no reason given'}", DRIVER_MEND)
-    return Line("gpu", f"none; training runs on {_cores()} CPU cores")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Line("gpu", f"none; training runs on {operating_system.usable_cores()} CPU cores")
 
 
 def _four_bit_line(torch: Answers) -> Line:

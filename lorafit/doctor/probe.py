@@ -1,17 +1,13 @@
-"""Questions that only torch and the Hub can answer: `python -m lorafit.doctor.probe torch|hub`.
+"""Questions that only torch and the Hub can answer, in a process of their own.
 
-A process of its own: a driver that hangs, or a library that crashes, ends this process and not the doctor. Each stage
-says its name before it begins and what came of it after, as one JSON object a line.
+A driver that hangs, or a library that crashes, ends that process and not the doctor.
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import os
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from huggingface_hub import HfApi
@@ -21,9 +17,9 @@ Answer = dict[str, Any]
 
 
 def torch_import() -> Answer:
-    """Version and what it was built for."""
+    """Version and what it was built for, as plain values: whoever asks imports no torch."""
     torch = importlib.import_module("torch")
-    return {"version": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip}
+    return {"version": str(torch.__version__), "cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
 def gpus() -> Answer:
@@ -79,20 +75,13 @@ def hub() -> Answer:
 STAGES: dict[str, tuple[Callable[[], Answer], ...]] = {"torch": (torch_import, gpus, cpu, bitsandbytes), "hub": (hub,)}
 
 
-def main(about: str) -> None:
-    """Every stage, one after the other; what one raises is its answer."""
-    results = os.fdopen(os.dup(1), "w", encoding="utf-8")  # what libraries print does not get between the answers
-    os.dup2(2, 1)
+def ask(about: str) -> Iterator[dict[str, Any]]:
+    """The name of each stage before it begins, and what came of it after; what one raises is its answer."""
     for stage in STAGES[about]:
-        print(json.dumps({"stage": stage.__name__, "begins": True}), file=results, flush=True)
+        yield {"stage": stage.__name__, "begins": True}
         started = time.monotonic()
         try:
             answer = stage()
         except Exception as error:  # whatever a broken library raises is what is asked for
             answer = {"error": f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"}
-        seconds = round(time.monotonic() - started, 2)
-        print(json.dumps({"stage": stage.__name__, "seconds": seconds} | answer), file=results, flush=True)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])
+        yield {"stage": stage.__name__, "seconds": round(time.monotonic() - started, 2)} | answer

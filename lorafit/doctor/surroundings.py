@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 from huggingface_hub import constants, get_token
 
-from lorafit.doctor.ask import Answers
+from lorafit.doctor.answers import Answers
 from lorafit.doctor.line import Line
 from lorafit.launching import placement
 from lorafit.launching.launch import CONFIGS

@@ -1,12 +1,8 @@
-"""`python -m lorafit.merging.prompts_job JOB`: the token sequences of `prompts.prompts_for`, in a fresh process."""
+"""The token sequences of `prompts.prompts_for`: what runs in a process of its own."""
 
 from __future__ import annotations
 
-import json
 import random
-import sys
-from pathlib import Path
-from typing import Any
 
 import datasets
 
@@ -14,11 +10,12 @@ from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.prepare import prepare
 from lorafit.errors import LorafitError
 from lorafit.merging.adapter_files import read_adapter
+from lorafit.merging.prompts import PromptsJob
 
 COUNT, LENGTH = 64, 64
 
 
-def choose(job: dict[str, Any]) -> tuple[list[list[int]], str]:
+def choose(job: PromptsJob) -> tuple[list[list[int]], str]:
     """The sequences, and where they are from.
 
     Random ones are the same for every adapter of a vocabulary, and reach every layer and expert alike.
@@ -38,13 +35,13 @@ def choose(job: dict[str, Any]) -> tuple[list[list[int]], str]:
         why_random = "the run has no more rows"
     if missing := COUNT - len(chosen):
         tokens = random.Random(0)
-        chosen += [[tokens.randrange(job["vocab_size"]) for _ in range(32)] for _ in range(missing)]
+        chosen += [[tokens.randrange(job.vocab_size) for _ in range(32)] for _ in range(missing)]
         said.append(f"{missing} random token sequences ({why_random})")
     return chosen, ", ".join(said)
 
 
-def _rows(job: dict[str, Any]) -> dict[str, datasets.Dataset]:
-    adapter = read_adapter(Path(job["directory"]), base=job["base"])
+def _rows(job: PromptsJob) -> dict[str, datasets.Dataset]:
+    adapter = read_adapter(job.directory, base=job.base)
     if adapter.recipe is None:
         return {}
     recipe = adapter.recipe.recipe
@@ -53,19 +50,8 @@ def _rows(job: dict[str, Any]) -> dict[str, datasets.Dataset]:
         tokenizer=load_tokenizer(adapter.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,
-        stop_token_ids=frozenset(job["stop_token_ids"]),
-        vocab_size=job["vocab_size"],
-        cache_dir=None if job["cache_dir"] is None else Path(job["cache_dir"]),
+        stop_token_ids=job.stop_token_ids,
+        vocab_size=job.vocab_size,
+        cache_dir=job.cache_dir,
     )
     return {"training": data.train} if data.eval is None else {"held-out": data.eval, "training": data.train}
-
-
-def main() -> None:
-    """Write the sequences of the job to its `out`."""
-    job = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-    ids, source = choose(job)
-    Path(job["out"]).write_text(json.dumps({"ids": ids, "source": source}), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -7,10 +7,9 @@ back. Neither is always better on unseen rows, so both are measured against the 
 from __future__ import annotations
 
 import gc
-import json
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +19,9 @@ from lorafit.builders.base_model import load_base_model
 from lorafit.builders.model_files import BaseModelFiles, read_config
 from lorafit.builders.weight_files import tensor_table
 from lorafit.errors import AdapterError, MachineError
+from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter
-from lorafit.merging.fresh_process import run_process
+from lorafit.merging.child_answer import child_answer
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify import verification_job
 from lorafit.merging.verify_job import TYPES
@@ -118,20 +118,9 @@ def compare_bases(
         onto: verification_job(work, adapter=adapter, base_files=files, dtype=dtype, prompts=prompts, work=work)
         for onto, files in bases.items()
     }
-    told = {
-        "model": adapter.base.model_dump(),
-        "dtype": _type(adapter),
-        "quantization": None if quantization is None else quantization.model_dump(),
-        "jobs": {onto: asdict(job) for onto, job in jobs.items()},
-        "findings": str(work / "bases.json"),
-    }
-    job_file = work / "bases_job.json"
-    job_file.write_text(json.dumps(told), encoding="utf-8")
-    run_process(
-        "lorafit.merging.compare_bases", job_file, what="the two bases cannot be compared", where=adapter.directory
-    )
-    found = json.loads((work / "bases.json").read_text(encoding="utf-8"))
-    return tuple(BaseDifference(onto, one["kl"], one["largest"], one["top1"]) for onto, one in found.items())
+    child = Child("lorafit.merging.compare_bases:compare", adapter.base, quantization, _type(adapter), jobs)
+    found = child_answer(child, what="the two bases cannot be compared", where=adapter.directory)
+    return tuple(BaseDifference(onto, one.kl, one.largest, one.top1) for onto, one in found.items())
 
 
 def settle_base(

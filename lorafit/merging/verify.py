@@ -14,7 +14,6 @@ A wrong merge misses by its share of the update, which no order of sums explains
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -23,10 +22,12 @@ from typing import Any
 
 import torch
 
+from lorafit import operating_system
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import MachineError, VerificationError
+from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter
-from lorafit.merging.fresh_process import run_process
+from lorafit.merging.child_answer import child_answer
 from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
@@ -44,12 +45,6 @@ SHARE_OF_EFFECT = 0.1
 power, and float32 is worth its size. Also what keeps peft's own merge from being taken for the reference."""
 
 MOST_NAMED = 3
-
-PROCESSES = {
-    "lorafit.merging.verify_reference": "base and adapter could not be loaded to verify",
-    "lorafit.merging.verify_written": "the merged model does not load",
-}
-"""What runs, one after the other, and what it means when it fails."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +105,7 @@ def verification_device(base_files: BaseModelFiles) -> str:
     needed = sum(tensor.nbytes // _item_bytes(tensor.dtype) for tensor in base_files.tensors.values()) * 4
     if torch.cuda.is_available() and needed <= torch.cuda.mem_get_info()[0]:
         return "cuda"
-    free = _available_bytes()
+    free = operating_system.available_bytes()
     if needed > free:
         raise MachineError(
             f"verifying needs {needed / 2**30:.1f} GiB (the model in float32), this machine has {free / 2**30:.1f} "
@@ -122,15 +117,6 @@ def verification_device(base_files: BaseModelFiles) -> str:
 
 def _item_bytes(dtype: str) -> int:
     return {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}.get(dtype, 1)
-
-
-def _available_bytes() -> int:
-    """Memory that can be had without swapping (Linux); of all there is where the kernel does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def verify(
@@ -151,11 +137,11 @@ def verify(
         job = verification_job(
             written, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=Path(work)
         )
-        job_file = Path(work) / "job.json"
-        job_file.write_text(json.dumps(asdict(job)), encoding="utf-8")
-        for module, what in PROCESSES.items():
-            run_process(module, job_file, what=what, where=adapter.directory, say=say)
-        findings = json.loads(job.findings.read_text(encoding="utf-8"))
+        where = adapter.directory
+        child = Child("lorafit.merging.verify_reference:reference", job)
+        facts = child_answer(child, what="base and adapter could not be loaded to verify", where=where, say=say)
+        child = Child("lorafit.merging.verify_written:compare", job, facts)
+        findings = child_answer(child, what="the merged model does not load", where=where, say=say)
     report = judge(findings, job=job, prompts=prompts, adapter=adapter, onto=onto)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     if not report.passed:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from transformers import (
     AutoModelForTokenClassification,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from lorafit.merging.disk_names import float32_names
 
@@ -68,18 +65,8 @@ class Job:
 
     @property
     def weights(self) -> Path:
-        """Tensors that the reference leaves."""
+        """Tensors that the first process leaves."""
         return Path(self.work) / "reference.safetensors"
-
-    @property
-    def facts(self) -> Path:
-        """Numbers that the reference leaves."""
-        return Path(self.work) / "reference.json"
-
-    @property
-    def findings(self) -> Path:
-        """What the comparison comes to."""
-        return Path(self.work) / "findings.json"
 
 
 @dataclass(frozen=True)
@@ -161,18 +148,3 @@ def logits(model: nn.Module, job: Job) -> Tensor:
 def _positions(length: int, vocabulary: int, prompts: int) -> Tensor:
     count = min(length, MOST_POSITIONS, max(1, LOGITS_KEPT // (vocabulary * prompts)))
     return torch.linspace(length - 1, 0, count).round().long()
-
-
-def settle_process() -> None:
-    """Say nothing but errors."""
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-
-
-def run_step(step: Callable[[Job], None]) -> None:
-    """One side of a verification, on the job file named on the command line.
-
-    What goes wrong ends in a traceback, of which the process that waits shows the last line.
-    """
-    settle_process()
-    step(Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))))

@@ -1,10 +1,10 @@
-"""What base and adapter have to give, by peft: `python -m lorafit.merging.verify_reference JOB.json`."""
+"""What base and adapter have to give, by peft: the first process of a verification."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -14,14 +14,15 @@ from transformers import PreTrainedModel
 
 from lorafit.builders.weight_files import TensorInfo
 from lorafit.merging.sketch import distance, floating_tensors, round_once, sketch, sketches
-from lorafit.merging.verify_job import Difference, Job, load_model, logits, run_step, stored_types
+from lorafit.merging.verify_job import Difference, Job, load_model, logits, stored_types
 
 VOCABULARY = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
 """What architectures call the modules with a row for every token."""
 
 
-def reference(job: Job) -> None:
-    """Logits of base + adapter, and of that merged in memory and rounded once; sketches of its weights."""
+def reference(job: Job) -> dict[str, Any]:
+    """Logits of base + adapter, and of that merged in memory and rounded once, and sketches of its weights, in files;
+    how much the adapter changes, and how much the second process may find changed otherwise."""
     tensors = load_file(Path(job.adapter) / "adapter_model.safetensors")
     rank = max(
         (min(tensor.shape) for name, tensor in tensors.items() if "lora_" in name and tensor.dim() == 2), default=1
@@ -48,7 +49,7 @@ def reference(job: Job) -> None:
     left["logits.rounded"] = logits(merged, job)
     save_file(left, job.weights)
     effect = Difference.of(left["logits.exact"], base_logits)
-    job.facts.write_text(json.dumps({"tensors": changed, "effect": vars(effect)}), encoding="utf-8")
+    return {"tensors": changed, "effect": vars(effect)}
 
 
 def grow_to(model: PreTrainedModel, tensors: Mapping[str, Tensor | TensorInfo]) -> None:
@@ -83,7 +84,3 @@ def untie(model: nn.Module) -> None:
             if id(parameter) in seen:
                 setattr(module, name, nn.Parameter(parameter.detach().clone(), requires_grad=False))
             seen.add(id(parameter))
-
-
-if __name__ == "__main__":
-    run_step(reference)

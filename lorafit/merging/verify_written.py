@@ -1,18 +1,19 @@
-"""What was written, as plain transformers loads it: `python -m lorafit.merging.verify_written JOB.json`.
+"""What was written, as plain transformers loads it: the second process of a verification.
 
 Imports no peft: a merged model has to do without.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import safe_open
 
 from lorafit.builders.weight_files import tensor_table
 from lorafit.merging.sketch import distance, floating_tensors, sketch
-from lorafit.merging.verify_job import TYPES, Difference, Job, load_model, logits, run_step, stored_types
+from lorafit.merging.verify_job import TYPES, Difference, Job, load_model, logits, stored_types
 
 LOADING = {
     "missing_keys": "missing, so that transformers starts it at random",
@@ -22,10 +23,9 @@ LOADING = {
 """What transformers reports of loading a model, in words that follow a tensor's name."""
 
 
-def compare(job: Job) -> None:
-    """What was written, read from disk, beside the reference."""
+def compare(job: Job, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What was written, read from disk, beside what the first process has left and found."""
     model, loaded = load_model(job, job.written)
-    facts = json.loads(job.facts.read_text(encoding="utf-8"))
     odd = {said: sorted(map(str, loaded[kind])) for kind, said in LOADING.items()}
     there = dict(floating_tensors(model))
     odd["neither of the base nor of the adapter"] = sorted(there.keys() - facts["tensors"].keys())
@@ -49,7 +49,7 @@ def compare(job: Job) -> None:
         exact_logits, rounded_logits = file.get_tensor("logits.exact"), file.get_tensor("logits.rounded")
         merged_logits = file.get_tensor("logits.merged")
     written_logits = logits(model, job)
-    findings = {
+    return {
         "odd": {kind: names for kind, names in odd.items() if names},
         "tensors": rows,
         "positions": len(exact_logits),
@@ -60,8 +60,3 @@ def compare(job: Job) -> None:
         "rounded_to_exact": vars(Difference.of(rounded_logits, exact_logits)),
         "merged_to_exact": vars(Difference.of(merged_logits, exact_logits)),
     }
-    job.findings.write_text(json.dumps(findings), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    run_step(compare)

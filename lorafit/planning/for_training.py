@@ -8,9 +8,10 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 
 from lorafit.errors import LorafitError
+from lorafit.launching.child import Child, ChildFailed
 from lorafit.planning.answer import Plan, gib
 from lorafit.planning.gpus import gpu_of_this_machine
-from lorafit.planning.plan import Asked, PlanningFailed, Question
+from lorafit.planning.plan import Question, begin
 from lorafit.preflight import Choice, Machine, free_gpu_bytes
 from lorafit.recipe import LoadedRecipe
 
@@ -21,7 +22,7 @@ class PlanOfRun:
     def __init__(self, loaded: LoadedRecipe, machine: Machine, *, state: PartialState) -> None:
         self._state = state
         self._is_planned = machine.device == "cuda"
-        self._asked: Asked | None = None
+        self._asked: Child | None = None
         if not self._is_planned:
             return
         # Of every process its own GPU: the fullest decides for all.
@@ -30,7 +31,7 @@ class PlanOfRun:
             free = gather_object(free)
         if state.is_main_process:
             gpu = gpu_of_this_machine(machine, free_bytes=min(free))
-            self._asked = Asked(Question(loaded, gpu, state.num_processes, with_advice=False))
+            self._asked = begin(Question(loaded, gpu, state.num_processes, with_advice=False))
 
     def answer(self, say: Callable[[str], None]) -> Plan | None:
         """The same in every process; None where there is none, with its reason said in a line."""
@@ -41,7 +42,7 @@ class PlanOfRun:
             try:
                 plan = self._asked.answer()
                 say(f"plan: {plan.line()}")
-            except (LorafitError, PlanningFailed) as error:
+            except (LorafitError, ChildFailed) as error:
                 say(f"no plan: {str(error).strip().splitlines()[-1]}")
         if self._state.num_processes > 1:
             (plan,) = broadcast_object_list([plan])

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import pickle
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from lorafit.errors import LorafitError, MachineError, Problem, RecipeError
+from lorafit.errors import MachineError, RecipeError
+from lorafit.launching.child import Child, ChildFailed
 from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.variants import changed, written_as
@@ -36,49 +33,24 @@ class Question:
     """The changes that make it fit."""
 
 
-@dataclass(frozen=True)
-class Refused:
-    """An error of the user's on its way from one process to another: an exception would lose its problems."""
-
-    kind: type[LorafitError]
-    problems: tuple[Problem, ...]
-
-
-class PlanningFailed(Exception):
-    """The process that plans ended without an answer: a bug, with its traceback."""
-
-
-class Asked:
-    """A question that a fresh process is answering meanwhile."""
-
-    def __init__(self, question: Question, *, kind: Literal["plan", "measure"] = "plan") -> None:
-        self._directory = tempfile.TemporaryDirectory(prefix="lorafit-plan-")
-        asked, self._answered = (Path(self._directory.name, name) for name in ("question", "answer"))
-        asked.write_bytes(pickle.dumps(question))
-        command = [sys.executable, "-m", "lorafit.planning.job", kind, str(asked), str(self._answered)]
-        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        # Its own session: Ctrl-C reaches this process alone, which then ends that one.
-        self._process = subprocess.Popen(command, text=True, start_new_session=True, **pipes)  # type: ignore[call-overload]
-
-    def answer(self) -> Any:
-        """Waits for it. Raises the LorafitError that the process ends with, and PlanningFailed for a bug in it."""
-        with self._directory:
-            try:
-                _, said = self._process.communicate()
-            finally:
-                self._process.kill()
-            if self._process.returncode or not self._answered.is_file():
-                raise PlanningFailed(said.strip() or f"it ended with {self._process.returncode}")
-            answer = pickle.loads(self._answered.read_bytes())
-        if isinstance(answer, Refused):
-            raise answer.kind(answer.problems)
-        return answer
+def begin(question: Question) -> Child:
+    """A fresh process that answers it meanwhile with a Plan: planning replaces functions of the libraries."""
+    return Child("lorafit.planning.answers:answer", question, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def ask(question: Question) -> Plan:
-    """The plan, by a fresh process; raises as `Asked.answer`."""
-    plan: Plan = Asked(question).answer()
+    """The plan. Raises the LorafitError that keeps it from being made, and ChildFailed for a bug in the planning."""
+    plan: Plan = _answer(begin(question))
     return plan
+
+
+def _answer(child: Child) -> Any:
+    try:
+        return child.answer()
+    except ChildFailed as error:
+        if not error.was_killed:
+            raise
+        raise MachineError(error.reason, where="the process that plans") from error
 
 
 def measure(question: Question, plan: Plan) -> Plan:
@@ -86,7 +58,7 @@ def measure(question: Question, plan: Plan) -> Plan:
     keys = {"training.gradient_checkpointing": plan.gradient_checkpointing}
     recipe = changed(question.loaded.recipe, keys) or question.loaded.recipe
     asked = replace(question, loaded=replace(question.loaded, recipe=recipe))
-    found = Asked(asked, kind="measure").answer()
+    found = _answer(Child("lorafit.planning.answers:measured", asked))
     return replace(plan, measured_bytes=found.allocated, measured_seconds=found.seconds)
 
 

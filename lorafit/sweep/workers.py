@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Sequence
 
 from lorafit.launching import launch
+from lorafit.launching.child import started
 from lorafit.launching.signals import PassOn
 
 
@@ -16,13 +15,11 @@ def run_side_by_side(arguments: Sequence[str], *, count: int, gpus: int) -> list
     They share the sweep through its storage. A request to stop is passed on to them.
     """
     PassOn().listen()
-    command = [sys.executable, "-m", "lorafit", *arguments, "--worker"]
     workers = [
-        subprocess.Popen(
-            command,
-            env=launch.environment_beside(index, count=count, gpus=gpus),
-            stdout=subprocess.DEVNULL,
-            start_new_session=True,
+        started(
+            ["-m", "lorafit", *arguments, "--worker"],
+            environment=launch.environment_beside(index, count=count, gpus=gpus),
+            own_session=True,
         )
         for index in range(count)
     ]

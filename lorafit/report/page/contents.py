@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import Problem, RunDirError
+from lorafit.errors import LorafitError, Problem, RunDirError
+from lorafit.launching.child import Child, ChildFailed
 from lorafit.storage.files import read_regular
 from lorafit.storage.run_dir import RunDir
 
@@ -86,17 +85,14 @@ def read_examples(contents: Contents, *, rows: int) -> Examples:
     """The first rows of each side, read again in a process of their own when they are still those of the run."""
     if not contents.manifest.get("data") or rows == 0:
         return Examples((), (), "")
-    command = [sys.executable, "-m", "lorafit.data.preview_job", str(contents.path), str(rows)]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=EXAMPLES_SECONDS, check=False
-        )
-    except subprocess.TimeoutExpired:
+        shown = Child("lorafit.data.preview_job:examples", contents.path, rows).answer(seconds=EXAMPLES_SECONDS)
+    except TimeoutError:
         return Examples((), (), f"reading the data took more than {EXAMPLES_SECONDS} seconds")
-    last = (done.stdout or done.stderr).strip().rpartition("\n")[2]
-    if done.returncode:
-        return Examples((), (), last)
-    shown = json.loads(last)
+    except LorafitError as error:
+        return Examples((), (), str(error.problems[0]).rpartition("\n")[2])
+    except ChildFailed as error:
+        return Examples((), (), error.reason)
     return Examples(tuple(shown["rows"]), tuple(shown["stop_tokens"]), "")
 
 

@@ -1,0 +1,193 @@
+"""Processes that a command starts for a part of its work end with it, say what went wrong, and leave nothing behind."""
+
+from __future__ import annotations
+
+import ast
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import is_alive
+
+import lorafit
+from lorafit.errors import DataError, MachineError, Problem, VerificationError
+from lorafit.launching.child import Child, ChildFailed
+from lorafit.merging.child_answer import child_answer
+from lorafit.planning import plan as planning
+
+WORK = """
+import os, pathlib, sys, time
+from lorafit.errors import DataError, Problem
+def sleep(started):
+    pathlib.Path(started).write_text(str(os.getpid()))
+    time.sleep(60)
+def add(one, other):
+    print("libraries print what they like")
+    return one + other
+def refuse(message):
+    raise DataError([Problem("rows.jsonl:3", message), Problem("rows.jsonl:4", message)])
+def fail(): raise ValueError("no such layer")
+def die(): os.abort()
+def leave(): sys.exit(3)
+def count(many):
+    yield from range(many)
+    time.sleep(60)
+def variables():
+    return dict(os.environ)
+"""
+PARENT = """
+import sys, tempfile
+from lorafit.launching import launch
+from lorafit.launching.child import Child
+from lorafit.launching.signals import ends_clean
+launch.end_with_launcher()
+with ends_clean(), tempfile.TemporaryDirectory(dir=sys.argv[1]):
+    Child("work:sleep", sys.argv[2]).answer()
+"""
+
+
+@pytest.fixture(autouse=True)
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of functions for a child."""
+    (tmp_path / "work.py").write_text(WORK, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path
+
+
+def parent_of_sleeper(directory: Path, source: str = PARENT) -> tuple[subprocess.Popen[bytes], int]:
+    """A process that waits for a child, and the number of that."""
+    work, started = directory / "work", directory / "started"
+    work.mkdir()
+    path = f"{directory}:{Path(__file__).parent.parent}"
+    parent = subprocess.Popen(
+        [sys.executable, "-c", source, str(work), str(started)],
+        env=os.environ | {"PYTHONPATH": path},
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 60
+    while not (started.is_file() and started.read_text()) and time.monotonic() < until:
+        time.sleep(0.02)
+    return parent, int(started.read_text())
+
+
+def ends(pid: int) -> bool:
+    until = time.monotonic() + 10
+    while is_alive(pid) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not is_alive(pid)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_child_ends_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
+    parent, child = parent_of_sleeper(tmp_path)
+    assert is_alive(child)
+    parent.send_signal(number)
+    parent.wait(timeout=30)
+    assert ends(child)
+    assert number == signal.SIGKILL or not any((tmp_path / "work").iterdir())
+
+
+def test_a_child_ends_with_its_parent_where_the_kernel_does_not_see_to_it(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text("import ctypes; ctypes.CDLL = lambda name: None\n", encoding="utf-8")
+    parent, child = parent_of_sleeper(tmp_path)
+    parent.kill()
+    parent.wait()
+    assert ends(child)
+
+
+def test_a_request_to_stop_is_for_the_one_who_waits(tmp_path: Path) -> None:
+    parent, child = parent_of_sleeper(tmp_path)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal and a scheduler send it to all
+        os.kill(child, number)
+    time.sleep(0.2)
+    assert is_alive(child) and is_alive(parent.pid)
+    parent.terminate()
+    parent.wait(timeout=30)
+    assert ends(child)
+
+
+def test_what_a_function_returns_comes_back_and_nothing_else(tmp_path: Path) -> None:
+    assert Child("work:add", (1,), ("two", Path("x"))).answer() == (1, "two", Path("x"))
+
+
+def test_an_error_of_the_users_goes_through_with_all_its_problems() -> None:
+    with pytest.raises(DataError) as caught:
+        Child("work:refuse", "is empty").answer()
+    assert caught.value.problems == (Problem("rows.jsonl:3", "is empty"), Problem("rows.jsonl:4", "is empty"))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("fail", "ValueError: no such layer"),
+        ("die", "it was killed; the machine may have run out of memory"),
+        ("leave", "it gave no reason"),
+        ("missing", "AttributeError: module 'work' has no attribute 'missing'"),
+    ],
+)
+def test_what_goes_wrong_in_a_child_is_told_in_a_line(tmp_path: Path, function: str, reason: str) -> None:
+    with pytest.raises(ChildFailed) as caught:
+        Child(f"work:{function}").answer()
+    assert caught.value.reason == reason
+    with pytest.raises(VerificationError, match=f"it failed: {reason}"):
+        child_answer(Child(f"work:{function}"), what="it failed", where=tmp_path)
+
+
+def test_a_plan_that_was_killed_is_no_bug(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "begin", lambda question: Child("work:die"))
+    with pytest.raises(MachineError, match="it was killed; the machine may have run out of memory"):
+        planning.ask(None)  # type: ignore[arg-type]
+    monkeypatch.setattr(planning, "begin", lambda question: Child("work:fail"))
+    with pytest.raises(ChildFailed, match=r"Traceback(.|\n)*no such layer"):
+        planning.ask(None)  # type: ignore[arg-type]
+
+
+def test_what_takes_too_long_is_ended_and_what_it_said_is_kept() -> None:
+    ended = Child("work:count", 3).ended(seconds=3)
+    assert ended.messages == (0, 1, 2) and ended.is_late and ended.code == -signal.SIGKILL
+    with pytest.raises(TimeoutError):
+        Child("work:count", 3).answer(seconds=0.01)
+
+
+def test_a_child_trains_with_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    theirs |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "TORCHELASTIC_RUN_ID": "1"}
+    for name, value in theirs.items():
+        monkeypatch.setenv(name, value)
+    seen = Child("work:variables", environment={"CUDA_VISIBLE_DEVICES": ""}).answer()
+    assert not theirs.keys() & seen.keys() and "LORAFIT_LAUNCHER" not in seen
+    assert seen["CUDA_VISIBLE_DEVICES"] == "" and seen["PATH"] == os.environ["PATH"]
+
+
+def test_a_library_is_not_taken_from_the_directory_that_the_user_is_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/pickle.py").write_text("raise ImportError('not a library')")
+    monkeypatch.chdir(tmp_path / "here")
+    assert Child("work:add", 1, 2).answer() == 3
+
+
+def named_functions() -> Iterator[str]:
+    """What the package hands to children."""
+    for file in Path(lorafit.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Child":
+                assert isinstance(node.args[0], ast.Constant)
+                yield str(node.args[0].value)
+
+
+def test_every_function_that_a_child_is_to_call_is_there() -> None:
+    named = set(named_functions())
+    assert len(named) == 8
+    for place in named:
+        module, _, name = place.partition(":")
+        function: Any = vars(import_module(module))[name]
+        assert callable(function), place
