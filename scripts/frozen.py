@@ -207,7 +207,7 @@ def forked(command: Command, directory: Path) -> tuple[int, str, str]:
 
 
 VOLATILE = re.compile(
-    r"(seconds|per_second|memory|bytes|elapsed|started|finished_at|created|time|pid|versions|machine|host|speed|log)"
+    r"(seconds|per_second|memory|bytes|elapsed|started|finished_at|created|time|pid|versions|machine|host|speed|log|reserve)"
 )
 
 
@@ -222,6 +222,7 @@ def plain(text: str, directory: Path) -> str:
     """Text without the directory, and without figures that have a unit of time, speed or memory."""
     text = text.replace(str(directory), "DIR")
     text = re.sub(r"\d[\d.,]*\s*(ms|s|min|h|minutes?|seconds?|tokens/s|[KMGT]i?B)\b", "N \\1", text)
+    text = re.sub(r"(seconds\s+)\d[\d.]*", "\\1N", text)
     return re.sub(r"\d{4}-\d\d-\d\d[T ][\d:.]+\S*", "DATE", text)
 
 
@@ -232,15 +233,15 @@ def hash_of(path: Path, directory: Path) -> str:
         data = json.dumps(steady(json.loads(data)), sort_keys=True).replace(str(directory), "DIR").encode()
     elif path.suffix == ".jsonl":
         lines = [steady(json.loads(line)) for line in data.splitlines()]
-        data = json.dumps(lines, sort_keys=True).replace(str(directory), "DIR").encode()
+        data = plain(json.dumps(lines, sort_keys=True), directory).encode()
     elif path.suffix in (".md", ".yaml", ".txt", ".jinja"):
         data = plain(data.decode(), directory).encode()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+# These hold the clock, or hashes of what does.
 SKIPPED = re.compile(
-    # pickles hold the clock; so do databases, plots and pages; seals hold the hashes of the rest
-    r"(\.pt|\.bin|\.db|\.sqlite3?|\.log|\.html|\.svg|\.png|\.lock|\.arrow)$|seal|COMMITTED|sha256|hashes|manifest"
+    r"^(trainer_state|checkpoint|manifest)\.json$|\.(pt|bin|journal|db|sqlite3?|log|html|svg|png|lock|arrow)$"
 )
 
 
