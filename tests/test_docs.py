@@ -28,6 +28,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 START = (ROOT / "docs/start.md").read_text(encoding="utf-8")
 TROUBLE = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
 
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
 
 def written(directory: Path, text: str) -> Path:
     page = directory / "page.md"
@@ -176,6 +178,22 @@ def texts_of(path: Path) -> str:
     """Every string of a file, the pieces of those that are put together each alone."""
     nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
     return "\n".join(node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def test_figures_that_were_measured_stand_in_the_records() -> None:
+    """To the digits that are shown; but for the answers at once, whose figures are of today and not of the record."""
+    lines = (ROOT / "docs/planning.md").read_text(encoding="utf-8").partition("What they printed")[2].splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| |", "| `--help`"))]
+    records = " ".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks/results").glob("*.json"))
+    recorded = {float(number.replace(",", "")) for number in NUMBER.findall(records)}
+    figures = [number for row in rows for number in NUMBER.findall(row)]
+    assert len(rows) >= 9 and len(figures) > 30
+    assert [number for number in figures if not any(is_rounded_to(number, value) for value in recorded)] == []
+
+
+def is_rounded_to(shown: str, value: float) -> bool:
+    half = 0.5 * 10.0 ** -len(shown.partition(".")[2])
+    return abs(float(shown.replace(",", "")) - value) <= half * (1 + 1e-9)
 
 
 def test_every_room_has_its_row() -> None:
