@@ -8,14 +8,15 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from commands import is_alive
+from commands import ENVIRONMENT, is_alive
 from namespaces import Cluster, reason_against, two_machines
 from runs import run, small_recipe
 from test_two_processes import assert_same_curves, saved_adapter
@@ -45,7 +46,14 @@ def cluster() -> Iterator[Cluster]:
 class Run:
     """One run on two machines."""
 
-    def __init__(self, cluster: Cluster, homes: tuple[Path, Path], recipes: tuple[Path, Path], *words: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        homes: tuple[Path, Path],
+        recipes: tuple[Path, Path],
+        *words: str,
+        variables: tuple[Mapping[str, str], Mapping[str, str]] = ({}, {}),
+    ) -> None:
         self.homes = homes
         address = ("--main-address", f"{cluster.addresses[0]}:29400")
         self.machines = [
@@ -56,6 +64,7 @@ class Run:
                 *("--machine-rank", str(rank)),
                 *address,
                 *words,
+                variables=variables[rank],
             )
             for rank in (0, 1)
         ]
@@ -241,6 +250,20 @@ def test_machines_that_are_not_alike_are_refused_before_anything_is_read(
     )
     assert said in theirs[2] and said in ours[2]
     assert not (homes[0] / "run").exists() and not (homes[1] / "elsewhere").exists()
+
+
+def test_machines_with_other_versions_of_a_library_are_refused(
+    cluster: Cluster, tmp_path: Path, tiny_base: Path
+) -> None:
+    installed = tmp_path / "installed"
+    (installed / "trl-1.0.0.dist-info").mkdir(parents=True)
+    (installed / "trl-1.0.0.dist-info/METADATA").write_text("Metadata-Version: 2.4\nName: trl\nVersion: 1.0.0\n")
+    path = small_recipe(tmp_path, tiny_base, launch=TWO).path
+    older = {"PYTHONPATH": f"{installed}:{ENVIRONMENT['PYTHONPATH']}"}
+    for code, out, err in Run(cluster, homes_in(tmp_path), (path, path), variables=({}, older)).ended():
+        assert (code, out, len(err.splitlines())) == (4, "", 1)
+        assert f'versions.trl "{version("trl")}" -> "1.0.0" (machine 0 -> there); all machines need the same' in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow
