@@ -1,10 +1,13 @@
-"""How long lorafit takes to begin: its help, the check of a recipe, and the first training step, beside TRL.
+"""How long lorafit takes to begin: what a command takes before its work, and the first training step, beside TRL.
 
-    python benchmarks/startup.py [--rounds 7] [--quick]
+    python benchmarks/startup.py [--rounds 7] [--quick] [--only help|commands|steps]
 
 Everything in fresh processes; medians, in seconds on the clock and in seconds of CPU, which grow less when the machine
 is busy. Wanted on 2 cores: `--help` at most 0.2 s; `validate` of a recipe with 1,000 rows at most 0.5 s; and a second
 start, with the tokens of the first in the cache, sooner at its first step than a TRL script with its datasets cached.
+
+The commands: those that load libraries, on the quickstart (trained for 20 steps, all held-out rows) and, for `plan`, on
+an 8B model; each as a multiple of `python -c "import torch"`, which runs before each of them.
 
 The first step: a 26 M Llama and 7,473 rows as long as GSM8K's (1,000 with --quick), one packed row of 512 a step,
 LoRA r=16, from the start of the process to the end of the first optimizer step, lorafit and TRL by turns. A cold start
@@ -31,6 +34,7 @@ from speed import LORA, MAX_LENGTH, write_base, write_rows
 from speed import TRAINING as STEPS
 
 TRAINING = STEPS | {"per_device_train_batch_size": 1, "max_steps": 2}
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 VALIDATED_ROWS, ROWS, FEW_ROWS = 1_000, 7_473, 1_000
 Seconds = tuple[float, float]
 """On the clock and of CPU."""
@@ -145,6 +149,31 @@ def compare_commands(directory: Path, *, rounds: int) -> None:
         report(name, [whole(command, directory) for _ in range(3 if command[0] == trl else rounds)])
 
 
+def compare_with_torch(directory: Path, *, rounds: int) -> None:
+    """The commands that load libraries, each beside an import of torch just before it."""
+    lorafit, recipe = [sys.executable, "-m", "lorafit"], str(RECIPES / "quickstart.yaml")
+    few_steps = ["--set", "training.max_steps=20", "--output-dir", "quickstart"]
+    whole([*lorafit, "train", recipe, *few_steps], directory)
+    commands = {
+        "preview": [recipe],
+        "targets": [str(RECIPES / "quickstart/base")],
+        "report": ["quickstart"],
+        "doctor": [],
+        "plan": [str(RECIPES / "llama3-8b-lora.yaml"), "--model-shape", "llama3-8b", "--gpu", "a100-80"],
+        "merge": ["quickstart"],
+        "eval": ["quickstart"],
+    }
+    print('as multiples of python -c "import torch":')
+    for name, arguments in commands.items():
+        imported, taken = [], []
+        for _ in range(rounds + 1):
+            if name == "merge":
+                shutil.rmtree(directory / "quickstart/merged", ignore_errors=True)
+            imported.append(whole([sys.executable, "-c", "import torch"], directory))
+            taken.append(whole([*lorafit, name, *arguments], directory))
+        report(f"lorafit {name}", taken[1:], others=imported[1:], of="import torch")  # the first fills the caches
+
+
 def compare_first_steps(directory: Path, *, rounds: int, rows: int) -> None:
     """lorafit and TRL by turns, and the medians of the ratios."""
     write_rows(directory / "rows.jsonl", count=rows)
@@ -172,12 +201,12 @@ def compare_first_steps(directory: Path, *, rounds: int, rows: int) -> None:
     report("TRL, second start", warm_trl, others=warm)
 
 
-def report(name: str, measured: list[Seconds], *, others: list[Seconds] | None = None) -> None:
+def report(name: str, measured: list[Seconds], *, others: list[Seconds] | None = None, of: str = "lorafit's") -> None:
     """One line of medians; with `others`, how many times as long as these it took."""
     of_clock, of_cpu = (statistics.median(one[kind] for one in measured) for kind in (0, 1))
     pairs = [*zip(measured, others or measured, strict=True)]
     ratios = [statistics.median(one[kind] / other[kind] for one, other in pairs) for kind in (0, 1)]
-    times = f"   {ratios[0]:.2f} times lorafit's, {ratios[1]:.2f} of CPU" if others else ""
+    times = f"   {ratios[0]:.2f} times {of}, {ratios[1]:.2f} of CPU" if others else ""
     print(f"{name:<32} {of_clock:7.3f} s   {of_cpu:7.3f} s of CPU{times}", flush=True)
 
 
@@ -186,12 +215,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="two rounds, 1,000 rows")
+    parser.add_argument("--only", choices=["help", "commands", "steps"], help="one of the three parts")
     chosen = parser.parse_args()
     rounds = 2 if chosen.quick else chosen.rounds
     with tempfile.TemporaryDirectory() as name:
         write_base(Path(name, "base"))
-        compare_commands(Path(name), rounds=rounds)
-        compare_first_steps(Path(name), rounds=rounds, rows=FEW_ROWS if chosen.quick else ROWS)
+        if chosen.only in (None, "help"):
+            compare_commands(Path(name), rounds=rounds)
+        if chosen.only in (None, "commands"):
+            compare_with_torch(Path(name), rounds=rounds)
+        if chosen.only in (None, "steps"):
+            compare_first_steps(Path(name), rounds=rounds, rows=FEW_ROWS if chosen.quick else ROWS)
 
 
 if __name__ == "__main__":
