@@ -119,9 +119,7 @@ def case(
     right = merged_by_peft(base, plain, directory / "right", dtype=dtype)
     adapter = read_adapter(plain, base=str(base))
     base_files = check_base_model(ModelSection(model_name_or_path=str(base)))
-    ids, _ = choose(
-        PromptsJob(adapter.directory, str(base_files.directory), frozenset(), base_files.vocab_size, cache_dir=None)
-    )
+    ids, _ = choose(PromptsJob(adapter.base, None, frozenset(), base_files.vocab_size, cache_dir=None))
     prompts = Prompts(tuple(map(tuple, ids[:8])), "8 random sequences")
     (directory / "work").mkdir()
     job = verification_job(

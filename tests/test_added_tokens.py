@@ -32,6 +32,7 @@ from lorafit.merging.verify_reference import reference
 from lorafit.merging.verify_written import compare
 from lorafit.planning.fake_step import FakeRun
 from lorafit.planning.known_shapes import architecture
+from lorafit.recipe import load
 from lorafit.recipe.sections import ModelSection
 from lorafit.training.token_rows import tokens_line
 from lorafit.training.train import run_training
@@ -115,7 +116,8 @@ def test_a_merge_with_a_larger_vocabulary_is_verified(tmp_path: Path) -> None:
     merged(run, tmp_path / "merged")
     adapter = read_adapter(run)
     files = read_base(adapter)
-    ids, _ = choose(PromptsJob(run, None, frozenset([2]), files.vocab_size, cache_dir=None))
+    recipe = load(run / "recipe.yaml").recipe
+    ids, _ = choose(PromptsJob(adapter.base, recipe, frozenset([2]), files.vocab_size, cache_dir=None))
     assert any(259 in row for row in ids)
     (tmp_path / "work").mkdir()
     prompts = Prompts(tuple(map(tuple, ids[:8])), "8 rows")

@@ -169,15 +169,13 @@ def test_a_skipped_module_is_caught_where_storage_swallows_most_of_the_update(tm
 def test_a_run_is_verified_on_its_own_rows_and_a_plain_adapter_on_random_ones(tmp_path: Path, tiny_base: Path) -> None:
     run(small_recipe(tmp_path, tiny_base))
     files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
-    of_run = prompts_for(read_adapter(tmp_path / "run"), files, base=None, cache_dir=None)
+    of_run = prompts_for(read_adapter(tmp_path / "run"), files, cache_dir=None)
     assert of_run.source == "8 held-out rows, 24 training rows, 32 random token sequences (the run has no more rows)"
     assert len(of_run.ids) == 64 and all(0 < len(ids) <= 64 for ids in of_run.ids)
     plain = read_adapter(tmp_path / "run" / "adapter", base=str(tiny_base))
-    assert prompts_for(plain, files, base=str(files.directory), cache_dir=None).source.startswith(
-        "64 random token sequences (the adapter carries"
-    )
+    assert prompts_for(plain, files, cache_dir=None).source.startswith("64 random token sequences (the adapter carries")
     (tmp_path / "train.jsonl").unlink()
-    gone = prompts_for(read_adapter(tmp_path / "run"), files, base=None, cache_dir=None)
+    gone = prompts_for(read_adapter(tmp_path / "run"), files, cache_dir=None)
     assert "64 random token sequences (its rows cannot be read: " in gone.source
 
 

@@ -43,6 +43,19 @@ def test_a_base_is_read_without_anything_heavy(tmp_path: Path, tiny_base: Path) 
     assert heavy_modules(tmp_path, RUN, "validate", "x.yaml") == "[]"
 
 
+def test_the_prompts_of_a_merge_are_chosen_without_torch(tmp_path: Path) -> None:
+    source = RUN.replace(
+        "from lorafit.cli import _exit_code\ncode = _exit_code(sys.argv[1:])",
+        "code = 0\nimport lorafit.merging.prompts_job",
+    )
+    assert not {*json.loads(heavy_modules(tmp_path, source).replace("'", '"'))} & {*TORCH}
+
+
+def test_the_targets_of_a_dense_model_are_listed_without_peft(tmp_path: Path, tiny_base: Path) -> None:
+    loaded = json.loads(heavy_modules(tmp_path, RUN, "targets", str(tiny_base)).replace("'", '"'))
+    assert "torch" in loaded and not {*loaded} & {"peft", "trl", "datasets", "bitsandbytes"}
+
+
 def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:
     source = RUN.replace("code = _exit_code(sys.argv[1:])", "code = 0")
     assert heavy_modules(tmp_path, source) == "[]"

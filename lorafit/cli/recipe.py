@@ -10,6 +10,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import RecipeError
+from lorafit.imports import without_collections
 
 
 @app.command()
@@ -20,14 +21,15 @@ def targets(
     debug: Debug = False,
 ) -> None:
     """List the modules of a model that lora.target_modules may name, with shapes, counts and adapter size."""
-    from transformers.utils import logging as transformers_logging
+    with without_collections():
+        from transformers.utils import logging as transformers_logging
 
-    if not debug:
-        transformers_logging.set_verbosity_error()
-    from lorafit.planning.known_shapes import architecture
-    from lorafit.planning.targets import target_table
-    from lorafit.recipe.sections import ModelSection
-    from lorafit.report.target_table import target_table_text
+        if not debug:
+            transformers_logging.set_verbosity_error()
+        from lorafit.planning.known_shapes import architecture
+        from lorafit.planning.targets import target_table
+        from lorafit.recipe.sections import ModelSection
+        from lorafit.report.target_table import target_table_text
 
     table = target_table(architecture(ModelSection(model_name_or_path=model)), r=r)
     print_result(table.as_dict(), as_json=as_json, text=target_table_text(table))

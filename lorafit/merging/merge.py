@@ -99,7 +99,7 @@ def merge(
         verification_device(base_files)  # refused before anything is written
     plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
     compares = quantization is not None and (verify or onto == "auto")
-    prompts = prompts_for(adapter, original, base=base, cache_dir=cache_dir) if verify or compares else None
+    prompts = prompts_for(adapter, original, cache_dir=cache_dir) if verify or compares else None
     makes_base = compares or onto == "dequantized"
     with out_directory(target, needed=plan.total_bytes + makes_base * base_files.total_bytes) as stage:
         bases: tuple[BaseDifference, ...] = ()

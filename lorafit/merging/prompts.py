@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.launching.child import Child
-from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.child_answer import child_answer
+from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.sections import ModelSection
+
+if TYPE_CHECKING:  # imports peft, and the process that reads a job does without
+    from lorafit.merging.adapter_files import Adapter
 
 
 @dataclass(frozen=True)
@@ -24,23 +29,22 @@ class Prompts:
 class PromptsJob:
     """What the process is told that chooses them."""
 
-    directory: Path
-    """Of the run or adapter."""
-    base: str | None
-    """The base model that was asked for instead of the recorded one."""
+    base: ModelSection
+    recipe: Recipe | None
+    """Of the run; None for a plain adapter."""
     stop_token_ids: frozenset[int]
     vocab_size: int
     cache_dir: Path | None
 
 
-def prompts_for(adapter: Adapter, base_files: BaseModelFiles, *, base: str | None, cache_dir: Path | None) -> Prompts:
+def prompts_for(adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None) -> Prompts:
     """64 sequences of at most 64 tokens: held-out rows of the run, then its training rows, then random tokens.
 
-    Read in a process of its own: preparing rows may take more memory than merging. `base` is the base model that was
-    asked for instead of the recorded one.
+    Read in a process of its own: preparing rows may take more memory than merging.
     """
     directory = adapter.directory if adapter.run_dir is None else adapter.run_dir.path
-    job = PromptsJob(directory, base, base_files.stop_token_ids, base_files.vocab_size, cache_dir)
+    recipe = None if adapter.recipe is None else adapter.recipe.recipe
+    job = PromptsJob(adapter.base, recipe, base_files.stop_token_ids, base_files.vocab_size, cache_dir)
     child = Child("lorafit.merging.prompts_job:choose", job)
     ids, source = child_answer(child, what="the prompts could not be read", where=directory)
     return Prompts(tuple(map(tuple, ids)), source)

@@ -1,4 +1,4 @@
-"""The token sequences of `prompts.prompts_for`: what runs in a process of its own."""
+"""The token sequences of `prompts.prompts_for`: what runs in a process of its own. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import datasets
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.prepare import prepare
 from lorafit.errors import LorafitError
-from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.prompts import PromptsJob
 
 COUNT, LENGTH = 64, 64
@@ -41,13 +40,12 @@ def choose(job: PromptsJob) -> tuple[list[list[int]], str]:
 
 
 def _rows(job: PromptsJob) -> dict[str, datasets.Dataset]:
-    adapter = read_adapter(job.directory, base=job.base)
-    if adapter.recipe is None:
+    recipe = job.recipe
+    if recipe is None:
         return {}
-    recipe = adapter.recipe.recipe
     data = prepare(
         recipe.data,
-        tokenizer=load_tokenizer(adapter.base, stop_token=recipe.data.stop_token),
+        tokenizer=load_tokenizer(job.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,
         stop_token_ids=job.stop_token_ids,

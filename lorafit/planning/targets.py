@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, cast
 
 import torch
 import transformers
-from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
@@ -126,24 +125,38 @@ def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
         return (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
 
 
-def _taken_along(model: PreTrainedModel, *, r: int) -> LoraConfig:
-    """What peft makes of `all-linear` on this model, before it looks for linear layers."""
+@dataclass(frozen=True)
+class TakenAlong:
+    """Parameters that `all-linear` takes besides linear layers, and patterns of names with ranks of their own."""
+
+    target_parameters: tuple[str, ...] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+
+
+def _taken_along(model: PreTrainedModel, *, r: int) -> TakenAlong:
+    """What peft makes of `all-linear` on this model, before it looks for linear layers: something else only where
+    transformers renames or fuses weights."""
+    if get_checkpoint_conversion_mapping(model.config.model_type) is None:
+        return TakenAlong()
+    from peft import LoraConfig  # a second, which most architectures do without
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
     chosen = LoraConfig(r=r, target_modules="all-linear")
     convert_peft_config_for_transformers(chosen, model, None)
-    return chosen
+    return TakenAlong(tuple(chosen.target_parameters or ()), chosen.rank_pattern)
 
 
-def _is_taken(along: LoraConfig, name: str) -> bool:
-    return any(name == one or name.endswith(f".{one}") for one in along.target_parameters or ())
+def _is_taken(along: TakenAlong, name: str) -> bool:
+    return any(name == one or name.endswith(f".{one}") for one in along.target_parameters)
 
 
-def _rank_of(along: LoraConfig, name: str, *, r: int) -> int:
+def _rank_of(along: TakenAlong, name: str, *, r: int) -> int:
     """`name` begins within a layer."""
     matching = (rank for pattern, rank in along.rank_pattern.items() if re.fullmatch(pattern, f".{name}"))
     return next(matching, r)
 
 
-def _found(model: PreTrainedModel, along: LoraConfig) -> Iterator[tuple[str, Any, tuple[int, ...], Part, bool]]:
+def _found(model: PreTrainedModel, along: TakenAlong) -> Iterator[tuple[str, Any, tuple[int, ...], Part, bool]]:
     """(name within its layer, kind, shape, part, whether all-linear takes it) of every module and expert parameter."""
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
