@@ -24,8 +24,8 @@ from lorafit.errors import LorafitError
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import load
 from lorafit.recipe.sections import ModelSection
+from lorafit.training.causal_lm import CausalLm
 from lorafit.training.train import run_training
-from lorafit.training.trainer import LoraTrainer
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"
 STEPS = 60
@@ -167,20 +167,20 @@ def _base(case: Case, directory: Path) -> Path:
 @contextlib.contextmanager
 def loss_times(factor: float, *, first: int = 1, last: int = 10**9) -> Iterator[None]:
     """The loss, and with it the gradient, multiplied."""
-    compute = LoraTrainer.compute_loss
+    compute = CausalLm.compute_loss
 
     def scaled(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         loss = compute(self, model, inputs, *rest, **named)
         return loss * factor if self.model.training and first <= self.state.global_step + 1 <= last else loss
 
-    with patch.object(LoraTrainer, "compute_loss", scaled):
+    with patch.object(CausalLm, "compute_loss", scaled):
         yield
 
 
 @contextlib.contextmanager
 def gradient_times(factor: float, *, first: int, last: int = 10**9) -> Iterator[None]:
     """The gradient alone multiplied, as by a detached target (0), a bug in a backward pass, or a wrong sign."""
-    step = LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def scaled(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         loss = step(self, model, inputs, *rest, **named)
@@ -190,14 +190,14 @@ def gradient_times(factor: float, *, first: int, last: int = 10**9) -> Iterator[
                     parameter.grad *= factor
         return loss
 
-    with patch.object(LoraTrainer, "training_step", scaled):
+    with patch.object(CausalLm, "training_step", scaled):
         yield
 
 
 @contextlib.contextmanager
 def corrupted_batch(*, first: int, last: int) -> Iterator[None]:
     """Batches whose trained tokens are random ids."""
-    step = LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def corrupt(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         if first <= self.state.global_step + 1 <= last:
@@ -208,14 +208,14 @@ def corrupted_batch(*, first: int, last: int) -> Iterator[None]:
             inputs["input_ids"] = torch.where(trained, noise, inputs["input_ids"])
         return step(self, model, inputs, *rest, **named)
 
-    with patch.object(LoraTrainer, "training_step", corrupt):
+    with patch.object(CausalLm, "training_step", corrupt):
         yield
 
 
 @contextlib.contextmanager
 def left_out_of_the_optimizer(part: str) -> Iterator[None]:
     """Parameters with `part` in their name have a learning rate of 0."""
-    create = LoraTrainer.create_optimizer
+    create = CausalLm.create_optimizer
 
     def without(self: Any, model: Any = None) -> Any:
         optimizer = create(self, model)
@@ -224,14 +224,14 @@ def left_out_of_the_optimizer(part: str) -> Iterator[None]:
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in frozen]
         return optimizer
 
-    with patch.object(LoraTrainer, "create_optimizer", without):
+    with patch.object(CausalLm, "create_optimizer", without):
         yield
 
 
 @contextlib.contextmanager
 def adapter_weight(value: float, *, at: int) -> Iterator[None]:
     """One weight of the adapter overwritten before step `at`."""
-    step = LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def overwrite(self: Any, model: Any, *rest: Any, **named: Any) -> Any:
         if self.state.global_step + 1 == at:
@@ -239,14 +239,14 @@ def adapter_weight(value: float, *, at: int) -> Iterator[None]:
                 next(p for name, p in model.named_parameters() if "lora_B" in name)[0, 0] = value
         return step(self, model, *rest, **named)
 
-    with patch.object(LoraTrainer, "training_step", overwrite):
+    with patch.object(CausalLm, "training_step", overwrite):
         yield
 
 
 @contextlib.contextmanager
 def rate_times(factor: float, *, first: int) -> Iterator[None]:
     """The learning rate multiplied from step `first` on, behind the schedule's back."""
-    step = LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def faster(self: Any, *rest: Any, **named: Any) -> Any:
         if self.state.global_step + 1 >= first:
@@ -254,7 +254,7 @@ def rate_times(factor: float, *, first: int) -> Iterator[None]:
                 group["lr"] *= factor
         return step(self, *rest, **named)
 
-    with patch.object(LoraTrainer, "training_step", faster):
+    with patch.object(CausalLm, "training_step", faster):
         yield
 
 

@@ -15,7 +15,7 @@ from test_out_of_memory import CUDA, PACKED, RIGHT_STEP
 from torch import nn
 from trl import SFTTrainer
 
-from lorafit.training.rows import rows_of
+from lorafit.training.rows_of_batch import rows_of
 
 SETTINGS = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 

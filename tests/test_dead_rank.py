@@ -153,13 +153,13 @@ import sys
 import lorafit.cli
 from lorafit.launching import launch
 from lorafit.errors import DataError
-from lorafit.training.trainer import LoraTrainer
-step = LoraTrainer.training_step
+from lorafit.training.causal_lm import CausalLm
+step = CausalLm.training_step
 def failing(self, *rest, **named):
     if self.state.global_step == 3 and launch.rank() == {rank}:
         raise {error}
     return step(self, *rest, **named)
-LoraTrainer.training_step = failing
+CausalLm.training_step = failing
 lorafit.cli.main()
 """
 

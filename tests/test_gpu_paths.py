@@ -26,11 +26,11 @@ from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
 from lorafit.training import checks, out_of_memory, setup, smoke
+from lorafit.training.causal_lm import CausalLm
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
 from lorafit.training.setup import adapts_separate_experts
 from lorafit.training.train import run_training
-from lorafit.training.trainer import LoraTrainer
 
 
 def test_several_gpus_in_sight_of_one_process_are_not_taken_for_data_parallel(
@@ -101,18 +101,18 @@ def test_the_reloaded_adapter_is_computed_in_the_type_of_the_run(
 def test_a_loss_scale_that_overflows_is_lowered_by_the_self_test(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make, scales = LoraTrainer.create_accelerator_and_postprocess, []
+    make, scales = CausalLm.create_accelerator_and_postprocess, []
 
     class Scaler(torch.amp.GradScaler):
         def load_state_dict(self, state_dict: dict[str, Any]) -> None:
             scales.append(state_dict["scale"])
             super().load_state_dict(state_dict)
 
-    def with_scaler(trainer: LoraTrainer) -> None:
+    def with_scaler(trainer: CausalLm) -> None:
         make(trainer)
         trainer.accelerator.scaler = Scaler("cpu", init_scale=2.0**127)
 
-    monkeypatch.setattr(LoraTrainer, "create_accelerator_and_postprocess", with_scaler)
+    monkeypatch.setattr(CausalLm, "create_accelerator_and_postprocess", with_scaler)
     tested = self_test_only(small_recipe(tmp_path, tiny_base), say=lambda line: None, cache_dir=None)
     assert all(check.has_passed for check in tested.checks)
     assert scales == [2.0**8, 2.0**8]

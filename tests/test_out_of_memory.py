@@ -24,7 +24,7 @@ from lorafit.errors import MachineError, ModelError
 from lorafit.recipe import LoadedRecipe
 from lorafit.training.out_of_memory import bytes_asked, is_out_of_memory, out_of_memory_is_said
 from lorafit.training.resume import Begin
-from lorafit.training.rows import rows_of
+from lorafit.training.rows_of_batch import rows_of
 from lorafit.training.train import TrainResult, run_training
 
 CUDA = (
@@ -230,7 +230,7 @@ def test_memory_that_runs_out_in_an_evaluation_names_its_batch_size(
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"{CPU}4096000000 bytes. Error code 12 (Cannot allocate memory)")
 
-    monkeypatch.setattr("lorafit.training.trainer.LoraTrainer.prediction_step", full)
+    monkeypatch.setattr("lorafit.training.causal_lm.CausalLm.prediction_step", full)
     with pytest.raises(MachineError) as caught:
         trained(small_recipe(tmp_path, tiny_base))
     (problem,) = caught.value.problems

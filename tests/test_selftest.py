@@ -23,7 +23,7 @@ from lorafit.cli import app
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.answer_head import use_answer_head
-from lorafit.training import selftest, trainer
+from lorafit.training import causal_lm, selftest
 from lorafit.training.inputs import read_inputs
 from lorafit.training.selftest import SelfTest, is_remembered, remember_passed, self_test
 from lorafit.training.selftest_bench import tolerances
@@ -159,7 +159,7 @@ def test_the_head_of_the_run_is_what_is_tried(tmp_path: Path, tiny_base: Path, m
 
         model.forward = forward
 
-    monkeypatch.setattr(trainer, "use_answer_head", wrong_with_more_rows)
+    monkeypatch.setattr(causal_lm, "use_answer_head", wrong_with_more_rows)
     assert "a padded row is not computed as it is alone" in failure(small_recipe(tmp_path, tiny_base))
     self_tested(small_recipe(tmp_path, tiny_base, speed={"answer_head": False}))
 

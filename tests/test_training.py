@@ -27,7 +27,7 @@ from lorafit.errors import (
     VerificationError,
 )
 from lorafit.training import model as model_module
-from lorafit.training import train as train_module
+from lorafit.training.causal_lm import CausalLm
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_step_and_rows(
 def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    backward = train_module.LoraTrainer.training_step
+    backward = CausalLm.training_step
 
     def poison(self: Any, model: Any, inputs: Any, *rest: Any, **named: Any) -> Any:
         loss = backward(self, model, inputs, *rest, **named)
@@ -192,7 +192,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(
             next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("inf"))
         return loss
 
-    monkeypatch.setattr(train_module.LoraTrainer, "training_step", poison)
+    monkeypatch.setattr(CausalLm, "training_step", poison)
     with pytest.raises(HealthStop, match=r"step 2: gradient norm is (inf|nan); rows .*train\.jsonl:\d+"):
         run(small_recipe(tmp_path, tiny_base, training={"gradient_accumulation_steps": 2}))
 
@@ -200,14 +200,14 @@ def test_a_gradient_that_is_not_finite_stops_before_the_optimizer_step(
 def test_ctrl_c_ends_the_run_in_one_line_and_writes_no_adapter(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train_module.LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def interrupt(self: Any, *rest: Any, **named: Any) -> Any:
         if self.state.global_step == 2:
             raise KeyboardInterrupt
         return step(self, *rest, **named)
 
-    monkeypatch.setattr(train_module.LoraTrainer, "training_step", interrupt)
+    monkeypatch.setattr(CausalLm, "training_step", interrupt)
     with pytest.raises(StopRequested, match="stopped on request after step 2 of 3; no adapter was written") as caught:
         run(small_recipe(tmp_path, tiny_base))
     assert caught.value.exit_code == 75
@@ -225,13 +225,13 @@ def test_on_nan_warn_goes_on_but_never_saves_a_broken_adapter(
 
 
 def _poison_third_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = train_module.LoraTrainer.compute_loss
+    compute = CausalLm.compute_loss
 
     def poison(self: Any, *rest: Any, **named: Any) -> Any:
         loss = compute(self, *rest, **named)
         return loss * float("nan") if self.state.global_step == 2 and self.model.training else loss
 
-    monkeypatch.setattr(train_module.LoraTrainer, "compute_loss", poison)
+    monkeypatch.setattr(CausalLm, "compute_loss", poison)
 
 
 NOTHING_LEARNED = {"frozen": "did not move", "no gradient": "every logged gradient was zero"}
@@ -244,10 +244,8 @@ def test_a_run_that_learned_nothing_is_refused(
     if fault == "frozen":
         monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
     else:
-        compute = train_module.LoraTrainer.compute_loss
-        monkeypatch.setattr(
-            train_module.LoraTrainer, "compute_loss", lambda self, *a, **k: compute(self, *a, **k) * 0.0
-        )
+        compute = CausalLm.compute_loss
+        monkeypatch.setattr(CausalLm, "compute_loss", lambda self, *a, **k: compute(self, *a, **k) * 0.0)
     with pytest.raises(VerificationError, match=NOTHING_LEARNED[fault]) as caught:
         run(small_recipe(tmp_path, tiny_base))
     assert caught.value.exit_code == 5
@@ -257,14 +255,14 @@ def test_a_run_that_learned_nothing_is_refused(
 def test_a_base_that_changes_during_training_is_refused(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = train_module.LoraTrainer.training_step
+    step = CausalLm.training_step
 
     def leak(self: Any, model: Any, *rest: Any, **named: Any) -> Any:
         with torch.no_grad():
             next(p for n, p in model.named_parameters() if "embed_tokens" in n).add_(0.01)
         return step(self, model, *rest, **named)
 
-    monkeypatch.setattr(train_module.LoraTrainer, "training_step", leak)
+    monkeypatch.setattr(CausalLm, "training_step", leak)
     with pytest.raises(VerificationError, match="frozen base changed"):
         run(small_recipe(tmp_path, tiny_base))
 
@@ -306,7 +304,7 @@ def test_loraplus_gives_b_its_own_learning_rate(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rates: set[float] = set()
-    create = train_module.LoraTrainer.create_optimizer
+    create = CausalLm.create_optimizer
 
     def look(self: Any, model: Any = None) -> Any:
         optimizer = create(self, model)
@@ -314,7 +312,7 @@ def test_loraplus_gives_b_its_own_learning_rate(
             rates.update(group["lr"] for group in optimizer.param_groups if group["params"])
         return optimizer
 
-    monkeypatch.setattr(train_module.LoraTrainer, "create_optimizer", look)
+    monkeypatch.setattr(CausalLm, "create_optimizer", look)
     run(small_recipe(tmp_path, tiny_base, optimizer={"loraplus_lr_ratio": 4.0}))
     assert sorted(rates) == pytest.approx([5e-3, 2e-2])
 

@@ -170,14 +170,17 @@ def test_without_bfloat16_autocast_the_adapter_of_a_quantised_base_is_trained_in
 ) -> None:
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
-    from trl import SFTConfig
+    from trl import SFTConfig, SFTTrainer
 
-    from lorafit.builders.adapter_trainer import AdapterTrainer
+    from lorafit.training.trainer.peft_steps import PeftSteps
+
+    class WithPeft(PeftSteps, SFTTrainer):
+        """And nothing else of ours."""
 
     switches = {"use_cpu": True, "activation_checkpointing": False, "report_to": "none", "bf16": bf16}
     arguments = SFTConfig(output_dir=str(tmp_path), **switches)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
-    trainer = AdapterTrainer(
+    trainer = WithPeft(
         loraplus_lr_ratio=None,
         model=get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")),
         args=arguments,

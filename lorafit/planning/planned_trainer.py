@@ -8,16 +8,17 @@ from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
+from trl import SFTTrainer
 
-from lorafit.builders.adapter_trainer import AdapterTrainer, train_in_float32
 from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
 from lorafit.speed import varlen_attention
 from lorafit.speed.fused_lora import fuse
 from lorafit.storage.stage import scratch
+from lorafit.training.trainer.peft_steps import PeftSteps, train_in_float32
 
 
-class PlannedTrainer(AdapterTrainer):
+class PlannedTrainer(PeftSteps, SFTTrainer):
     """What a step of the run's own trainer computes, around a model that is nowhere yet."""
 
     def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:

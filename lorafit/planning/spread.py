@@ -20,9 +20,9 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from lorafit.builders.adapter_trainer import sum_in_float32
 from lorafit.planning.empty_base import quantization_state
 from lorafit.planning.storage_tracker import StorageTracker
+from lorafit.training.trainer.peft_steps import sum_in_float32
 
 _STATE_OF_WEIGHTS = "fix_4bit_weight_quant_state_from_module"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from peft import PeftModel
+from transformers import Trainer
 
 from lorafit.builders.adapter import AdaptedModule
 from lorafit.data.prepare import PreparedData
 from lorafit.recipe import LoadedRecipe
-from lorafit.training.trainer import LoraTrainer
 
 Say = Callable[[str], None]
 
@@ -33,7 +33,7 @@ def say_adapter(table: tuple[AdaptedModule, ...], model: PeftModel, say: Say) ->
         say(f"  {name:<16} x{len(sizes):<4} r={rank} alpha={alpha:g} scale={scale:.3g} {sum(sizes):>12,} parameters")
 
 
-def say_steps(loaded: LoadedRecipe, trainer: LoraTrainer, steps: int, say: Say) -> None:
+def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int, say: Say) -> None:
     """The steps, with the arithmetic of one."""
     training = loaded.recipe.training
     per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps

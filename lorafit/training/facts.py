@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from transformers import Trainer
 
 from lorafit import __version__
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, AdaptedModule
@@ -24,11 +25,10 @@ from lorafit.recipe import Recipe
 from lorafit.recipe.sections import TrainingSection
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.checks import Before
-from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.inputs import RunInputs
 from lorafit.training.processes import distribution
 from lorafit.training.resume import ROUNDING, SEQUENCES, Departure, kept_keys
-from lorafit.training.trainer import LoraTrainer
+from lorafit.training.trainer.committed import CheckpointPolicy
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -94,7 +94,7 @@ def kept_facts(
     }
 
 
-def model_facts(trainer: LoraTrainer, before: Before, *, init_method: bool | str) -> dict[str, Any]:
+def model_facts(trainer: Trainer, before: Before, *, init_method: bool | str) -> dict[str, Any]:
     """The same of the model with its adapter.
 
     PiSSA, OLoRA and CorDA compute the frozen weights anew, and the adapter that the result is measured against.
@@ -120,13 +120,13 @@ def checkpoint_room(
     facts: dict[str, Any],
     bytes_of_one: int,
     ways: Sequence[str],
-) -> CheckpointRoom:
+) -> CheckpointPolicy:
     """Where the checkpoints of a run go; `started` is when this session began, by the monotonic clock, and `ways` how
     what is computed is computed."""
     earlier = begun.checkpoint.seconds if begun.checkpoint else 0.0
     rounding = {"machine": facts["machine"], "threads": torch.get_num_threads(), "ways": list(ways)}
     noted = kept | {"started": facts["started"], ROUNDING: rounding | facts["versions"]}
-    return CheckpointRoom(
+    return CheckpointPolicy(
         run.checkpoints,
         keep=recipe.checkpoints.keep,
         started=started - earlier,

@@ -6,13 +6,13 @@ import torch
 from accelerate import PartialState
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from lorafit.training.checks import is_adapter_tensor
 from lorafit.training.processes import distribution
-from lorafit.training.trainer import LoraTrainer
 
 
-def whole_adapter(trainer: LoraTrainer) -> dict[str, torch.Tensor] | None:
+def whole_adapter(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """Name to tensor, on CPU, in the first process; empty in the others; None where each process holds it whole.
 
     The library's own way gathers the whole base too, which is what does not fit.

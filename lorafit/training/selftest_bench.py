@@ -23,9 +23,9 @@ from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed import varlen_attention
 from lorafit.storage.run_dir import RunDir
+from lorafit.training.causal_lm import CausalLm
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import RunInputs
-from lorafit.training.trainer import LoraTrainer
 from lorafit.training.unchanged import unchanged
 
 LENGTHS = (64, 10, 45, 16, 57, 13, 51, 19)
@@ -177,7 +177,7 @@ class Bench:
         health = HealthWatch(
             self._loaded.recipe, RunDir(self._scratch), say=lambda line: None, rows_of_batch=lambda batch: []
         )
-        step.trainer = LoraTrainer(
+        step.trainer = CausalLm(
             stop=StopRequest(),
             loraplus_lr_ratio=None,
             answer_head=self._answer_head,
@@ -202,7 +202,7 @@ class Bench:
 class _Step(TrainerCallback):
     """The loss and the gradient of one optimizer step."""
 
-    trainer: LoraTrainer
+    trainer: CausalLm
     loss: float
 
     def on_pre_optimizer_step(
@@ -282,7 +282,7 @@ def _alone(row: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _log_probs(trainer: LoraTrainer, batch: dict[str, Any]) -> torch.Tensor:
+def _log_probs(trainer: CausalLm, batch: dict[str, Any]) -> torch.Tensor:
     """Log-probability of each token after the first of each row, in the order of the rows, wherever they lie."""
     inputs = trainer._prepare_inputs(batch)
     with trainer.accelerator.autocast():

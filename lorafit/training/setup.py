@@ -25,16 +25,16 @@ from lorafit.speed.levers import Levers, speed_up
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say, say_adapter, say_steps
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
+from lorafit.training.causal_lm import CausalLm, planned_steps
 from lorafit.training.checks import refuse_wrong_trainable_set
 from lorafit.training.ground import Ground, refuse_what_outlasts
-from lorafit.training.halving import HalveBatch
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.model import model_with_adapter
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.processes import refuse_other_distribution
 from lorafit.training.progress import Progress
-from lorafit.training.rows import RowFinder
-from lorafit.training.trainer import LoraTrainer, planned_steps
+from lorafit.training.rows_of_batch import RowFinder
+from lorafit.training.trainer.split_on_oom import HalveBatch
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Setup:
 
     model: PeftModel
     table: tuple[AdaptedModule, ...]
-    trainer: LoraTrainer
+    trainer: CausalLm
     metrics: MetricsFile
     updates: Updates
     halving: HalveBatch | None
@@ -93,7 +93,7 @@ def set_up(
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
     updates = Updates()
     own = [*_callbacks(loaded, metrics, progress=progress), updates, health, *([halving] if halving else [])]
-    trainer = LoraTrainer(
+    trainer = CausalLm(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         answer_head=levers.answer_head,

@@ -22,8 +22,8 @@ from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say
 from lorafit.training.callbacks import MetricsFile
+from lorafit.training.causal_lm import CausalLm
 from lorafit.training.checks import Before, remember, verify_result
-from lorafit.training.committing_trainer import CheckpointRoom
 from lorafit.training.disk import full_disk_is_said
 from lorafit.training.facts import checkpoint_room, model_facts, run_facts
 from lorafit.training.gather import whole_adapter
@@ -35,8 +35,8 @@ from lorafit.training.resume import FINISHED, Begin, finished_manifest, refuse_c
 from lorafit.training.save import generation_settings, initial_adapter, write_adapter
 from lorafit.training.selftest import SelfTest, self_test_once
 from lorafit.training.setup import Setup, base_name, nothing_left_of, set_up
-from lorafit.training.stopping import ending_is_recorded
-from lorafit.training.trainer import LoraTrainer
+from lorafit.training.trainer.committed import CheckpointPolicy
+from lorafit.training.trainer.stoppable import ending_is_recorded
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def run_training(
 
 
 def _open(
-    loaded: LoadedRecipe, run: RunDir, ground: Ground, *, room: CheckpointRoom, tested: SelfTest | None, say: Say
+    loaded: LoadedRecipe, run: RunDir, ground: Ground, *, room: CheckpointPolicy, tested: SelfTest | None, say: Say
 ) -> None:
     """Make the run directory, or make it again what it was at the checkpoint that the run goes on from."""
     if not PartialState().is_main_process:
@@ -198,14 +198,14 @@ def _open(
         run.add_event("selftest", tested.line(), step=0, figures=tested.figures())
 
 
-def _fit(loaded: LoadedRecipe, run: RunDir, ground: Ground, setup: Setup, *, room: CheckpointRoom) -> bool:
+def _fit(loaded: LoadedRecipe, run: RunDir, ground: Ground, setup: Setup, *, room: CheckpointPolicy) -> bool:
     """Take every step that is left; whether the run stopped early. Raises StopRequested and what training raises."""
     trainer = setup.trainer
     with (
         full_disk_is_said(run.path, writing="a checkpoint", needed=ground.space.checkpoint),
         out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=ground.checkpointing),
     ):
-        trainer.train_in(room, after=ground.begun.checkpoint)
+        trainer.train_by(room, after=ground.begun.checkpoint)
     trainer.leave_if_stopping(steps=setup.steps, where=str(run.path))
     return trainer.state.global_step < setup.steps and loaded.recipe.early_stopping is not None
 
@@ -254,7 +254,7 @@ def _verify_and_save(
     return losses
 
 
-def _reached(trainer: LoraTrainer, metrics: MetricsFile) -> dict[str, Any]:
+def _reached(trainer: CausalLm, metrics: MetricsFile) -> dict[str, Any]:
     """How far the run came."""
     state = trainer.state
     is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -292,7 +292,7 @@ def _figures(result: TrainResult, setup: Setup) -> dict[str, Any]:
     return figures
 
 
-def _held_out_losses(trainer: LoraTrainer, metrics: MetricsFile) -> tuple[float | None, float | None]:
+def _held_out_losses(trainer: CausalLm, metrics: MetricsFile) -> tuple[float | None, float | None]:
     """Held-out loss in nats per trained token, before the first step and of the adapter that is saved."""
     if trainer.eval_dataset is None:
         return None, None
@@ -300,7 +300,7 @@ def _held_out_losses(trainer: LoraTrainer, metrics: MetricsFile) -> tuple[float 
     return before, trainer.evaluate()["eval_loss"]
 
 
-def _finish(run: RunDir, trainer: LoraTrainer, facts: dict[str, Any], *, outcome: str) -> None:
+def _finish(run: RunDir, trainer: CausalLm, facts: dict[str, Any], *, outcome: str) -> None:
     if not trainer.is_world_process_zero():
         return
     adapter = {"adapter": run.adapter_hashes()} if outcome in FINISHED else {}

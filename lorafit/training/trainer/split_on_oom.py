@@ -10,24 +10,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.out_of_memory import is_out_of_memory, memory_figures
-from lorafit.training.rows import rows_of
-
-if TYPE_CHECKING:
-    from lorafit.training.trainer import LoraTrainer
+from lorafit.training.out_of_memory import Doing, is_out_of_memory, memory_figures
+from lorafit.training.rows_of_batch import rows_of
 
 Inputs = dict[str, Any]
 OneStep = Callable[[nn.Module, Inputs, Any], torch.Tensor]
+
+
+class Divisible(Protocol):
+    """What is asked of a trainer whose micro-batches are divided: transformers' own, but for the first two."""
+
+    padding_free: bool
+    """Whether a batch is one flattened row of documents."""
+    window: dict[str, Any]
+    """What it has summed up for its next line of metrics; put back when a step is done again."""
+    accelerator: Accelerator
+    args: TrainingArguments
+    state: TrainerState
+    current_gradient_accumulation_steps: int
+    data_collator: Callable[[list[dict[str, Any]]], Inputs]
+
+    def is_world_process_zero(self) -> bool:
+        """Whether this process speaks for all."""
 
 
 class _DoesNotFit(Exception):
@@ -39,24 +54,20 @@ class _Start:
     """What a step finds and changes, besides the gradients, which are none."""
 
     random_states: tuple[torch.Tensor, torch.Tensor | None]
-    metric_lengths: dict[str, int]
-    tokens: int
+    window: dict[str, Any]
 
     @classmethod
-    def of(cls, trainer: LoraTrainer) -> _Start:
+    def of(cls, trainer: Divisible) -> _Start:
         on_gpu = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-        lengths = {name: len(values) for name, values in trainer._metrics["train"].items()}
-        return cls((torch.get_rng_state(), on_gpu), lengths, trainer._total_train_tokens)
+        return cls((torch.get_rng_state(), on_gpu), trainer.window)
 
-    def restore(self, trainer: LoraTrainer, model: nn.Module) -> None:
+    def restore(self, trainer: Divisible, model: nn.Module) -> None:
         """As if the step had not begun: no gradient, no figure of it logged, the same dropout and noise to come."""
         model.zero_grad()
         torch.set_rng_state(self.random_states[0])
         if self.random_states[1] is not None:
             torch.cuda.set_rng_state(self.random_states[1])
-        for name, values in trainer._metrics["train"].items():
-            del values[self.metric_lengths.get(name, 0) :]
-        trainer._total_train_tokens = self.tokens
+        trainer.window = self.window
 
 
 class HalveBatch(TrainerCallback, ExportableState):
@@ -77,7 +88,7 @@ class HalveBatch(TrainerCallback, ExportableState):
         self._batches, self._losses = [], []
 
     def step(
-        self, trainer: LoraTrainer, one_step: OneStep, model: nn.Module, *, inputs: Inputs, num_items: Any
+        self, trainer: Divisible, one_step: OneStep, model: nn.Module, *, inputs: Inputs, num_items: Any
     ) -> torch.Tensor:
         """The loss of one micro-batch after its backward pass, which `one_step` does, in as many parts as fit.
 
@@ -103,7 +114,7 @@ class HalveBatch(TrainerCallback, ExportableState):
                     parameter.grad = trainer.accelerator.reduce(gradient, reduction="mean")
         return loss
 
-    def watched(self, trainer: LoraTrainer, model: nn.Module) -> Any:
+    def watched(self, trainer: Divisible, model: nn.Module) -> Any:
         """`model`, called so that all processes leave a forward pass together: the library gathers figures after it."""
         if trainer.accelerator.num_processes == 1:
             return model
@@ -118,7 +129,7 @@ class HalveBatch(TrainerCallback, ExportableState):
 
     def _done(
         self,
-        trainer: LoraTrainer,
+        trainer: Divisible,
         one_step: OneStep,
         model: nn.Module,
         batches: Sequence[Inputs],
@@ -137,7 +148,7 @@ class HalveBatch(TrainerCallback, ExportableState):
                 total = total + loss
         return total
 
-    def _halve(self, trainer: LoraTrainer, inputs: Inputs, failure: str) -> None:
+    def _halve(self, trainer: Divisible, inputs: Inputs, failure: str) -> None:
         if self.parts >= _fewest_rows(trainer, inputs):
             raise torch.OutOfMemoryError(f"{failure}, by one {'document' if trainer.padding_free else 'row'} alone")
         self.parts *= 2
@@ -147,7 +158,7 @@ class HalveBatch(TrainerCallback, ExportableState):
             self._say(f"memory: {message}")
             self._run.add_event("memory", message, step=step, figures={"parts": self.parts})
 
-    def described(self, trainer: LoraTrainer) -> str:
+    def described(self, trainer: Divisible) -> str:
         """How micro-batches are done now, in the words of the recipe."""
         size, steps = trainer.args.per_device_train_batch_size, trainer.args.gradient_accumulation_steps
         if trainer.padding_free:
@@ -156,8 +167,32 @@ class HalveBatch(TrainerCallback, ExportableState):
         return f"with {sizes}, gradient_accumulation_steps {steps} -> {steps * self.parts}: the same batch and result"
 
 
+class SplitOnOom(Trainer):
+    """Leaves each micro-batch to `halving`, where that was asked for."""
+
+    def __init__(self, *, halving: HalveBatch | None, **arguments: Any) -> None:
+        self._halving = halving
+        super().__init__(**arguments)
+
+    def compute_loss(self, model: nn.Module, inputs: Inputs, *rest: Any, **named: Any) -> Any:
+        """The loss of a batch, watched for a lack of memory in other processes."""
+        called = model if self._halving is None else self._halving.watched(self, model)
+        return super().compute_loss(called, inputs, *rest, **named)
+
+    def training_step(self, model: nn.Module, inputs: Inputs, num_items_in_batch: Any = None) -> torch.Tensor:
+        """One forward and backward pass, or as many as fit into memory."""
+        one_step = super().training_step
+        if self._halving is None:
+            return one_step(model, inputs, num_items_in_batch)
+        return self._halving.step(self, one_step, model, inputs=inputs, num_items=num_items_in_batch)
+
+    def doing(self) -> Doing:
+        """For the message when memory runs out."""
+        return "training" if self.model.training else "evaluating"
+
+
 def _attempt(
-    trainer: LoraTrainer, one_step: OneStep, model: nn.Module, inputs: Inputs, num_items: Any
+    trainer: Divisible, one_step: OneStep, model: nn.Module, inputs: Inputs, num_items: Any
 ) -> tuple[torch.Tensor | None, str]:
     """The loss after a backward pass; or None, and what did not fit. All processes say the same."""
     failure = ""
@@ -176,14 +211,14 @@ def _attempt(
     return loss, ""
 
 
-def _in_any_process(trainer: LoraTrainer, is_so: bool) -> bool:
+def _in_any_process(trainer: Divisible, is_so: bool) -> bool:
     if trainer.accelerator.num_processes == 1:
         return is_so
     flag = torch.tensor(float(is_so), device=trainer.args.device)
     return bool(trainer.accelerator.reduce(flag, reduction="sum") > 0)
 
 
-def _fewest_rows(trainer: LoraTrainer, inputs: Inputs) -> int:
+def _fewest_rows(trainer: Divisible, inputs: Inputs) -> int:
     """Rows (documents, when packed) of this micro-batch in the process that has the fewest: all split into as many."""
     count = torch.tensor(-float(len(rows_of(inputs))), device=trainer.args.device)
     return (
@@ -193,7 +228,7 @@ def _fewest_rows(trainer: LoraTrainer, inputs: Inputs) -> int:
     )
 
 
-def _shares(trainer: LoraTrainer, inputs: Inputs, *, parts: int) -> list[Inputs]:
+def _shares(trainer: Divisible, inputs: Inputs, *, parts: int) -> list[Inputs]:
     """The micro-batch in parts of about as many tokens (rows, when padded), in its order, collated anew: each part as
     the run with that micro-batch would have it."""
     rows = rows_of(inputs)
@@ -210,7 +245,7 @@ def _shares(trainer: LoraTrainer, inputs: Inputs, *, parts: int) -> list[Inputs]
 
 
 @contextmanager
-def _accumulated_more_often(trainer: LoraTrainer, parts: int) -> Iterator[None]:
+def _accumulated_more_often(trainer: Divisible, parts: int) -> Iterator[None]:
     """What is a mean over micro-batches (a penalty, a router's loss) counts each part as one."""
     steps = trainer.current_gradient_accumulation_steps
     trainer.current_gradient_accumulation_steps = steps * parts

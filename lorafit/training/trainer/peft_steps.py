@@ -1,4 +1,4 @@
-"""`SFTTrainer` with the two parts of peft that it leaves out: LoRA+'s optimizer and AdaLoRA's penalty."""
+"""What peft asks of a step: LoRA+'s optimizer, AdaLoRA's penalty, and float32 where 16 bits lose the gradient."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from accelerate import FullyShardedDataParallelPlugin
 from peft import AdaLoraConfig
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from trl import SFTTrainer
+from transformers import Trainer
 
 
-class AdapterTrainer(SFTTrainer):
+class PeftSteps(Trainer):
     """The optimizer and the loss of a step, for training and for planning alike."""
 
-    def __init__(self, *, loraplus_lr_ratio: float | None, **sft_arguments: Any) -> None:
+    def __init__(self, *, loraplus_lr_ratio: float | None, **arguments: Any) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
-        super().__init__(**sft_arguments)
+        super().__init__(**arguments)
         if not self.args.bf16:
             train_in_float32(self.model)
         if self.accelerator.is_fsdp2:
@@ -39,7 +39,8 @@ class AdapterTrainer(SFTTrainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """TRL's loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, which TRL does not use."""
+        """The loss, plus AdaLoRA's orthogonality term: peft adds it to `outputs.loss`, and those who compute a loss of
+        their own, as TRL does, do not use that."""
         result = super().compute_loss(model, inputs, *rest, **named)
         config = getattr(self.model, "peft_config", {}).get("default")
         if not isinstance(config, AdaLoraConfig) or not self.model.training or config.orth_reg_weight == 0:

@@ -1,39 +1,31 @@
-"""A trainer that stops between two steps, with a checkpoint, when any of its processes is asked to."""
+"""A stop between two steps, with a checkpoint, when any of its processes is asked to."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import DefaultFlowCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.signals import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.committing_trainer import CommittingTrainer
-from lorafit.training.disk import full_disk_is_said
 
 
 class EvaluationBrokenOff(Exception):
     """A stop was agreed on in the middle of an evaluation."""
 
 
-class StoppableTrainer(CommittingTrainer):
-    """Stops on request, and goes on from that checkpoint as if nothing had been.
+class Stoppable(Trainer):
+    """Stops on request with a checkpoint, from which the run goes on as if nothing had been; over `Committed`."""
 
-    An evaluation that was due at the step of the checkpoint and is not recorded in it is done first: a stop breaks it
-    off, and one at the end of an epoch comes after the step's checkpoint.
-    """
-
-    def __init__(self, *, stop: StopRequest, **sft_arguments: Any) -> None:
+    def __init__(self, *, stop: StopRequest, **arguments: Any) -> None:
         self._stop = stop
         self.is_stopping = False
-        super().__init__(**sft_arguments)
+        super().__init__(**arguments)
         self.add_callback(_StopBetweenSteps(self))  # after all others, whose wishes it may overrule
 
     def agree_to_stop(self) -> bool:
@@ -53,7 +45,7 @@ class StoppableTrainer(CommittingTrainer):
                 return super().evaluate(*rest, **named)
         except EvaluationBrokenOff:
             if not self.is_in_train:  # the last one of a run, which that checkpoint leads to again
-                self.save_stopped()
+                self.save_now()
             raise
 
     def leave_if_stopping(self, *, steps: int, where: str) -> None:
@@ -61,53 +53,20 @@ class StoppableTrainer(CommittingTrainer):
         if self.is_stopping:
             raise self._stop.stopped(step=self.state.global_step, steps=steps, where=where)
 
-    @contextmanager
-    def _staged(self) -> Iterator[Path]:
-        """With what is said while the stage is still there, and the disk as full as it was."""
-        needed = self.room.bytes_of_one
-        with super()._staged() as stage, full_disk_is_said(stage.parent, writing="a checkpoint", needed=needed):
-            yield stage
-
-    def save_stopped(self) -> None:
-        """A checkpoint of the step just done, outside of a step's end."""
-        self._save_checkpoint(self.model, None)
-        self.control: TrainerControl = self.callback_handler.on_save(self.args, self.state, self.control)
-
     def _maybe_log_save_evaluate(self, *rest: Any, **named: Any) -> None:
         """As the library does; of an evaluation that is broken off the checkpoint remains."""
         try:
             super()._maybe_log_save_evaluate(*rest, **named)
         except EvaluationBrokenOff:
             self.control.should_training_stop = True
-            self.save_stopped()
-
-    def evaluate_if_due(self) -> None:
-        """Do the evaluation of the step that a resumed run begins with, unless that step's checkpoint records it."""
-        if self.state.global_step == 0 or self.eval_dataset is None:
-            return
-        history = (entry for entry in self.state.log_history if entry["step"] == self.state.global_step)
-        if any("eval_loss" in entry for entry in history):
-            return
-        wanted = DefaultFlowCallback().on_step_end(self.args, self.state, TrainerControl())
-        if self.state.epoch == int(self.state.epoch) or wanted.should_training_stop:
-            wanted = DefaultFlowCallback().on_epoch_end(self.args, self.state, wanted)
-        if wanted.should_evaluate:
-            # Else what is saved below would hold the random state of now, and the run take that up.
-            self._load_rng_state(None if self._taken_up is None else str(self._taken_up))
-            is_best = self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
-            if is_best and self.args.save_strategy == "best":
-                self.save_stopped()
+            self.save_now()
 
 
 class _StopBetweenSteps(TrainerCallback):
     """Asks at the end of each step, and after each batch of an evaluation, whether to stop."""
 
-    def __init__(self, trainer: StoppableTrainer) -> None:
+    def __init__(self, trainer: Stoppable) -> None:
         self._trainer = trainer
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Catch up with what the resumed run's checkpoint came before."""
-        self._trainer.evaluate_if_due()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Save this step and go; an evaluation that is due is left to the run that goes on."""
@@ -134,7 +93,7 @@ class _Record(Protocol):
 
 @contextmanager
 def ending_is_recorded(
-    trainer: StoppableTrainer, run: RunDir, *, stop: StopRequest, steps: int, record: _Record
+    trainer: Stoppable, run: RunDir, *, stop: StopRequest, steps: int, record: _Record
 ) -> Iterator[None]:
     """A run of `steps` that ends without an adapter says why, with `record`: stopped, broken, or left alone."""
     try:

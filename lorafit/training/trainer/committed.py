@@ -1,11 +1,10 @@
-"""`SFTTrainer` whose checkpoints are committed, and hold all that the rest of the run depends on."""
+"""Checkpoints that are committed, and hold all that the rest of the run depends on."""
 
 from __future__ import annotations
 
 import logging
 import shutil
 import time
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -17,23 +16,25 @@ from accelerate.utils import broadcast_object_list, gather_object, reduce
 from peft import AdaLoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import DefaultFlowCallback, ExportableState
 
-from lorafit.builders.adapter_trainer import AdapterTrainer
 from lorafit.errors import RunDirError
 from lorafit.storage.stage import scratch, stage_beside
-from lorafit.training import checkpoints, rank_allocation
+from lorafit.training import checkpoints
 from lorafit.training.checkpoints import Checkpoint
+from lorafit.training.disk import full_disk_is_said
 from lorafit.training.processes import DATA_PARALLEL
-from lorafit.training.save import WEIGHTS, give_usual_permissions
+from lorafit.training.save import WEIGHTS, give_usual_permissions, settle_files
 from lorafit.training.sent_checkpoints import seen_here
+from lorafit.training.trainer import rank_allocation
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CheckpointRoom:
+class CheckpointPolicy:
     """Where checkpoints lie, and what each of them says of its run."""
 
     directory: Path
@@ -45,10 +46,14 @@ class CheckpointRoom:
     """What one takes, at most."""
 
 
-class CommittingTrainer(AdapterTrainer):
-    """Saves through the library into a stage, commits it, and takes up a run exactly where it was saved."""
+class Committed(Trainer):
+    """Saves through the library into a stage, commits it, and takes up a run exactly where it was saved.
 
-    room: CheckpointRoom
+    An evaluation that was due at the step of the checkpoint and is not recorded in it is done first: a stop breaks it
+    off, and one at the end of an epoch comes after the step's checkpoint.
+    """
+
+    policy: CheckpointPolicy
     """Given before training; `facts` are known only when the model and this trainer are built."""
 
     saved = 0
@@ -65,9 +70,24 @@ class CommittingTrainer(AdapterTrainer):
     _taken_up: Path | None = None
     """The checkpoint that this session goes on from, as this machine sees it."""
 
-    def train_in(self, room: CheckpointRoom, *, after: Checkpoint | None) -> None:
-        """Train from the first step, or from the one after a checkpoint; new checkpoints go into `room`."""
-        self.room = room
+    def __init__(self, *, base_name: str | None, **arguments: Any) -> None:
+        """`base_name` is what an adapter may say of its base."""
+        self._base_name = base_name
+        super().__init__(**arguments)
+        self.add_callback(_CatchUp(self))
+
+    @property
+    def window(self) -> dict[str, Any]:
+        """What a trainer sums up for its next line of metrics, besides the loss: a part of each checkpoint."""
+        return {}
+
+    @window.setter
+    def window(self, window: dict[str, Any]) -> None:
+        """Be as it was when it was read; of `window` only what it gave is looked at."""
+
+    def train_by(self, policy: CheckpointPolicy, *, after: Checkpoint | None) -> None:
+        """Train from the first step, or from the one after a checkpoint; new checkpoints as `policy` says."""
+        self.policy = policy
         if after is None:
             self.train()
             return
@@ -83,7 +103,9 @@ class CommittingTrainer(AdapterTrainer):
         """Every process writes its part into the stage; then the first one commits it."""
         started = time.monotonic()
         step = self.state.global_step
-        self.state.stateful_callbacks["loss window"] = self._loss_window()
+        loss = reduce(self._tr_loss.detach().clone(), reduction="mean").item()
+        so_far = {"loss": loss, "since": self._globalstep_last_logged}
+        self.state.stateful_callbacks["loss window"] = so_far | self.window
         with self._staged() as stage:
             super()._save_checkpoint(model, trial)
             written = checkpoints.path_of(stage, step)
@@ -94,15 +116,16 @@ class CommittingTrainer(AdapterTrainer):
                 self._commit(written, step)
         self.accelerator.wait_for_everyone()
         if self.state.best_global_step:
-            best = checkpoints.path_of(self.room.directory, self.state.best_global_step)
+            best = checkpoints.path_of(self.policy.directory, self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
         self.saved += 1
         self.seconds_saving += time.monotonic() - started
 
     @contextmanager
     def _staged(self) -> Iterator[Path]:
-        """The directory that the library writes `checkpoint-N` into; nothing of it is left behind."""
-        target = checkpoints.path_of(self.room.directory, self.state.global_step)
+        """The directory that the library writes `checkpoint-N` into; nothing of it is left behind. A full disk is said
+        while the stage is still there, and the disk as full as it was."""
+        target = checkpoints.path_of(self.policy.directory, self.state.global_step)
         is_first = self.is_world_process_zero()
         with stage_beside(target) if is_first else nullcontext(target) as stage:
             if self.args.world_size > 1:
@@ -111,7 +134,8 @@ class CommittingTrainer(AdapterTrainer):
             unknown = [place for place in (written, *written.parents) if not place.exists()]
             self._stage = stage
             try:
-                yield stage
+                with full_disk_is_said(stage.parent, writing="a checkpoint", needed=self.policy.bytes_of_one):
+                    yield stage
             finally:
                 self._stage = None
                 if not is_first and stage in unknown:  # on a disk of another machine, where libraries made it
@@ -138,11 +162,11 @@ class CommittingTrainer(AdapterTrainer):
         contents = {
             "step": step,
             "best_step": self.state.best_global_step,
-            "seconds": round(time.monotonic() - self.room.started, 3),
-            "facts": dict(self.room.facts),
+            "seconds": round(time.monotonic() - self.policy.started, 3),
+            "facts": dict(self.policy.facts),
         }
-        checkpoints.commit(written, checkpoints.path_of(self.room.directory, step), contents=contents)
-        stuck = checkpoints.rotate(self.room.directory, keep=self.room.keep)
+        checkpoints.commit(written, checkpoints.path_of(self.policy.directory, step), contents=contents)
+        stuck = checkpoints.rotate(self.policy.directory, keep=self.policy.keep)
         for path in stuck.keys() - self._stuck:
             logger.warning("%s: cannot be removed now (%s); tried again at each checkpoint", path, stuck[path])
         self._stuck |= stuck.keys()
@@ -152,15 +176,22 @@ class CommittingTrainer(AdapterTrainer):
         is_best = super()._determine_best_metric(metrics, trial)
         return is_best or self.control.should_save
 
-    def _loss_window(self) -> dict[str, Any]:
-        """What the next line of metrics will sum up, so far."""
-        loss = reduce(self._tr_loss.detach().clone(), reduction="mean").item()
-        return {
-            "loss": loss,
-            "since": self._globalstep_last_logged,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "tokens": self._total_train_tokens,
-        }
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        """Adapter and tokenizer. The library's own adds a pickle of all arguments, which nothing reads and which can
+        hold a token, and the whole embedding where tokens were added, of which their rows are enough."""
+        if not self.args.should_save:  # all processes come here, one writes
+            return
+        directory = Path(output_dir or self.args.output_dir)
+        self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
+            str(directory), state_dict=state_dict, save_embedding_layers=False
+        )
+        self.processing_class.save_pretrained(str(directory))
+        settle_files(directory, base_name=self._base_name)
+
+    def save_now(self) -> None:
+        """A checkpoint of the step just done, outside of a step's end."""
+        self._save_checkpoint(self.model, None)
+        self.control: TrainerControl = self.callback_handler.on_save(self.args, self.state, self.control)
 
     # Taking up
 
@@ -170,11 +201,10 @@ class CommittingTrainer(AdapterTrainer):
         for callback in self._stateful():  # of those that the checkpoint does not know
             self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         if self.state.best_global_step:
-            best = checkpoints.path_of(self.room.directory, self.state.best_global_step)
+            best = checkpoints.path_of(self.policy.directory, self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
         if window := self.state.stateful_callbacks.get("loss window"):
-            self._metrics["train"] = defaultdict(list, window["metrics"])
-            self._total_train_tokens = window["tokens"]
+            self.window = window
         return position
 
     def _stateful(self) -> list[Any]:
@@ -254,6 +284,34 @@ class CommittingTrainer(AdapterTrainer):
         """Nothing, when the checkpoint was that of a run which had come to its end."""
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**named)
+
+    def evaluate_if_due(self) -> None:
+        """Do the evaluation of the step that a resumed run begins with, unless that step's checkpoint records it."""
+        if self.state.global_step == 0 or self.eval_dataset is None:
+            return
+        history = (entry for entry in self.state.log_history if entry["step"] == self.state.global_step)
+        if any("eval_loss" in entry for entry in history):
+            return
+        wanted = DefaultFlowCallback().on_step_end(self.args, self.state, TrainerControl())
+        if self.state.epoch == int(self.state.epoch) or wanted.should_training_stop:
+            wanted = DefaultFlowCallback().on_epoch_end(self.args, self.state, wanted)
+        if wanted.should_evaluate:
+            # Else what is saved below would hold the random state of now, and the run take that up.
+            self._load_rng_state(None if self._taken_up is None else str(self._taken_up))
+            is_best = self._determine_best_metric(metrics=self._evaluate(None, None), trial=None)
+            if is_best and self.args.save_strategy == "best":
+                self.save_now()
+
+
+class _CatchUp(TrainerCallback):
+    """At the start of a run that goes on: what its checkpoint came before."""
+
+    def __init__(self, trainer: Committed) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The evaluation that was due."""
+        self._trainer.evaluate_if_due()
 
 
 def _is_same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
