@@ -22,8 +22,10 @@ from typer.testing import CliRunner
 from lorafit.cli import app
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe
+from lorafit.speed import answer_head
 from lorafit.speed.answer_head import use_answer_head
-from lorafit.training import causal_lm, selftest
+from lorafit.speed.levers import Engaged
+from lorafit.training import selftest
 from lorafit.training.inputs import read_inputs
 from lorafit.training.selftest import SelfTest, is_remembered, remember_passed, self_test
 from lorafit.training.selftest_bench import tolerances
@@ -159,7 +161,7 @@ def test_the_head_of_the_run_is_what_is_tried(tmp_path: Path, tiny_base: Path, m
 
         model.forward = forward
 
-    monkeypatch.setattr(causal_lm, "use_answer_head", wrong_with_more_rows)
+    monkeypatch.setattr(answer_head, "use_answer_head", wrong_with_more_rows)
     assert "a padded row is not computed as it is alone" in failure(small_recipe(tmp_path, tiny_base))
     self_tested(small_recipe(tmp_path, tiny_base, speed={"answer_head": False}))
 
@@ -325,7 +327,7 @@ def test_several_processes_leave_it_out_in_one_line(
     monkeypatch.setattr(selftest, "PartialState", Two)
     monkeypatch.setattr(selftest, "combination_of", lambda *_, **__: {"model": "any"})
     said: list[str] = []
-    passes = {"bf16": False, "checkpointing": False, "answer_head": False}
+    passes: dict[str, Any] = {"bf16": False, "checkpointing": False, "engaged": Engaged((), ())}
     settings = {"inputs": inputs, "say": said.append, "only": False} | passes
     model: Any = small_model(tiny_base)
     assert selftest.self_test_once(model, loaded, cache_dir=tmp_path / "cache", **settings) is None

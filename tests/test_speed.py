@@ -35,6 +35,7 @@ from lorafit.speed.answer_head import AnswerLoss, use_answer_head
 from lorafit.speed.answer_head import why_not as why_no_answer_head
 from lorafit.speed.fused_lora import FusedLinear, FusedLinear4bit, FusedLinear8bit, fuse
 from lorafit.speed.varlen_attention import NAME, SHORT, packed_attention, use_varlen_attention
+from lorafit.speed.varlen_attention import why_not as why_no_varlen_attention
 
 SMALL = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -304,7 +305,8 @@ def test_fused_lora_moves_half_of_what_peft_moves_for_the_adapter() -> None:
 )
 def test_packed_documents_come_out_as_they_do_alone(config: Any) -> None:
     model = built(config).eval()
-    assert use_varlen_attention(model, dtype=torch.float32) is None
+    assert why_no_varlen_attention(model, dtype=torch.float32) is None
+    use_varlen_attention(model)
     assert model.config._attn_implementation == NAME
     batch = packed(20, 3, 11)
     together = model(**batch, use_cache=False).logits[0]
@@ -336,7 +338,8 @@ def test_padded_batches_and_single_rows_are_unchanged() -> None:
     ids, mask = torch.randint(3, 264, (2, 15)), torch.ones(2, 15, dtype=torch.long)
     mask[1, 9:] = 0
     before = model(ids, attention_mask=mask).logits, model(ids[:1]).logits
-    assert use_varlen_attention(model, dtype=torch.float32) is None
+    assert why_no_varlen_attention(model, dtype=torch.float32) is None
+    use_varlen_attention(model)
     after = model(ids, attention_mask=mask).logits, model(ids[:1]).logits
     assert torch.equal(after[0], before[0])
     assert torch.equal(after[1], before[1])
@@ -350,7 +353,7 @@ def test_a_model_that_drops_the_bounds_of_documents_keeps_its_attention() -> Non
         return inner(*inputs, **named)
 
     model.base_model.forward = without_bounds
-    reason = use_varlen_attention(model, dtype=torch.float32)
+    reason = why_no_varlen_attention(model, dtype=torch.float32)
     assert reason is not None
     assert reason.startswith("its states differ by")
     assert model.config._attn_implementation == "sdpa"
@@ -364,7 +367,7 @@ def test_a_model_that_drops_the_bounds_of_documents_keeps_its_attention() -> Non
     ],
 )
 def test_attention_of_another_kind_is_left_alone(config: Any, reason: str) -> None:
-    assert use_varlen_attention(built(config), dtype=torch.float32) == reason
+    assert why_no_varlen_attention(built(config), dtype=torch.float32) == reason
 
 
 LEVERS = {

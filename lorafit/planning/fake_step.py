@@ -21,7 +21,7 @@ from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.lora_config import lora_config
 from lorafit.planning.empty_base import empty_base, quantization_state
 from lorafit.planning.fake_model import Layers, materialise
-from lorafit.planning.planned_trainer import planned_trainer, pull_levers
+from lorafit.planning.planned_trainer import planned_trainer
 from lorafit.planning.roofline import Work, WorkObserver
 from lorafit.planning.spread import local, spread_over, watch_spreading
 from lorafit.planning.stand_ins import (
@@ -34,6 +34,7 @@ from lorafit.planning.stand_ins import (
 )
 from lorafit.planning.storage_tracker import Moment, StorageTracker
 from lorafit.recipe import LoadedRecipe
+from lorafit.speed.levers import engage_planned
 
 Rows = Literal["full", "padded", "packed"]
 """`full`: all rows are as long as the longest, no mask; `padded`: one is shorter; `packed`: documents in one row."""
@@ -122,7 +123,7 @@ class FakeRun:
         self._trainer = planned_trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
         self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         """Of the adapter in the whole depth, in the type it is trained in, before it is spread."""
-        pull_levers(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
+        engage_planned(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model
         self._whole = self._model = model if spread > 1 else prepare(model, device_placement=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -12,8 +11,6 @@ from trl import SFTTrainer
 
 from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
-from lorafit.speed import varlen_attention
-from lorafit.speed.fused_lora import fuse
 from lorafit.storage.stage import scratch
 from lorafit.training.trainer.peft_steps import PeftSteps, train_in_float32
 
@@ -28,21 +25,6 @@ class PlannedTrainer(PeftSteps, SFTTrainer):
         """Anew, whatever was there."""
         self.optimizer = None
         return super().create_optimizer(model)
-
-
-def pull_levers(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: bool) -> None:
-    """Those of `speed_up` that change what a step takes, without the trial that they stand back after."""
-    section, config = recipe.speed, model.config.get_text_config()
-    if recipe.training.torch_compile or recipe.launch.strategy != "ddp":
-        return
-    if section.fused_lora:
-        fuse(model)
-    is_usual = (
-        config._attn_implementation == "sdpa"
-        and set(getattr(config, "layer_types", None) or ()) <= varlen_attention.LAYER_TYPES
-    )
-    if section.varlen_attention and recipe.training.packing and on_cuda and in_16_bits and is_usual:
-        model.get_base_model().set_attn_implementation(varlen_attention.NAME)
 
 
 def planned_trainer(

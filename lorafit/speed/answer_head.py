@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from lorafit.builders.adapter import HeadWithTrainedRows
+from lorafit.speed.lever import Lever
 
 TILE_ELEMENTS = 2**23
 """Logits at a time: 32 MB of float32. Fastest of 2**17 to 2**26 at vocabularies of 4,096 and 32,000."""
@@ -142,3 +143,18 @@ def use_answer_head(model: PreTrainedModel) -> None:
         )
 
     model.forward = forward
+
+
+def _engage(trainer: Trainer) -> str:
+    """After TRL's head is on."""
+    use_answer_head(trainer.model.get_base_model())
+    return ""
+
+
+LEVER = Lever(
+    key="answer_head",
+    name="answer head",
+    why_not=lambda model, recipe, dtype: why_not(model),
+    engage=_engage,
+    goes_on="trainer",
+)

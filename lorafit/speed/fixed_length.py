@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable
-from typing import Any
+from functools import cache
+from typing import Any, Protocol
 
 import datasets
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from lorafit.recipe import Recipe
-from lorafit.speed.varlen_attention import LAYER_TYPES
+from lorafit.speed.lever import BY_POSITION, Lever
 
 
 def why_not(model: PreTrainedModel, recipe: Recipe) -> str | None:
@@ -24,7 +26,7 @@ def why_not(model: PreTrainedModel, recipe: Recipe) -> str | None:
     config = model.config.get_text_config()
     if config._attn_implementation not in ("sdpa", "eager"):
         return f"attention is {config._attn_implementation}, which is told the bounds of documents"
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - BY_POSITION)
     if strange:
         return f"the model has layers of {strange[0]}"
     if getattr(config, "output_router_logits", False):
@@ -62,3 +64,41 @@ def with_fixed_length(model: Callable[..., Any], *, length: int, longest: int, p
         return model(**filled(batch, length=length, longest=longest, pad_token_id=pad_token_id))
 
     return forward
+
+
+class CallsItsModel(Protocol):
+    """A trainer that calls its model through what `called` makes of it."""
+
+    called: Callable[[Any], Any]
+    model: nn.Module
+    args: TrainingArguments
+    eval_dataset: datasets.Dataset
+    processing_class: PreTrainedTokenizerBase
+
+
+def use_fixed_length(trainer: CallsItsModel) -> str:
+    """Let it fill up each batch: in training to the rows that there is room for, else to the longest held-out ones."""
+
+    @cache
+    def held_out() -> int:
+        return longest_held_out(trainer.eval_dataset, batch=trainer.args.per_device_eval_batch_size)
+
+    def called(model: Callable[..., Any]) -> Callable[..., Any]:
+        args = trainer.args
+        length = args.per_device_train_batch_size * args.max_length if trainer.model.training else held_out()
+        pad_token_id = trainer.processing_class.pad_token_id
+        return with_fixed_length(model, length=length, longest=args.max_length, pad_token_id=pad_token_id)
+
+    trainer.called = called
+    return ""
+
+
+LEVER = Lever(
+    key="fixed_length",
+    name="packed rows of one length",
+    why_not=lambda model, recipe, dtype: why_not(model, recipe),
+    engage=use_fixed_length,
+    goes_on="trainer",
+    is_for_packed=True,
+    is_for_compiled=True,
+)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.lora.bnb import Linear4bit, Linear8bitLt
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 from torch.nn import functional
+
+from lorafit.speed.lever import Lever
 
 
 class _PlainBase(torch.autograd.Function):
@@ -156,7 +157,7 @@ def why_not(layer: LoraLayer) -> str | None:
     return None
 
 
-def fuse(model: PeftModel) -> tuple[int, dict[str, int]]:
+def fuse(model: nn.Module) -> tuple[int, dict[str, int]]:
     """Give the LoRA layers that allow it the fused forward pass; how many have it, and others by their reason.
 
     Nothing else of a layer changes: what saves, merges or unloads it sees peft's own.
@@ -173,3 +174,18 @@ def fuse(model: PeftModel) -> tuple[int, dict[str, int]]:
         else:
             kept[reason] = kept.get(reason, 0) + 1
     return fused, kept
+
+
+def _engage(model: nn.Module) -> str:
+    fused, kept = fuse(model)
+    others = ", ".join(f"{count} of them keep peft's: {reason}" for reason, count in kept.items())
+    return f" {fused} of {fused + sum(kept.values())} modules" + (f"; {others}" if others else "")
+
+
+LEVER = Lever(
+    key="fused_lora",
+    name="fused LoRA",
+    why_not=lambda model, recipe, dtype: None,  # each layer has reasons of its own
+    engage=_engage,
+    is_planned=lambda model, on_cuda, in_16_bits: True,
+)

@@ -2,69 +2,86 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module
+from typing import Any
 
 import torch
 from peft import PeftModel
 
 from lorafit.recipe import Recipe
-from lorafit.speed.answer_head import why_not as why_no_answer_head
-from lorafit.speed.fixed_length import why_not as why_no_fixed_length
-from lorafit.speed.fused_lora import fuse
-from lorafit.speed.varlen_attention import use_varlen_attention
+from lorafit.recipe.sections import SpeedSection
+from lorafit.speed.lever import Lever
+
+LEVERS: tuple[Lever, ...] = tuple(import_module(f"{__package__}.{key}").LEVER for key in SpeedSection.model_fields)
+"""One for each key of `speed`, from the file of its name: so that a new one is a key and a file, and nothing else."""
 
 
 @dataclass(frozen=True)
-class Levers:
-    """What was settled."""
+class Engaged:
+    """The levers that are on."""
 
+    levers: tuple[Lever, ...]
     lines: tuple[str, ...]
-    """For people: each lever that is on, or why it is not."""
+    """For people: each that is on, or why it is not."""
 
-    answer_head: bool
-    """For the trainer to put on: its base class puts TRL's own head on every model it is given."""
+    def put_on(self, trainer: Any) -> None:
+        """Those that go on a trainer: TRL's puts its own head on every model it is given, and calls the model."""
+        for lever in self.levers:
+            if lever.goes_on == "trainer":
+                lever.engage(trainer)
 
-    fixed_length: bool
-    """For the trainer, which calls the model."""
+    def uncompiled(self) -> Engaged:
+        """Those of a trainer of the same model that compiles nothing."""
+        return replace(self, levers=tuple(lever for lever in self.levers if not lever.is_for_compiled))
+
+    def of_attention(self, name: str) -> Lever | None:
+        """The one whose attention this is; None for the libraries' own."""
+        return next((lever for lever in self.levers if lever.attention == name), None)
 
 
-def speed_up(model: PeftModel, recipe: Recipe, *, is_whole: bool, dtype: torch.dtype) -> Levers:
-    """Pull the levers that the recipe allows and this model takes.
+def engage_all(model: PeftModel, recipe: Recipe, *, is_whole: bool, dtype: torch.dtype) -> Engaged:
+    """Pull the levers that the recipe allows and this model takes; those of the trainer are put on when it is there.
 
     `dtype` is what products are computed in; `is_whole` is false where FSDP or ZeRO spread the weights over processes,
     whose own hooks the levers would pass by.
     """
-    base, section, training = model.get_base_model(), recipe.speed, recipe.training
-    wanted = {
-        "packed attention by document": section.varlen_attention and training.packing,
-        "fused LoRA": section.fused_lora,
-        "answer head": section.answer_head,
-    }
-    names = [name for name, is_wanted in wanted.items() if is_wanted]
-    lines, answer_head, fixed_length = [], False, False
-    if training.torch_compile and training.packing and section.fixed_length:
-        reason = why_no_fixed_length(base, recipe)
-        fixed_length = reason is None
-        lines.append(_line("packed rows of one length", reason))
-    if not is_whole or training.torch_compile:
-        why = "torch_compile fuses by itself" if training.torch_compile else "the weights are spread over processes"
-        lines += [f"plain path for {', '.join(names)}: {why}"] if names else []
-        return Levers(tuple(lines), answer_head, fixed_length)
-    if "packed attention by document" in names:
-        reason = use_varlen_attention(base, dtype=dtype)
-        lines.append(_line("packed attention by document", reason))
-    if "fused LoRA" in names:
-        fused, kept = fuse(model)
-        others = ", ".join(f"{count} of them keep peft's: {reason}" for reason, count in kept.items())
-        lines.append(
-            f"fused LoRA on {fused} of {fused + sum(kept.values())} modules" + (f"; {others}" if others else "")
-        )
-    if "answer head" in names:
-        reason = why_no_answer_head(base)
-        answer_head = reason is None
-        lines.append(_line("answer head", reason))
-    return Levers(tuple(lines), answer_head, fixed_length)
+    base, engaged, lines = model.get_base_model(), [], []
+    asked = [lever for lever in LEVERS if _is_asked_for(lever, recipe)]
+    passed_by = [lever for lever in asked if not lever.is_for_compiled]
+    if is_whole and not recipe.training.torch_compile:
+        passed_by = []
+    for lever in asked:
+        if lever in passed_by:
+            continue
+        reason = lever.why_not(base, recipe, dtype)
+        if reason is not None:
+            lines.append(f"{lever.name} off: {reason}")
+            continue
+        lines.append(f"{lever.name} on{lever.engage(base) if lever.goes_on == 'model' else ''}")
+        engaged.append(lever)
+    if passed_by:
+        compiled = recipe.training.torch_compile
+        why = "torch_compile fuses by itself" if compiled else "the weights are spread over processes"
+        lines.append(f"plain path for {', '.join(lever.name for lever in passed_by)}: {why}")
+    return Engaged(tuple(engaged), tuple(lines))
 
 
-def _line(lever: str, reason: str | None) -> str:
-    return f"{lever} on" if reason is None else f"{lever} off: {reason}"
+def engage_planned(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: bool) -> None:
+    """Those that change what a step takes, on a model that is nowhere yet."""
+    if recipe.training.torch_compile or recipe.launch.strategy != "ddp":
+        return
+    base = model.get_base_model()
+    for lever in LEVERS:
+        if _is_asked_for(lever, recipe) and lever.is_planned and lever.is_planned(base, on_cuda, in_16_bits):
+            lever.engage(base)
+
+
+def _is_asked_for(lever: Lever, recipe: Recipe) -> bool:
+    is_on: bool = recipe.speed.model_dump()[lever.key]
+    training = recipe.training
+    return (
+        is_on
+        and (training.packing or not lever.is_for_packed)
+        and (training.torch_compile or not lever.is_for_compiled)
+    )

@@ -20,6 +20,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lorafit.speed.lever import BY_POSITION, Lever
+
 NAME = "lorafit_varlen"
 
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -27,8 +29,6 @@ _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 SHORT = 256
 """Tokens of a document on a CPU, on average, below which torch's kernel is slower in bfloat16 than in float32."""
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 def packed_attention(
@@ -138,8 +138,8 @@ AttentionInterface.register(NAME, packed_attention)
 AttentionMaskInterface.register(NAME, packed_mask)
 
 
-def use_varlen_attention(model: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
-    """Switch packed rows to varlen attention; the reason where the model keeps transformers' own, None where it worked.
+def why_not(model: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
+    """The reason where the model keeps transformers' own attention.
 
     `dtype` is what attention computes in. The decision is a trial: states and gradients of three short documents in one
     row, by both ways.
@@ -150,7 +150,7 @@ def use_varlen_attention(model: PreTrainedModel, *, dtype: torch.dtype) -> str |
     dropout = next((name for name in _DROPOUTS if getattr(config, name, 0)), None)
     if dropout is not None:
         return f"the model drops attention out ({dropout})"
-    strange = sorted(set(getattr(config, "layer_types", None) or ()) - LAYER_TYPES)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - BY_POSITION)
     if strange:
         return f"the model has layers of {strange[0]}"
     if model.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
@@ -162,9 +162,21 @@ def use_varlen_attention(model: PreTrainedModel, *, dtype: torch.dtype) -> str |
         reason = _difference(usual, ours, dtype=dtype)
     except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
         reason = f"the trial ended with {type(error).__name__}: {str(error).splitlines()[0]}"
-    if reason is not None:
-        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("sdpa")
     return reason
+
+
+def use_varlen_attention(model: PreTrainedModel) -> str:
+    """Switch packed rows to it."""
+    model.set_attn_implementation(NAME)
+    return ""
+
+
+def is_planned(model: PreTrainedModel, on_cuda: bool, in_16_bits: bool) -> bool:
+    """As `why_not` would find without its trial."""
+    config = model.config.get_text_config()
+    is_usual = set(getattr(config, "layer_types", None) or ()) <= BY_POSITION
+    return on_cuda and in_16_bits and is_usual and config._attn_implementation == "sdpa"
 
 
 def _trial(model: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -206,3 +218,14 @@ def _difference(
         if not apart <= allowed:
             return f"its {what} differ by {apart:.2g}"
     return None
+
+
+LEVER = Lever(
+    key="varlen_attention",
+    name="packed attention by document",
+    why_not=lambda model, recipe, dtype: why_not(model, dtype=dtype),
+    engage=use_varlen_attention,
+    is_for_packed=True,
+    attention=NAME,
+    is_planned=is_planned,
+)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from functools import cached_property
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from torch import nn
 from transformers import Trainer
 from trl import SFTTrainer
 
-from lorafit.speed.answer_head import use_answer_head
-from lorafit.speed.fixed_length import longest_held_out, with_fixed_length
+from lorafit.speed.levers import Engaged
 from lorafit.training.trainer.committed import Committed
 from lorafit.training.trainer.finite_steps import FiniteSteps
 from lorafit.training.trainer.peft_steps import PeftSteps
@@ -23,13 +22,15 @@ from lorafit.training.trainer.stoppable import Stoppable
 class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrainer):
     """Trains one adapter on rows that already hold `input_ids` and `labels`."""
 
-    def __init__(self, *, answer_head: bool, fixed_length: bool, **arguments: Any) -> None:
+    called: Callable[[Any], Any]
+    """What the model is called through; a lever may put something around it."""
+
+    def __init__(self, *, engaged: Engaged, **arguments: Any) -> None:
         """`arguments` are those of the classes above, and of SFTTrainer."""
-        self._has_fixed_length = fixed_length
         self._held_out: list[torch.Tensor] = []
+        self.called = lambda model: model
         super().__init__(**arguments)
-        if answer_head:
-            use_answer_head(self.model.get_base_model())
+        engaged.put_on(self)
 
     @property
     def window(self) -> dict[str, Any]:
@@ -43,23 +44,8 @@ class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrai
         self._total_train_tokens = window["tokens"]
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """The loss of a batch, brought to one length where that was asked for."""
-        return super().compute_loss(self._of_fixed_length(model), inputs, *rest, **named)
-
-    def _of_fixed_length(self, model: Any) -> Any:
-        """`model`, or what fills up each batch for it."""
-        if not self._has_fixed_length:
-            return model
-        if self.model.training:
-            length = self.args.per_device_train_batch_size * self.args.max_length
-        else:
-            length = self._longest_held_out
-        pad_token_id = self.processing_class.pad_token_id
-        return with_fixed_length(model, length=length, longest=self.args.max_length, pad_token_id=pad_token_id)
-
-    @cached_property
-    def _longest_held_out(self) -> int:
-        return longest_held_out(self.eval_dataset, batch=self.args.per_device_eval_batch_size)
+        """The loss of a batch, of the model as it is to be called."""
+        return super().compute_loss(self.called(model), inputs, *rest, **named)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: it would walk the whole model at each step, for the figure of a full fine-tuning."""
@@ -83,7 +69,7 @@ class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrai
         """Negative log-likelihood and trained tokens of each document, gathered without the rows that pad a batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self._of_fixed_length(model)(**inputs, use_cache=False, fused_lm_head=True)
+            outputs = self.called(model)(**inputs, use_cache=False, fused_lm_head=True)
         sums = torch.stack([-outputs.log_probs, outputs.label_mask.to(outputs.log_probs.dtype)], dim=-1)
         if "seq_idx" in inputs:
             # One flattened row: the sums of each document, by the document its target token belongs to.

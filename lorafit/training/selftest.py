@@ -25,6 +25,7 @@ from peft import PeftModel
 from lorafit import __version__
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.speed.levers import Engaged
 from lorafit.storage.files import write_file
 from lorafit.storage.stage import scratch
 from lorafit.training.inputs import RunInputs
@@ -99,7 +100,7 @@ def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str,
 
 
 def self_test(
-    model: PeftModel, loaded: LoadedRecipe, *, inputs: RunInputs, bf16: bool, checkpointing: bool, answer_head: bool
+    model: PeftModel, loaded: LoadedRecipe, *, inputs: RunInputs, bf16: bool, checkpointing: bool, engaged: Engaged
 ) -> SelfTest:
     """Try everything. Raises VerificationError with what failed; the model is what it was, whatever happens."""
     started = time.monotonic()
@@ -115,7 +116,7 @@ def self_test(
             scratch=directory,
             bf16=bf16,
             checkpointing=checkpointing,
-            answer_head=answer_head,
+            engaged=engaged,
         )
         checks = tuple(bench.checks())
     failed = [check for check in checks if not check.has_passed]
@@ -141,7 +142,7 @@ def self_test_once(
     inputs: RunInputs,
     bf16: bool,
     checkpointing: bool,
-    answer_head: bool,
+    engaged: Engaged,
     cache_dir: Path | None,
     say: Callable[[str], None],
     only: bool,
@@ -157,9 +158,7 @@ def self_test_once(
         say("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
         return None
     with out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=checkpointing):
-        tested = self_test(
-            model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing, answer_head=answer_head
-        )
+        tested = self_test(model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing, engaged=engaged)
     remember_passed(cache_dir, tested)
     if only:
         raise SelfTested(tested)

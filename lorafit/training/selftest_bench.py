@@ -21,7 +21,7 @@ from lorafit.builders.sft_config import sft_config
 from lorafit.launching.signals import StopRequest
 from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.speed import varlen_attention
+from lorafit.speed.levers import Engaged
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.causal_lm import CausalLm
 from lorafit.training.health.watch import HealthWatch
@@ -89,10 +89,10 @@ class Bench:
         scratch: Path,
         bf16: bool,
         checkpointing: bool,
-        answer_head: bool,
+        engaged: Engaged,
     ) -> None:
         self._model, self._loaded, self._inputs, self._scratch = model, loaded, inputs, scratch
-        self._bf16, self._checkpointing, self._answer_head = bf16, checkpointing, answer_head
+        self._bf16, self._checkpointing, self._engaged = bf16, checkpointing, engaged
         self._rows = _short_rows(inputs, model)
         self._tolerances = tolerances(loaded.recipe, dtype=model.dtype, bf16=bf16)
 
@@ -124,12 +124,12 @@ class Bench:
 
     def _packing(self, alone: torch.Tensor, together: torch.Tensor) -> Check:
         difference, attention = _distance(alone, together), self._attention()
-        is_ours = attention == varlen_attention.NAME
+        lever = self._engaged.of_attention(attention)
         failure = (
             f"a packed document is not computed as it is alone, {difference:.2g} nats a token apart (at most "
             f"{self._tolerances[0]:.2g}): with {attention} attention it sees its neighbours; write false"
         )
-        other = "speed.varlen_attention: false" if is_ours else "model.attn_implementation: sdpa"
+        other = "model.attn_implementation: sdpa" if lever is None else f"speed.{lever.key}: false"
         return Check("packing", difference, self._tolerances[0], "training.packing", f"{failure}, or {other}")
 
     def _padding(self, alone: torch.Tensor, together: torch.Tensor) -> Check:
@@ -180,8 +180,7 @@ class Bench:
         step.trainer = CausalLm(
             stop=StopRequest(),
             loraplus_lr_ratio=None,
-            answer_head=self._answer_head,
-            fixed_length=False,  # nothing is compiled here
+            engaged=self._engaged.uncompiled(),
             health=health,
             halving=None,
             base_name=None,

@@ -21,7 +21,7 @@ from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
-from lorafit.speed.levers import Levers, speed_up
+from lorafit.speed.levers import Engaged, engage_all
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.announce import Say, say_adapter, say_steps
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
@@ -47,7 +47,7 @@ class Setup:
     metrics: MetricsFile
     updates: Updates
     halving: HalveBatch | None
-    levers: Levers
+    engaged: Engaged
     steps: int
 
 
@@ -82,7 +82,7 @@ def set_up(
     table = adapted_modules(model)
     say_adapter(table, model, say)
     mixed_precision = "bf16" if ground.bf16 else "fp16" if recipe.training.fp16 else "no"
-    levers = speed_up(
+    engaged = engage_all(
         model,
         recipe,
         is_whole=launch.sharding_asked_for() == "data parallel",
@@ -96,8 +96,7 @@ def set_up(
     trainer = CausalLm(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
-        answer_head=levers.answer_head,
-        fixed_length=levers.fixed_length,
+        engaged=engaged,
         health=health,
         halving=halving,
         base_name=base_name(recipe),
@@ -119,9 +118,9 @@ def set_up(
     if begins.value != arguments.get_warmup_steps(steps) and recipe.training.lr_scheduler_type not in WITHOUT_WARM_UP:
         arguments.warmup_steps = begins.value  # the schedule is made when training starts
         say(f"warm-up: {begins}")
-    for line in levers.lines:
+    for line in engaged.lines:
         say(line)
-    return Setup(model, table, trainer, metrics, updates, halving, levers, steps)
+    return Setup(model, table, trainer, metrics, updates, halving, engaged, steps)
 
 
 _SEPARATE_EXPERT = re.compile(r"expert[a-z_]*\.\d+\.", re.IGNORECASE)

@@ -135,7 +135,7 @@ def run_training(
             inputs=ground.inputs,
             bf16=ground.bf16,
             checkpointing=ground.checkpointing,
-            answer_head=setup.levers.answer_head,
+            engaged=setup.engaged,
             cache_dir=cache_dir,
             say=say,
             only=only_self_test,
@@ -162,7 +162,7 @@ def run_training(
         kept=kept,
         facts=facts,
         bytes_of_one=ground.space.checkpoint,
-        ways=(*setup.levers.lines, f"gradient checkpointing {'on' if ground.checkpointing else 'off'}"),
+        ways=(*setup.engaged.lines, f"gradient checkpointing {'on' if ground.checkpointing else 'off'}"),
     )
     record = partial(_finish, run, setup.trainer, facts)
     with (
