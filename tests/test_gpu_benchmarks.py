@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -159,3 +160,22 @@ def test_a_package_that_is_on_the_path_alone_has_no_version_and_loses_nothing(mo
     monkeypatch.setattr(made_with, "version", version)
     made = made_with.made_with("python x.py", device="H9")
     assert made["versions"]["torch"] is None and made["versions"]["lorafit"]
+
+
+PARTS = ["env", "kernels", "lora", "qlora", "tests", "suite", "speed", "plan"]
+
+
+@pytest.mark.parametrize(
+    ("end", "total", "code", "how"), [(0, 99, 0, "ok"), (3, 99, 1, "failed 3"), (0, 0, 1, "no time")]
+)
+def test_the_gpu_check_does_every_part_and_sums_up(tmp_path: Path, end: int, total: int, code: int, how: str) -> None:
+    script = Path(__file__).parents[1] / "scripts/gpu_check.sh"
+    python = tmp_path / "python"  # which has all libraries, and ends with `end`
+    python.write_text(f"#!/bin/sh\n[ $1 = -c ] || exit {end}\n")
+    python.chmod(0o755)
+    chosen = {"PYTHON": str(python), "TOTAL": str(total), "OUT": str(tmp_path), "PATH": os.environ["PATH"]}
+    done = subprocess.run(["bash", str(script)], env=chosen, capture_output=True, text=True, timeout=30)
+    assert (done.returncode, done.stderr) == (code, "")
+    lines = (tmp_path / "summary.txt").read_text().splitlines()
+    assert sorted(line.removeprefix(how).split()[0] for line in lines) == sorted(PARTS)
+    assert sorted(done.stdout.splitlines()) == sorted(lines)
