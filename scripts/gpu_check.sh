@@ -51,7 +51,8 @@ QUICKSTART='set -e; run=$0 recipe=$1; shift
 "$PYTHON" -m lorafit eval "$run"'
 export PYTHON
 if [[ $TINY ]]; then
-  steps=(--set training.max_steps=20) optim=adamw_torch_fused speed_budget=1500 device=(--tiny)
+  rows='[{path: recipes/quickstart/eval.jsonl, format: prompt_completion, limit: 48}]'
+  steps=(--set training.max_steps=20 --set "data.eval=$rows") optim=adamw_torch_fused speed_budget=1500 device=(--tiny)
 else
   steps=() optim=paged_adamw_8bit speed_budget=265 device=()
 fi

@@ -12,10 +12,11 @@ import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from lorafit.cli import _exit_code
 from lorafit.doctor import machine, surroundings
@@ -128,6 +129,16 @@ def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(machine, "requires", lambda name: ["no-such-library<2,>=1", "gone>=1; extra == 'test'"])
     missing, rest = machine.library_lines()
     assert missing.mend == "pip install 'no-such-library<2,>=1'" and rest.name == "libraries"
+
+
+def test_a_checkout_that_is_only_on_the_path_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def requires(name: str) -> list[str]:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(machine, "requires", requires)
+    assert {"torch", "peft", "attrs"} < {Requirement(text).name for text in machine.own_requirements()}
+    monkeypatch.setattr(machine, "PROJECT", Path("nowhere/pyproject.toml"))
+    assert machine.own_requirements() == []
 
 
 def test_the_tested_set_is_that_of_the_repository() -> None:

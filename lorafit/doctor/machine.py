@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
@@ -23,6 +24,8 @@ from lorafit.packages import COMPILER_MEND, missing_compiler
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 """The tested set; a link in a checkout, the file itself in a wheel."""
+PROJECT = CONSTRAINTS.parents[1] / "pyproject.toml"
+"""Of a checkout."""
 
 REINSTALL_TORCH = f"pip install --force-reinstall -c {CONSTRAINTS} torch"
 OLDEST_PYTHON = (3, 11)
@@ -45,7 +48,7 @@ def library_lines() -> Iterator[Line]:
     """What is missing or of another version; one line for all that are as they should be."""
     tested = tested_versions()
     as_tested = []
-    for requirement in map(Requirement, requires("lorafit") or ()):
+    for requirement in map(Requirement, own_requirements()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
         name, wanted = requirement.name, str(requirement.specifier)
@@ -61,6 +64,16 @@ def library_lines() -> Iterator[Line]:
         else:
             as_tested.append(f"{name} {found}")
     yield Line("libraries", f"{len(as_tested)} as tested: {', '.join(as_tested[:7])} ...")
+
+
+def own_requirements() -> list[str]:
+    """What lorafit needs, as it was installed; as its checkout says where that is only on the path."""
+    try:
+        return requires("lorafit") or []
+    except PackageNotFoundError:
+        project = tomllib.loads(PROJECT.read_text(encoding="utf-8")) if PROJECT.is_file() else {}
+        needed: list[str] = project.get("project", {}).get("dependencies", [])
+        return needed
 
 
 def tested_versions() -> Mapping[str, str]:
