@@ -37,10 +37,10 @@ PAGES = ("README.md", "docs/start.md", "docs/data.md", "docs/training.md", "docs
 """Those whose commands build on each other, in the order of a reader; the others come after them."""
 
 INSTEAD = {
-    "RECIPE": "recipes/quickstart.yaml",
-    "RUN": "runs/quickstart",
-    "someone/adapter": "runs/quickstart/adapter",
-    "rows.jsonl": "recipes/quickstart/eval.jsonl",
+    "RECIPE": ("recipes/quickstart.yaml",),
+    "RUN": ("runs/quickstart",),
+    "someone/adapter": ("runs/quickstart/adapter", "--base", "recipes/quickstart/base"),
+    "rows.jsonl": ("recipes/quickstart/eval.jsonl",),
 }
 TRAINED = ("recipes/quickstart.yaml", "recipes/quickstart-qlora.yaml", "mine.yaml")
 """Recipes that a CPU trains; all others are large."""
@@ -280,7 +280,7 @@ def problems() -> list[str]:
 
 def as_run_here(command: Command) -> tuple[str, ...] | str:
     """The words of a command with tiny things in place of large ones; or why it is not run."""
-    words = [INSTEAD.get(word, word) for word in command.words]
+    words = [instead for word in command.words for instead in INSTEAD.get(word, (word,))]
     if words[0] in NOT_HERE:
         return NOT_HERE[words[0]]
     if "--machine-rank" in words:
