@@ -105,6 +105,11 @@ def test_what_is_run_is_small_and_the_rest_has_its_reason() -> None:
     assert reasons and reasons <= {*check_docs.NOT_HERE.values(), check_docs.SEVERAL_MACHINES}
 
 
+@pytest.mark.slow
+def test_what_the_pages_type_can_be_run() -> None:
+    assert check_docs.run_all() == 0
+
+
 def test_the_readme_is_short_and_names_every_page() -> None:
     assert len(README.splitlines()) <= 170
     for page in (ROOT / "docs").glob("*.md"):
