@@ -115,10 +115,10 @@ def processor_name() -> str:
     return next(found, f"{platform.machine()} CPU")
 
 
-def process_space() -> str:
-    """What the processes have in common that see each other by number: a host, and in it a container."""
+def process_space() -> int:
+    """What those processes of a host have in common that see each other by number: a container has its own."""
     space = PROC / "self/ns/pid"
-    return f"{platform.node()}:{space.stat().st_ino if space.exists() else 0}"
+    return space.stat().st_ino if space.exists() else 0
 
 
 def has_nvidia_driver() -> bool:

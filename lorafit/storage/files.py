@@ -8,6 +8,7 @@ import os
 import stat
 from pathlib import Path
 
+from lorafit import operating_system
 from lorafit.storage.stage import move, stage_beside
 
 
@@ -24,7 +25,7 @@ def write_file(path: Path, content: str | bytes) -> None:
         with made.open("xb") as file:
             file.write(encoded)
             file.flush()
-            os.fsync(file.fileno())
+            operating_system.flush(file.fileno())
         move(made, path)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from lorafit import operating_system
 from lorafit.storage.json_text import parsed
 from lorafit.storage.locks import lock_for_process
 
@@ -29,8 +30,7 @@ BEAT_SECONDS = 10.0
 
 def this_host() -> str:
     """This machine, and the space in which its process numbers hold: containers have their own."""
-    space = Path("/proc/self/ns/pid")
-    return f"{platform.node()}:{space.stat().st_ino if space.exists() else 0}"
+    return f"{platform.node()}:{operating_system.process_space()}"
 
 
 def is_running(pid: int, *, started: float | None = None) -> bool:

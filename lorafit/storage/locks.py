@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
-"""What file systems without locks answer (Lustre mounted so, some FUSE)."""
+NOT_LOCKABLE = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems without locks answer (Lustre mounted so, some FUSE); the last two are one number on Linux."""
 
 
 def lock_opened(descriptor: int) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from lorafit import operating_system
 from lorafit.storage.json_text import parsed
 from lorafit.storage.locks import lock_opened, locked_by_nobody
 
@@ -30,7 +31,7 @@ def flush(path: Path) -> None:
     """Bring what was written to a file, or the names in a directory, from memory to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        operating_system.flush(descriptor)
     finally:
         os.close(descriptor)
 
@@ -135,7 +136,7 @@ def _marked(stage: Path, target: Path) -> int:
         lock_opened(lock)
         marker = {"stage_of": target.name, "host": socket.gethostname(), "process": os.getpid()}
         os.write(lock, json.dumps(marker).encode())
-        os.fsync(lock)
+        operating_system.flush(lock)
         (stage / UNLOCKED).rename(stage / MARKER)
     except BaseException:
         os.close(lock)
