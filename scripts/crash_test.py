@@ -1,12 +1,17 @@
 """Kill runs, damage their checkpoints, and see that `--resume` still ends with the adapter of an undisturbed run.
 
-    OMP_NUM_THREADS=1 python scripts/crash_test.py [--kills 50] [--deaths all] [--damages all] [--settings all]
+    OMP_NUM_THREADS=1 python scripts/crash_test.py [--kills 50] [--deaths all] [--writers all] [--damages all]
+        [--settings all]
 
 Kills are kill -9 at random moments, each run killed twice. Deaths are one in every write, flush, rename and removal
 below the run directory, enumerated through a library that is preloaded (needs `cc`); those in a flush or rename also
 with all that was not flushed lost. Damages are each file of a checkpoint removed, cut in half or with one bit turned.
 Each setting is a run killed at a random moment. All on a tiny model in float32 on the CPU, compared by the hash of the
-adapter's bytes, in about a quarter of an hour on one core. A table, a JSON; exit code 1 when one hash differs.
+adapter's bytes, in about a quarter of an hour on one core. Writers are the other commands that write, with deaths as
+above: what each writes is then the old, the new, or not there, and the same command called again ends as if nothing had
+been and leaves no stage. All deaths of all writers take hours: most are the thousand of a rank-sweep.
+
+A table, a JSON; exit code 1 when one differs.
 """
 
 import argparse
@@ -148,6 +153,46 @@ class Crashes:
             problem = self.problem(loaded, name, **changes) if code == -9 else f"did not die but ended with {code}"
             yield Trial(f"death in a {KINDS[kind]}{', power lost' if power else ''}", what, problem=problem)
 
+    def writers(self, limit: int | None) -> Iterator[Trial]:
+        """Each command that writes, dying in each of its calls that change something, then called again."""
+        from writers import WRITERS, Deaths, made
+
+        root = self.directory / "writers"
+        root.mkdir()
+        deaths = Deaths(made(root))
+        library = ctypes.CDLL(os.environ[SHIM])
+        library.deaths_log.restype = ctypes.c_char_p
+        for writer in WRITERS:
+            undisturbed = deaths.copy(writer)
+            log = root / "calls"
+
+            def count(writer: Any = writer, directory: Path = undisturbed, log: Path = log) -> None:
+                library.deaths_arm(str(directory).encode(), 0, 0)
+                writer.write(directory)
+                log.write_bytes(library.deaths_log())
+
+            deaths.alone(undisturbed, count)
+            old, new, calls = writer.state(deaths.ready(writer)), writer.state(undisturbed), log.read_text()
+            assert new and new != old, f"{writer.name} changed nothing"
+            points = [(number, kind, False) for number, kind in enumerate(calls, start=1)]
+            points += [(number, kind, True) for number, kind in enumerate(calls, start=1) if kind in "fr"]
+            for number, kind, power in points if limit is None else random.sample(points, min(limit, len(points))):
+                directory = deaths.copy(writer)
+
+                def die(
+                    writer: Any = writer, directory: Path = directory, number: int = number, power: bool = power
+                ) -> None:
+                    library.deaths_arm(str(directory).encode(), number, int(power))
+                    writer.write(directory)
+
+                try:
+                    deaths.alone(directory, die, code=-9)
+                    problem = deaths.problem(writer, directory, old=old, new=new)
+                except AssertionError as error:
+                    problem = f"did not die but {str(error).splitlines()[0]}"
+                what = f"in call {number} of {len(calls)}, a {KINDS[kind]}{', power lost' if power else ''}"
+                yield Trial(f"writer: {writer.name}", what, problem=problem)
+
     def damages(self, limit: int | None) -> Iterator[Trial]:
         """One in each file of the newest checkpoint of a run that was killed before its end."""
         for name in ("dropout", "adalora"):
@@ -244,11 +289,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--deaths", type=all_or_number, default=None, help="a number, or all")
+    parser.add_argument("--writers", type=all_or_number, default=None, help="deaths of each, a number or all")
     parser.add_argument("--damages", type=all_or_number, default=None, help="a number, or all")
     parser.add_argument("--settings", default="all", help="names separated by commas, or all")
     parser.add_argument("--seed", type=int, default=0)
     asked = parser.parse_args()
-    if asked.deaths != 0 and SHIM not in os.environ:
+    if (asked.deaths != 0 or asked.writers != 0) and SHIM not in os.environ:
         preload_deaths()
     quiet_libraries()
     random.seed(asked.seed)
@@ -258,6 +304,7 @@ def main() -> None:
         names = [name for name in asked.settings.split(",") if name]
         names = list(crashes.forked.SETTINGS) if names == ["all"] else names
         for some in (
+            crashes.writers(asked.writers) if asked.writers != 0 else (),
             crashes.kills(asked.kills),
             crashes.deaths(asked.deaths) if asked.deaths != 0 else (),
             crashes.damages(asked.damages) if asked.damages != 0 else (),

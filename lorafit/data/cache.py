@@ -14,7 +14,7 @@ from huggingface_hub.constants import HF_HOME
 
 from lorafit.storage.files import sha256_of, write_file
 from lorafit.storage.seal import Damaged, identity, verified
-from lorafit.storage.stage import discard, make_directory, staged
+from lorafit.storage.stage import discard, make_directory, remove_abandoned, staged
 
 FORMAT = 2
 """Of an entry: another number finds none of the entries that were written in another way."""
@@ -45,6 +45,7 @@ def load(cache: Path, fingerprint: str) -> Entry | None:
     hashed, at about a second for each gigabyte.
     """
     entry = cache / fingerprint
+    remove_abandoned(cache)
     try:
         facts = json.loads((entry / "facts.json").read_text(encoding="utf-8"))
         tables = {name: entry / f"{name}.arrow" for name in facts["tables"]}

@@ -28,7 +28,6 @@ def out_directory(target: Path, *, needed: int) -> Iterator[Path]:
     refuse_existing(target)
     try:
         make_directory(parent)
-        remove_abandoned(parent)
         _refuse_full(parent, needed)
         with staged(target) as stage:
             yield stage
@@ -41,6 +40,7 @@ def out_directory(target: Path, *, needed: int) -> Iterator[Path]:
 
 def refuse_existing(target: Path) -> None:
     """Raises RunDirError when there is something in the place of `target`, or nothing can be put there."""
+    remove_abandoned(target.parent)
     if target.exists() or target.is_symlink():
         raise RunDirError("exists already: remove it, or choose another directory with --out", where=str(target))
     parent = next(path for path in target.parents if path.exists())

@@ -9,7 +9,7 @@ import stat
 from pathlib import Path
 
 from lorafit import operating_system
-from lorafit.storage.stage import move, stage_beside
+from lorafit.storage.stage import move, remove_abandoned, stage_beside
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -31,6 +31,7 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 def write_new_file(path: Path, content: str | bytes) -> None:
     """The same where there is none yet. Raises FileExistsError."""
+    remove_abandoned(path.parent)
     if path.exists() or path.is_symlink():
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     write_file(path, content)

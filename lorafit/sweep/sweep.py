@@ -17,7 +17,7 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
-from lorafit.storage.stage import make_directory
+from lorafit.storage.stage import make_directory, remove_abandoned
 from lorafit.sweep.largest import cut_to_smaller_ranks
 from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
 from lorafit.sweep.result import SweepResult
@@ -175,9 +175,11 @@ def _work_on(
         except BaseException:
             claim.give_up()
             raise
+        if job.until == END:  # before it counts: a killed process is not asked again once it does
+            run = RunDir(trial.output_dir())
+            remove_abandoned(run.path)
+            remove_committed(run.checkpoints)  # nothing goes on from them
         claim.commit(facts, losses)
-    if job.until == END:
-        remove_committed(RunDir(trial.output_dir()).checkpoints)  # nothing goes on from them
     bench.say(f"rank {job.rank}: " + _said(outcome.losses, outcome.facts))
     return True
 

@@ -18,7 +18,7 @@ from lorafit.storage import seal
 from lorafit.storage.files import write_file
 from lorafit.storage.json_text import parsed
 from lorafit.storage.seal import Damaged, sealed
-from lorafit.storage.stage import discard, make_directory, move
+from lorafit.storage.stage import discard, make_directory, move, remove_abandoned
 
 SEAL = "checkpoint.json"
 """Written last: the hash and size of each file, and what the run was."""
@@ -153,6 +153,7 @@ def rotate(directory: Path, *, keep: int) -> dict[Path, str]:
 
 def remove_committed(directory: Path) -> None:
     """Remove every checkpoint, and the directory if it then is empty."""
+    remove_abandoned(directory)
     for path in _committed(directory):
         if _is_sealed(path):
             discard(path)
