@@ -14,7 +14,6 @@ A wrong merge misses by its share of the update, which no order of sums explains
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from lorafit.merging.prompts import Prompts
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
 from lorafit.pulse import Say, unsaid
 from lorafit.storage.files import sha256_of
+from lorafit.storage.stage import scratch
 
 SAME_MODEL_TWICE = 2.0**-20
 """Of the largest logit: what equal weights may give in two processes, eight units of float32."""
@@ -133,10 +133,8 @@ def verify(
 
     `dtype` is the type that was asked for, None for each tensor's own. Raises VerificationError naming what is wrong.
     """
-    with tempfile.TemporaryDirectory(prefix="lorafit-verify-") as work:
-        job = verification_job(
-            written, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=Path(work)
-        )
+    with scratch() as work:
+        job = verification_job(written, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=work)
         where = adapter.directory
         child = Child("lorafit.merging.verify_reference:reference", job)
         facts = child_answer(child, what="base and adapter could not be loaded to verify", where=where, say=say)
