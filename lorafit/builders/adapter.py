@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import (
     AdaLoraConfig,
     LoraConfig,
@@ -67,8 +66,6 @@ def attach_adapter(
     """
     # Norms, embeddings and head of a quantised base stay in the type they were loaded in, as TRL leaves them: made
     # float32, as peft's `prepare_model_for_kbit_training` does, they would make all activations float32.
-    if getattr(model, "is_quantized", False):
-        keep_backward_on_cpu(model)
     set_seed(seed)
     try:
         if init_method == "corda":
@@ -100,17 +97,6 @@ class HeadWithTrainedRows(TrainableTokensWrapper):
     """
 
     bias = None
-
-
-def keep_backward_on_cpu(model: nn.Module) -> None:
-    """Stop bitsandbytes from repacking 4-bit weights for AVX512-BF16 in the first evaluation.
-
-    The repacked product has no backward: after one evaluation no gradient passes a 4-bit layer any more, and training
-    goes on without a word (bitsandbytes 0.50, `Linear4bit.forward`). On a GPU the switch is never read.
-    """
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
 
 
 @torch.no_grad()

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.nn import Linear4bit
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from lorafit.builders.added_tokens import added_tokens
@@ -221,6 +223,7 @@ def load_base_model(
             raise ModelError(
                 f"its weights do not fit config.json: {one_line(details)}", where=str(directory)
             ) from error
+    _stop_repacking(base)
     _refuse_incomplete(loaded, depth=base.config.get_text_config().num_hidden_layers, where=str(directory))
     added = tokens_added(model, directory=directory, rows=int(base.get_input_embeddings().weight.shape[0]))
     if added is not None:
@@ -228,6 +231,19 @@ def load_base_model(
     if is_on_hub(model):  # an adapter records the name of its base, not a path of this machine's cache
         base.name_or_path = base.config.name_or_path = model.model_name_or_path
     return base
+
+
+def _stop_repacking(model: nn.Module) -> None:
+    """Keep bitsandbytes from packing 4-bit weights anew for AVX512-BF16 in the first evaluation.
+
+    The product of what is repacked has no backward: no gradient passes a 4-bit layer any more, and training goes on
+    without a word. It is rounded to bfloat16 whatever the recipe computes in, peft's DoRA unpacks such weights wrongly,
+    and the processor is asked, not what torch will use of it (bitsandbytes 0.50, `Linear4bit.forward`). On a GPU the
+    switch is never read.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _for_this_machine(section: QuantizationSection) -> QuantizationSection:

@@ -11,7 +11,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.merging.verify_job import Difference, Job, load_model, logits
 from lorafit.merging.verify_reference import untie, with_rows
@@ -35,7 +34,6 @@ def _quantized_logits(section: ModelSection, quantization: QuantizationSection, 
         device_map="cuda" if torch.cuda.is_available() else None,
     )
     with_rows(model, job.rows)
-    keep_backward_on_cpu(model)  # repacked, 4-bit weights are unpacked wrongly by peft's DoRA
     return logits(PeftModel.from_pretrained(model, job.adapter).eval(), job)
 
 

@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.model_files import BaseModelFiles
@@ -48,8 +47,6 @@ def held_out_losses(
     base = load_base_model(
         first.base, quantization, dtype="auto", device_map="cuda" if torch.cuda.is_available() else None
     )
-    if quantization is not None:
-        keep_backward_on_cpu(base)  # repacked, 4-bit weights are unpacked wrongly by peft's DoRA
     directories = {name: str(adapter.directory) for name, adapter in inputs.items()} | {"combined": str(combined)}
     losses: dict[str, dict[str, float]] = {name: {} for name in rows}
     for adapter_name, directory in directories.items():

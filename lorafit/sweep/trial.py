@@ -16,7 +16,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit import operating_system
-from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS, keep_backward_on_cpu
+from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import HealthStop, RecipeError
@@ -95,8 +95,6 @@ class Bench:
             base = load_base_model(
                 model, self._recipe.quantization, dtype=model.dtype, device_map=device and {"": f"{device}:0"}
             )
-            if self._recipe.quantization is not None:
-                keep_backward_on_cpu(base)
         return base
 
     def give_back(self, base: PreTrainedModel) -> None:

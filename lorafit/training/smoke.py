@@ -14,7 +14,6 @@ from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from torch import nn
 
-from lorafit.builders.adapter import keep_backward_on_cpu
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.builders.model_files import is_on_hub
@@ -203,7 +202,6 @@ def _first_rows(source: Source, count: int) -> Source:
 def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> float:
     """Largest difference of a logit between the model in memory and its adapter, read back onto its base."""
     base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=None)
-    keep_backward_on_cpu(base)  # the base in memory went through the same
     with used_patterns_are_known():
         reloaded = PeftModel.from_pretrained(base, trained.result.adapter).to(trained.model.device).eval()
     in_memory = dict(trained.model.named_parameters())
