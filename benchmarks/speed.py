@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -302,9 +302,16 @@ def one_side(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]
 
 
 def in_its_own_process(
-    work: Path, *, side: str, steps: int, threads: int, others: Path | None = None, bf16: bool = True
+    work: Path,
+    *,
+    side: str,
+    steps: int,
+    threads: int,
+    others: Path | None = None,
+    bf16: bool = True,
+    cpu: Mapping[str, str] = {},
 ) -> dict[str, Any]:
-    """One side, measured in a fresh process."""
+    """One side, measured in a fresh process; `cpu`: variables that narrow what torch uses of the CPU."""
     out = work / "measured.json"
     out.unlink(missing_ok=True)
     if side in OTHERS:
@@ -314,7 +321,8 @@ def in_its_own_process(
         name = side.removesuffix("-float32")
         in_float32 = ["--float32"] if name != side or not bf16 else []
         command = [sys.executable, __file__, "--side", name, "--work", work, "--steps", str(steps), *in_float32]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    ours = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+    environment = os.environ | ours | cpu
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
