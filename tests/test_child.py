@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from commands import is_alive
+from commands import ENVIRONMENT, is_alive
+from merge_cases import random_adapter
+from reports import write_run
+from runs import small_recipe
 
 import lorafit
 from lorafit.errors import DataError, MachineError, Problem, VerificationError
@@ -191,3 +195,46 @@ def test_every_function_that_a_child_is_to_call_is_there() -> None:
         module, _, name = place.partition(":")
         function: Any = vars(import_module(module))[name]
         assert callable(function), place
+
+
+def plan_of(directory: Path, base: Path) -> list[str]:
+    small_recipe(directory, base)
+    return ["plan", "recipe.yaml", "--gpu", "24GiB"]
+
+
+def report_of(directory: Path, base: Path) -> list[str]:
+    write_run(directory / "run", steps=5)
+    return ["report", "run"]
+
+
+def doctor_of(directory: Path, base: Path) -> list[str]:
+    return ["doctor"]
+
+
+def sweep_of(directory: Path, base: Path) -> list[str]:
+    small_recipe(directory, base, launch={"num_processes": 2}, rank_sweep={"ranks": [2, 4]})
+    return ["rank-sweep", "recipe.yaml"]
+
+
+def merge_of(directory: Path, base: Path) -> list[str]:
+    random_adapter(base, directory / "adapter")
+    return ["merge", "adapter", "--base", str(base)]
+
+
+@pytest.mark.parametrize("command", [plan_of, report_of, doctor_of, sweep_of, merge_of])
+def test_a_command_that_is_killed_leaves_no_process_behind(
+    tmp_path: Path, tiny_base: Path, command: Callable[[Path, Path], list[str]]
+) -> None:
+    arguments = [sys.executable, "-m", "lorafit", *command(tmp_path, tiny_base)]
+    environment = os.environ | ENVIRONMENT | {"LORAFIT_CACHE": str(tmp_path / "cache")}
+    process = psutil.Popen(
+        arguments, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    until = time.monotonic() + 120
+    while not (children := process.children(recursive=True)) and time.monotonic() < until:
+        assert process.poll() is None
+        time.sleep(0.02)
+    time.sleep(0.1)  # one that has just begun looks at its parent first
+    process.kill()
+    process.wait()
+    assert children and all(ends(child.pid) for child in children)
