@@ -77,7 +77,8 @@ def free_gpu_bytes(gpus: Iterable[int]) -> int:
 def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
     """Whether the step runs under bfloat16 autocast."""
     if training.bf16 != "auto":
-        return Choice(training.bf16, "training.bf16")
+        is_emulated = training.bf16 and machine.device == "cpu" and not machine.has_bf16
+        return Choice(training.bf16, _emulated("training.bf16", machine) if is_emulated else "training.bf16")
     if training.fp16:
         return Choice(False, "training.fp16 is on")
     if machine.has_bf16:
@@ -86,7 +87,7 @@ def bf16_choice(training: TrainingSection, machine: Machine) -> Choice[bool]:
 
 
 def dtype_choice(recipe: Recipe, machine: Machine) -> Choice[str] | None:
-    """The type of the base's weights and, for 4 bits, of the products; None where it is simply as the recipe says."""
+    """The type of the base's weights; None where it is simply as the recipe says."""
     written = recipe.model.dtype
     if machine.has_bf16 or written == "float32":
         return None
@@ -96,7 +97,21 @@ def dtype_choice(recipe: Recipe, machine: Machine) -> Choice[str] | None:
         return Choice(written, f"{emulated}; {mend}") if mend else None
     if written == "auto":
         return Choice("float32", emulated)
-    return Choice(written, f"model.dtype; {machine.name} emulates it, many times slower than float32: write auto")
+    return Choice(written, _emulated("model.dtype", machine))
+
+
+def product_choice(recipe: Recipe, machine: Machine) -> Choice[str] | None:
+    """The type that 4-bit weights are unpacked to, where the recipe says one that this CPU emulates."""
+    section = recipe.quantization
+    if section is None or not section.load_in_4bit or machine.has_bf16 or machine.device != "cpu":
+        return None
+    written = section.bnb_4bit_compute_dtype
+    is_emulated = written in ("bfloat16", "float16")
+    return Choice(written, _emulated("quantization.bnb_4bit_compute_dtype", machine)) if is_emulated else None
+
+
+def _emulated(key: str, machine: Machine) -> str:
+    return f"{key}; {machine.name} emulates it, many times slower than float32: write auto"
 
 
 def checkpointing_choice(

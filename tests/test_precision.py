@@ -13,7 +13,7 @@ from tiny import build_base
 
 from lorafit import precision
 from lorafit.builders.base_model import load_base_model
-from lorafit.preflight import Machine, bf16_choice, dtype_choice
+from lorafit.preflight import Machine, bf16_choice, dtype_choice, product_choice
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import ModelSection, QuantizationSection, TrainingSection
 
@@ -76,6 +76,19 @@ def test_a_16_bit_type_that_would_be_emulated_comes_with_advice() -> None:
         assert chosen is not None
         assert chosen.value == dtype
         assert "Old CPU emulates it" in chosen.reason and "write auto" in chosen.reason
+
+
+def test_4_bit_products_and_autocast_that_would_be_emulated_come_with_advice() -> None:
+    written = {key: recipe().model_dump() for key in ("auto", "float32", "bfloat16", "float16")}
+    for dtype, sections in written.items():
+        sections["quantization"] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
+        chosen = product_choice(Recipe.model_validate(sections), OLD_CPU)
+        assert (chosen is None) == (dtype in ("auto", "float32"))
+        assert chosen is None or (chosen.value == dtype and "Old CPU emulates it" in chosen.reason)
+        assert product_choice(Recipe.model_validate(sections), NEW_CPU) is None
+    assert "Old CPU emulates it" in bf16_choice(TrainingSection(bf16=True), OLD_CPU).reason
+    assert bf16_choice(TrainingSection(bf16=True), NEW_CPU).reason == "training.bf16"
+    assert bf16_choice(TrainingSection(bf16=False), OLD_CPU).reason == "training.bf16"
 
 
 def test_a_gpu_without_bfloat16_is_told_what_to_write() -> None:

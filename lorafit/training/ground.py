@@ -16,6 +16,7 @@ from lorafit.preflight import (
     bf16_choice,
     checkpointing_choice,
     dtype_choice,
+    product_choice,
     refuse_what_this_machine_lacks,
     this_machine,
 )
@@ -89,6 +90,8 @@ def find_ground(
     checkpointing = checkpointing_choice(recipe.training, machine, planned=planned_checkpointing(plan))
     if dtype := dtype_choice(recipe, machine):
         say(f"base weights in {dtype.value}: {dtype.reason}")
+    if products := product_choice(recipe, machine):
+        say(f"4-bit products in {products.value}: {products.reason}")
     say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
     say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
     kept = kept_facts(written, inputs, machine=machine, bf16=bf16.value, divided=recipe.training)
