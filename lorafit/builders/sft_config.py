@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from trl import SFTConfig
 
 from lorafit.recipe.recipe import Recipe
+
+_NAMES = {one.name for one in fields(SFTConfig)}
+_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+"""The first since transformers 5.23, which warns of the second; to be written out where that is the oldest."""
 
 
 def sft_config(
@@ -46,9 +51,8 @@ def sft_config(
         "max_grad_norm": training.max_grad_norm,
         "bf16": bf16,
         "fp16": training.fp16,
-        # The library's new name of gradient_checkpointing; it mirrors it into the old one.
-        "activation_checkpointing": gradient_checkpointing,
-        "activation_checkpointing_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
+        _CHECKPOINTING: gradient_checkpointing,
+        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
         "neftune_noise_alpha": training.neftune_noise_alpha,
         "logging_steps": training.logging_steps,
         "report_to": list(training.report_to) or "none",
