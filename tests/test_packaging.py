@@ -10,13 +10,14 @@ import stat
 import subprocess
 import sys
 import tomllib
-from importlib.metadata import distribution, packages_distributions
+from importlib.metadata import distribution, packages_distributions, version
 from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
@@ -26,6 +27,11 @@ START = (ROOT / "docs/start.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 RUN_LINE = "pip install -c constraints.txt -e . && lorafit train recipes/quickstart.yaml"
 TEST_LINE = "pip install -c constraints.txt -e '.[test]' && pytest"
+CHECK_LINE = "pip install -c constraints.txt -e '.[dev]' && scripts/check"
+NEWEST, OLDEST = "constraints.txt", "constraints-oldest.txt"
+EXTRAS = {NEWEST: ("test", "dev"), OLDEST: ("test",)}
+"""What is installed where the tests run with a set."""
+
 OF_CUDA = ("nvidia-", "cuda-", "triton")
 """What torch brings along where it computes on GPUs, in the versions that it wants."""
 
@@ -33,14 +39,19 @@ OF_CUDA = ("nvidia-", "cuda-", "triton")
 def requirements(*extras: str) -> list[Requirement]:
     """What lorafit asks for, with the extras."""
     asked = PROJECT["dependencies"] + [line for extra in extras for line in PROJECT["optional-dependencies"][extra]]
-    return [Requirement(line) for line in asked]
+    return [one for one in map(Requirement, asked) if one.name != PROJECT["name"]]
 
 
-def pins() -> dict[str, str]:
-    """Distribution -> version, as constraints.txt has them."""
-    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+def pins(constraints: str) -> dict[str, str]:
+    """Distribution -> version, as one of the two sets has them."""
+    lines = (ROOT / constraints).read_text(encoding="utf-8").splitlines()
     pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
     return {canonicalize_name(name): version for name, version in pairs}
+
+
+def set_installed_here() -> str:
+    """The set whose transformers these tests run with."""
+    return OLDEST if version("transformers") == pins(OLDEST)["transformers"] else NEWEST
 
 
 def installed_with(asked: list[Requirement]) -> set[str]:
@@ -75,17 +86,27 @@ def imported_by(directory: str) -> set[str]:
 
 
 def test_what_is_installed_is_pinned_and_nothing_else() -> None:
-    assert installed_with(requirements("test")) == set(pins())
+    tested = set_installed_here()
+    installed = installed_with(requirements(*EXTRAS[tested]))
+    assert installed <= pins(tested).keys()
+    if sys.version_info[:2] == (3, 11):  # a newer Python brings what some of them are for
+        assert pins(tested).keys() <= installed
 
 
 def test_the_versions_tested_here_are_the_pinned_ones() -> None:
-    here = {name: Version(distribution(name).version).public for name in pins()}
-    assert here == pins()
+    tested = set_installed_here()
+    for name in installed_with(requirements(*EXTRAS[tested])):
+        assert Version(version(name)).public == pins(tested)[name], name
 
 
-def test_every_pin_lies_in_its_range() -> None:
+def test_each_range_reaches_from_the_oldest_set_to_the_newest() -> None:
     for requirement in requirements("test"):
-        assert pins()[canonicalize_name(requirement.name)] in requirement.specifier, requirement
+        name = canonicalize_name(requirement.name)
+        oldest, newest = Version(pins(OLDEST)[name]), Version(pins(NEWEST)[name])
+        assert newest in requirement.specifier, requirement
+        (lowest,) = [Version(one.version) for one in requirement.specifier if one.operator == ">="]
+        is_tool = requirement in requirements("test")[len(requirements()) :]
+        assert lowest == oldest or (is_tool and lowest <= oldest), requirement
 
 
 @pytest.mark.parametrize(("directory", "extras"), [("lorafit", ()), ("tests", ("test",))])
@@ -96,7 +117,7 @@ def test_what_is_imported_is_asked_for(directory: str, extras: tuple[str, ...]) 
 
 def test_the_wheel_holds_every_file_that_the_code_reads(tmp_path: Path) -> None:
     """The two links in the package become directories, and the quickstart's weights stay out."""
-    for name in ("pyproject.toml", "README.md", "LICENSE", "constraints.txt"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", NEWEST, OLDEST):
         shutil.copy(ROOT / name, tmp_path)
     ignore = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("lorafit", "configs", "recipes"):
@@ -111,54 +132,79 @@ def test_the_wheel_holds_every_file_that_the_code_reads(tmp_path: Path) -> None:
     assert {f"lorafit/configs/{file.name}" for file in (ROOT / "configs").glob("*.yaml")} <= held
     shapes = {file.relative_to(ROOT).as_posix() for file in (ROOT / "lorafit/planning/shapes").rglob("*.json")}
     assert len(shapes) >= 9 and shapes <= held
-    assert "lorafit/constraints.txt" in held
+    assert {f"lorafit/{NEWEST}", f"lorafit/{OLDEST}"} <= held
     tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert {f"lorafit/smoke_tokenizer/{name}" for name in tokenizer} <= held
     assert not [name for name in held if name.endswith(".safetensors")]
 
 
-def test_the_readme_has_the_two_lines() -> None:
-    lines = README.splitlines()
-    assert RUN_LINE in lines and TEST_LINE in lines
+def test_the_readme_has_the_three_lines() -> None:
+    assert {RUN_LINE, TEST_LINE, CHECK_LINE} <= set(README.splitlines())
 
 
-@pytest.mark.parametrize("pip_fails", [False, True])
-def test_ci_runs_the_second_line_in_a_fresh_environment(tmp_path: Path, pip_fails: bool) -> None:
-    """With programs in place of Python, pip and pytest that only say how they were called."""
+def speaking_programs(directory: Path, *, pip_fails: bool = False) -> dict[str, str]:
+    """An environment whose Python makes virtual environments of programs that only say how they were called."""
     program = '#!/bin/sh\necho "$(basename $0) in $PWD: $*"\n'
-    python = tmp_path / "python"
-    failing = "exit 7\n" if pip_fails else ""
-    python.write_text(
-        f'{program}mkdir -p "$3/bin"\n'
-        f"printf '%s' '{program}{failing}' > \"$3/bin/pip\"\n"
-        f"printf '%s' '{program}' > \"$3/bin/pytest\"\n"
-        'chmod +x "$3"/bin/*\n'
+    python = directory / "python"
+    making = "".join(
+        f"printf '%s' '{program}{'exit 7' if name == 'pip' and pip_fails else ''}' > \"$3/bin/{name}\"\n"
+        for name in ("pip", "ruff", "mypy", "pytest")
     )
+    python.write_text(f'{program}mkdir -p "$3/bin"\n{making}chmod +x "$3"/bin/*\n')
     python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "TMPDIR": str(tmp_path), "CI": "true"}
+    return os.environ | {"PYTHON": str(python), "TMPDIR": str(directory), "CI": "true"}
+
+
+def called(script: Path, *arguments: str, environment: dict[str, str]) -> tuple[int, list[str]]:
+    """Exit code and output of a script."""
+    command = ["bash", str(script), *arguments]
     done = subprocess.run(
-        ["bash", str(ROOT / ".ci/run")],
-        cwd=tmp_path,
+        command,
+        cwd="/",
         env=environment,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
+        stdout=subprocess.PIPE,
         text=True,
         timeout=60,
         check=False,
     )
-    made, _, *called = done.stdout.splitlines()
+    return done.returncode, done.stdout.splitlines()
+
+
+@pytest.mark.parametrize("pip_fails", [False, True])
+def test_ci_runs_the_check_line_in_a_fresh_environment(tmp_path: Path, pip_fails: bool) -> None:
+    code, (made, _, *calls) = called(ROOT / ".ci/run", environment=speaking_programs(tmp_path, pip_fails=pip_fails))
     fresh = made.removeprefix(f"python in {ROOT}: -m venv ")
-    assert called[0] == f"pip in {ROOT}: install -c constraints.txt -e .[test]"
-    assert called[1:] == ([] if pip_fails else [f"pytest in {ROOT}: "])
-    assert done.returncode == (7 if pip_fails else 0)
+    assert calls[0] == f"pip in {ROOT}: install -c constraints.txt -e .[dev]"
+    checks = ["ruff in {}: format --check .", "ruff in {}: check .", "mypy in {}: ", "pytest in {}: "]
+    assert calls[1:] == ([] if pip_fails else [check.format(ROOT) for check in checks])
+    assert code == (7 if pip_fails else 0)
     assert fresh.startswith(str(tmp_path)) and not Path(fresh).exists()
 
 
-def test_the_workflow_runs_the_same_script_on_the_tested_python() -> None:
+def test_the_oldest_set_is_tested_in_an_environment_that_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    script = Path(shutil.copy(ROOT / "scripts/check", tmp_path / "scripts"))
+    environment = speaking_programs(tmp_path)
+    install = f"pip in {tmp_path}: install -c constraints-oldest.txt -e .[test]"
+    first = called(script, "--oldest", environment=environment)
+    assert first == (0, [f"python in {tmp_path}: -m venv .venv-oldest", install, f"pytest in {tmp_path}: "])
+    again = called(script, "--oldest", "-k", "merge", environment=environment)
+    assert again == (0, [install, f"pytest in {tmp_path}: -k merge"])
+
+
+def test_the_workflow_checks_every_python_with_both_sets() -> None:
     workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8"))
-    steps = workflow["jobs"]["test"]["steps"]
-    assert [step["run"] for step in steps if "run" in step] == ["bash .ci/run"]
-    assert [step["with"]["python-version"] for step in steps if "with" in step] == ["3.11"]
+    (job,) = workflow["jobs"].values()
+    matrix = job["strategy"]["matrix"]
+    assert matrix["python"] == [line.rpartition(" ")[2] for line in PROJECT["classifiers"]]
+    assert all(python in SpecifierSet(PROJECT["requires-python"]) for python in matrix["python"])
+    assert {name for name in matrix["constraints"] if (ROOT / name).is_file()} == {NEWEST, OLDEST}
+    commands = {row["constraints"]: row["command"] for row in matrix["include"]}
+    assert commands == {NEWEST: "bash .ci/run", OLDEST: "scripts/check --oldest"}
+    _, setup, run = job["steps"]
+    assert setup["with"]["python-version"] == "${{ matrix.python }}" and run["run"] == "${{ matrix.command }}"
+    assert job["env"]["PYTHON"] == "python"
 
 
 def test_the_scripts_can_be_run() -> None:

@@ -23,7 +23,9 @@ from lorafit.doctor.line import Line
 from lorafit.packages import COMPILER_MEND, missing_compiler
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
-"""The tested set; a link in a checkout, the file itself in a wheel."""
+"""The newest tested set; a link in a checkout, the file itself in a wheel, as is the oldest."""
+
+OLDEST_CONSTRAINTS = CONSTRAINTS.with_name("constraints-oldest.txt")
 PROJECT = CONSTRAINTS.parents[1] / "pyproject.toml"
 """Of a checkout."""
 
@@ -59,8 +61,8 @@ def library_lines() -> Iterator[Line]:
             continue
         if not requirement.specifier.contains(found, prereleases=True):
             yield Line(name, f"{found}; {wanted} is needed", f"pip install '{name}{wanted}'")
-        elif tested.get(name.lower()) not in (None, Version(found).public):
-            yield Line(name, f"{found} (tested with {tested[name.lower()]})")
+        elif Version(found).public not in (known := tested.get(name.lower(), (found,))):
+            yield Line(name, f"{found} (tested with {' and '.join(known)})")
         else:
             as_tested.append(f"{name} {found}")
     yield Line("libraries", f"{len(as_tested)} as tested: {', '.join(as_tested[:7])} ...")
@@ -76,11 +78,15 @@ def own_requirements() -> list[str]:
         return needed
 
 
-def tested_versions() -> Mapping[str, str]:
-    """Distribution -> version of the set that lorafit is tested with."""
-    lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
-    pairs = [line.split("==") for line in lines if line and not line.startswith("#")]
-    return {name.lower(): number for name, number in pairs}
+def tested_versions() -> Mapping[str, tuple[str, ...]]:
+    """Distribution -> its versions in the sets that lorafit is tested with, the oldest first."""
+    found: dict[str, tuple[str, ...]] = {}
+    for path in (OLDEST_CONSTRAINTS, CONSTRAINTS):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        for name, number in (line.split("==") for line in lines if line and not line.startswith("#")):
+            known = found.get(name.lower(), ())
+            found[name.lower()] = known if number in known else (*known, number)
+    return found
 
 
 @dataclass(frozen=True)
