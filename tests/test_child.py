@@ -121,6 +121,24 @@ def test_what_a_function_returns_comes_back_and_nothing_else(tmp_path: Path) -> 
     assert Child("work:add", (1,), ("two", Path("x"))).answer() == (1, "two", Path("x"))
 
 
+def test_a_child_that_waits_is_called_later_and_ended_where_it_is_not_needed() -> None:
+    with Child("work:add", waits=True) as child, Child("work:add", waits=True) as other:
+        child.call(1, 2)
+        assert child.answer() == 3
+        assert is_alive(other._process.pid)
+    assert other._process.returncode == -signal.SIGKILL
+    with child:  # has ended
+        pass
+
+
+def test_a_child_that_ended_before_it_was_called_says_why() -> None:
+    with Child("work:nothing", waits=True) as child:
+        child._process.wait(timeout=60)
+        child.call(1)
+        with pytest.raises(ChildFailed, match="has no attribute 'nothing'"):
+            child.answer()
+
+
 def test_an_error_of_the_users_goes_through_with_all_its_problems() -> None:
     with pytest.raises(DataError) as caught:
         Child("work:refuse", "is empty").answer()

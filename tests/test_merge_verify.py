@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from lorafit import operating_system
 from lorafit.builders.base_model import check_base_model
 from lorafit.errors import MachineError, VerificationError
-from lorafit.launching.child import Child
 from lorafit.merging import merge as merge_module
 from lorafit.merging import verify as verify_module
 from lorafit.merging.adapter_files import read_adapter
@@ -62,16 +61,22 @@ def reference_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The reference in this process, which has the libraries loaded; what was written still in another."""
     of_another = verify_module.child_answer
 
-    class Here(Child):
-        def __init__(self, work: str, *arguments: Any) -> None:
-            self.facts = reference(*arguments) if work.endswith(":reference") else None
-            if self.facts is None:
-                super().__init__(work, *arguments)
+    class Here:
+        facts: Any = None
 
-    def answer(child: Here, **named: Any) -> Any:
-        return child.facts or of_another(child, **named)
+        def __enter__(self) -> Here:
+            return self
 
-    monkeypatch.setattr(verify_module, "Child", Here)
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def call(self, job: Any) -> None:
+            self.facts = reference(job)
+
+    def answer(child: Any, **named: Any) -> Any:
+        return child.facts if isinstance(child, Here) else of_another(child, **named)
+
+    monkeypatch.setattr(verify_module, "reference_process", Here)
     monkeypatch.setattr(verify_module, "child_answer", answer)
 
 

@@ -1,5 +1,6 @@
 """`lorafit merge` and `lorafit combine`."""
 
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Quiet, app, counting, print_result, quiet_libraries, speaker
 from lorafit.imports import without_collections
+from lorafit.merging.reference_process import reference_process
 
 
 @app.command()
@@ -38,24 +40,26 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: a standalone model that plain transformers loads."""
-    with without_collections():
-        quiet_libraries(debug=debug)
-        from lorafit.data.cache import cache_directory
-        from lorafit.merging.merge import merge as merge_adapter
-        from lorafit.report.merge import merge_table
+    with reference_process() if verify is not False else nullcontext() as reference:  # imports while this one does
+        with without_collections():
+            quiet_libraries(debug=debug)
+            from lorafit.data.cache import cache_directory
+            from lorafit.merging.merge import merge as merge_adapter
+            from lorafit.report.merge import merge_table
 
-    result = merge_adapter(
-        run,
-        out=out,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        base=base,
-        onto=onto,
-        verify=verify,
-        say=speaker(quiet=quiet),
-        progress=partial(counting(quiet=quiet), "merge: bytes written"),
-        cache_dir=cache_directory(),
-    )
+        result = merge_adapter(
+            run,
+            out=out,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            base=base,
+            onto=onto,
+            verify=verify,
+            say=speaker(quiet=quiet),
+            progress=partial(counting(quiet=quiet), "merge: bytes written"),
+            cache_dir=cache_directory(),
+            reference=reference,
+        )
     print_result(asdict(result), as_json=as_json, text=merge_table(result))
 
 

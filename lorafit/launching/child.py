@@ -21,6 +21,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from typing import IO, Any
@@ -79,8 +80,13 @@ class Ended:
 class Child:
     """A process that was started and works meanwhile."""
 
-    def __init__(self, work: str, *arguments: object, environment: Mapping[str, str] | None = None) -> None:
-        """`work` is the `module:function` to call with these; `environment` comes on top of this process's own."""
+    def __init__(
+        self, work: str, *arguments: object, environment: Mapping[str, str] | None = None, waits: bool = False
+    ) -> None:
+        """`work` is the `module:function` to call with these; `environment` comes on top of this process's own.
+
+        One that `waits` imports the module meanwhile, and is told by `call` what to call the function with.
+        """
         self._work = work
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe would fill up while nobody reads it
         with tempfile.TemporaryFile() as asked:
@@ -89,10 +95,27 @@ class Child:
             self._process = started(
                 ["-P", "-c", _MAIN, work],  # -P: no library is taken from the directory that the user is in
                 environment=launch.environment_alone() | dict(environment or {}),
-                stdin=asked,
+                stdin=subprocess.PIPE if waits else asked,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
             )
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It is not needed any more, whether it was asked or not."""
+        if self._process.returncode is None:
+            self._process.kill()
+            self._process.communicate()
+        self._errors.close()
+
+    def call(self, *arguments: object) -> None:
+        """Begin the work of one that waits."""
+        pipe, self._process.stdin = self._process.stdin, None
+        assert pipe is not None
+        with suppress(BrokenPipeError), pipe:  # what ended it is said by `answer`
+            pickle.dump(arguments, pipe)
 
     def answer(self, *, seconds: float | None = None, say: Say = unsaid) -> Any:
         """Wait for it. `say` hears every half a minute that it goes on.

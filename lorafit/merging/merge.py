@@ -21,12 +21,13 @@ from lorafit.builders.model_files import (
     stop_token_ids,
 )
 from lorafit.errors import ModelError, Problem, RecipeError
+from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.peft_merge import merge_with_peft
 from lorafit.merging.plan import plan_merge
-from lorafit.merging.prompts import prompts_for
+from lorafit.merging.prompts import prompts_meanwhile
 from lorafit.merging.quantized_base import (
     BaseDifference,
     quantization_of,
@@ -77,11 +78,13 @@ def merge(
     say: Say,
     progress: Callable[[int], Progress],
     cache_dir: Path | None,
+    reference: Child | None = None,
 ) -> MergeResult:
     """Merge the adapter of a run, or a plain PEFT adapter, into its base: a model that plain transformers loads.
 
     None for `dtype`, `onto` and `verify` is what the run's recipe says. `progress` is given the number of bytes to
-    come, and takes the bytes that were written. Raises AdapterError, ModelError and RunDirError before anything is
+    come, and takes the bytes that were written. `reference` is a `reference_process`, begun before this module was
+    imported; it has ended when this returns. Raises AdapterError, ModelError and RunDirError before anything is
     written; VerificationError and DiskError leave nothing behind.
     """
     started = time.monotonic()
@@ -97,9 +100,13 @@ def merge(
     refuse_wrong_base(adapter, base_files, say=say)
     if verify:
         verification_device(base_files)  # refused before anything is written
-    plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
     compares = quantization is not None and (verify or onto == "auto")
-    prompts = prompts_for(adapter, original, cache_dir=cache_dir) if verify or compares else None
+    if verify or compares:
+        with prompts_meanwhile(adapter, original, cache_dir=cache_dir) as chosen:
+            plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
+            prompts = chosen()
+    else:
+        plan, prompts = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes), None
     makes_base = compares or onto == "dequantized"
     with out_directory(target, needed=plan.total_bytes + makes_base * base_files.total_bytes) as stage:
         bases: tuple[BaseDifference, ...] = ()
@@ -127,7 +134,14 @@ def merge(
         if prompts is not None and verify:
             say(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
             report = verify_merged(
-                stage, adapter=adapter, base_files=base_files, onto=onto, dtype=dtype, prompts=prompts, say=say
+                stage,
+                adapter=adapter,
+                base_files=base_files,
+                onto=onto,
+                dtype=dtype,
+                prompts=prompts,
+                reference=reference,
+                say=say,
             )
             if report.advice is not None:
                 say(f"advice: {report.advice}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,14 +39,28 @@ class PromptsJob:
     cache_dir: Path | None
 
 
-def prompts_for(adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None) -> Prompts:
+@contextmanager
+def prompts_meanwhile(
+    adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None
+) -> Iterator[Callable[[], Prompts]]:
     """64 sequences of at most 64 tokens: held-out rows of the run, then its training rows, then random tokens.
 
-    Read in a process of its own: preparing rows may take more memory than merging.
+    Read while the block runs, and handed out to who asks, in a process of its own: preparing rows may take more memory
+    than merging.
     """
     directory = adapter.directory if adapter.run_dir is None else adapter.run_dir.path
     recipe = None if adapter.recipe is None else adapter.recipe.recipe
     job = PromptsJob(adapter.base, recipe, base_files.stop_token_ids, base_files.vocab_size, cache_dir)
-    child = Child("lorafit.merging.prompts_job:choose", job)
-    ids, source = child_answer(child, what="the prompts could not be read", where=directory)
-    return Prompts(tuple(map(tuple, ids)), source)
+
+    def found() -> Prompts:
+        ids, source = child_answer(child, what="the prompts could not be read", where=directory)
+        return Prompts(tuple(map(tuple, ids)), source)
+
+    with Child("lorafit.merging.prompts_job:choose", job) as child:
+        yield found
+
+
+def prompts_for(adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None) -> Prompts:
+    """The same, waited for."""
+    with prompts_meanwhile(adapter, base_files, cache_dir=cache_dir) as found:
+        return found()

@@ -29,6 +29,7 @@ from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.child_answer import child_answer
 from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
+from lorafit.merging.reference_process import reference_process
 from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
 from lorafit.pulse import Say, unsaid
 from lorafit.storage.files import sha256_of
@@ -127,19 +128,26 @@ def verify(
     onto: str,
     dtype: str | None,
     prompts: Prompts,
+    reference: Child | None = None,
     say: Say = unsaid,
 ) -> MergeReport:
     """Compare the model in `written` with base + adapter, and leave merge_report.json in it.
 
-    `dtype` is the type that was asked for, None for each tensor's own. Raises VerificationError naming what is wrong.
+    `reference` is a process of `reference_process` that waits. `dtype` is the type that was asked for, None for each
+    tensor's own. Raises VerificationError naming what is wrong.
     """
     with scratch() as work:
         job = verification_job(written, adapter=adapter, base_files=base_files, dtype=dtype, prompts=prompts, work=work)
         where = adapter.directory
-        child = Child("lorafit.merging.verify_reference:reference", job)
-        facts = child_answer(child, what="base and adapter could not be loaded to verify", where=where, say=say)
-        child = Child("lorafit.merging.verify_written:compare", job, facts)
-        findings = child_answer(child, what="the merged model does not load", where=where, say=say)
+        # The second imports while the first works, and loads no model before that has ended: their memory is not added.
+        with (
+            reference or reference_process() as first,
+            Child("lorafit.merging.verify_written:compare", waits=True) as second,
+        ):
+            first.call(job)
+            facts = child_answer(first, what="base and adapter could not be loaded to verify", where=where, say=say)
+            second.call(job, facts)
+            findings = child_answer(second, what="the merged model does not load", where=where, say=say)
     report = judge(findings, job=job, prompts=prompts, adapter=adapter, onto=onto)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     if not report.passed:
