@@ -62,7 +62,7 @@ class Memory:
 
 def validated(recipe: Path) -> dict[str, Any]:
     """What `lorafit validate` takes, in a process of its own: without the imports, which it lives on as well."""
-    from lorafit.validate import validate
+    from lorafit.validation import validate
 
     memory, start = Memory(), time.perf_counter()
     found = validate(recipe)

@@ -19,7 +19,7 @@ from lorafit.planning.targets import target_table
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.sections import ModelSection
 from lorafit.report.model_card import model_card
-from lorafit.validate import validate
+from lorafit.validation import validate
 
 MIXTURE = Qwen3MoeConfig(
     vocab_size=264, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -18,7 +18,7 @@ from lorafit.recipe import load
 from lorafit.recipe.schema import recipe_schema
 from lorafit.recipe.starter import Goal, Preset, starter_recipe, write_recipe
 from lorafit.recipe.yaml_reader import read_file
-from lorafit.validate import validate
+from lorafit.validation import validate
 from recipes import SMALLEST, loaded, written
 
 ROOT = Path(__file__).parent.parent

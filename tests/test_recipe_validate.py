@@ -10,7 +10,7 @@ import pytest
 from lorafit.errors import DataError, MachineError, ModelError, RecipeError
 from lorafit.recipe.arithmetic import sequences_per_step, share_of, steps_per_epoch, total_steps
 from lorafit.report.validation import validation_text
-from lorafit.validate import validate
+from lorafit.validation import validate
 from recipes import SMALLEST, written
 
 ROW = '{"prompt": "p%d", "completion": "c"}\n'

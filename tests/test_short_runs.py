@@ -11,7 +11,7 @@ from runs import QUICK, run, small_recipe
 
 from lorafit.errors import RecipeError, VerificationError
 from lorafit.training import setup
-from lorafit.validate import validate
+from lorafit.validation import validate
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},

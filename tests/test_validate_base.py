@@ -18,7 +18,7 @@ from lorafit.errors import LorafitError
 from lorafit.recipe import load
 from lorafit.report.validation import validation_text
 from lorafit.training.inputs import read_inputs
-from lorafit.validate import Validation, validate
+from lorafit.validation import Validation, validate
 from recipes import written
 
 RECIPE = "model: {model_name_or_path: ./base}\ndata: {train: [{path: rows.jsonl}]}\n"

@@ -45,7 +45,7 @@ def validate(
 ) -> None:
     """Name every problem of a recipe and its data files, or say what the run will do."""
     from lorafit.report.validation import validation_text
-    from lorafit.validate import validate as validated
+    from lorafit.validation import validate as validated
 
     result = validated(recipe, overrides=set_ or (), show_progress=not quiet)
     print_result(result.as_dict(), as_json=as_json, text=validation_text(result))

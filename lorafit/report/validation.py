@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.validate import Validation
+from lorafit.validation import Validation
 
 
 def validation_text(validation: Validation) -> str:

@@ -25,7 +25,7 @@ from lorafit.recipe.arithmetic import (
     total_steps,
     warm_up,
 )
-from lorafit.recipe.load import read
+from lorafit.recipe.load import Reading, read
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.rules.run import too_long_for
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP
@@ -65,7 +65,15 @@ def validate(path: Path, *, overrides: Sequence[str] = (), show_progress: bool =
     Raises with every problem of all: the error of a recipe if that has one, else of the first problem in the order
     packages, base, rows.
     """
-    reading = read(path, overrides=overrides)
+    return _checked(read(path, overrides=overrides), show_progress=show_progress)
+
+
+def validate_loaded(loaded: LoadedRecipe) -> Validation:
+    """As `validate`, of a recipe that is right in itself."""
+    return _checked(Reading(loaded, (), has_whole_data_section=True), show_progress=False)
+
+
+def _checked(reading: Reading, *, show_progress: bool) -> Validation:
     found: list[tuple[type[LorafitError], Iterable[Problem]]] = [(RecipeError, reading.problems)]
     data = base = lengths = None
     if reading.loaded is not None:
