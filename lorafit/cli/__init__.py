@@ -3,7 +3,6 @@
 The only place that imports inside functions: `lorafit --help` and `lorafit validate` must answer without torch.
 """
 
-import errno
 import io
 import os
 import sys
@@ -13,10 +12,11 @@ from pathlib import Path
 import typer
 
 from lorafit.cli.app import app
-from lorafit.errors import DiskError, HealthStop, LorafitError, RecipeError, StopRequested
+from lorafit.errors import HealthStop, LorafitError, RecipeError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.signals import ends_clean
 from lorafit.report.inert import inert
+from lorafit.storage.no_room import no_room_is_said
 
 # Each adds its commands, which `lorafit --help` lists in this order.
 # isort: off
@@ -46,7 +46,7 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _refuse_no_directory()
         arguments = [_at_home(word) for word in arguments]
-        with ends_clean():  # what a command has begun goes with it; `train` listens for itself
+        with ends_clean(), no_room_is_said():  # what a command has begun goes with it; `train` listens for itself
             code = app(arguments, prog_name="lorafit", standalone_mode=False, obj=launch.take_variables()) or 0
         if code == 130:  # what typer makes of it
             raise KeyboardInterrupt
@@ -62,14 +62,6 @@ def _exit_code(arguments: list[str]) -> int:
         return _report(RecipeError(f"{said} (see `{command.strip()} --help`)"))
     except (KeyboardInterrupt, typer.Abort):
         return _report(StopRequested("stopped on request; nothing was written"))
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
-            raise
-        return _report(
-            DiskError(
-                f"{error.strerror}; free some space or choose another output_dir", where=str(error.filename or "")
-            )
-        )
 
 
 def _refuse_no_directory() -> None:

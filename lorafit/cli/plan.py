@@ -41,25 +41,14 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a recipe fits, how fast it is and what to change, before anything is downloaded or loaded."""
-    from lorafit.planning.gpus import device_of, gpu_named, gpu_of_this_machine
+    from lorafit.planning.gpus import asked_for
     from lorafit.planning.plan import Question, ask, refuse_to_overwrite, write_fixed
     from lorafit.planning.plan import measure as measured_too
     from lorafit.recipe import load
     from lorafit.report.plan import plan_text
 
     loaded = load(recipe, overrides=set_ or ())
-    asked = count or loaded.recipe.launch.num_processes
-    if gpu is not None and gpu.lower() != "cpu":
-        one, number = gpu_named(gpu), 1 if asked == "auto" else asked
-    else:
-        from lorafit.preflight import free_gpu_bytes, this_cpu, this_machine
-
-        machine = this_machine() if gpu is None else this_cpu()
-        number = max(1, machine.gpus) if asked == "auto" else asked
-        if machine.device == "cuda":
-            one = gpu_of_this_machine(machine, free_bytes=free_gpu_bytes(range(min(number, machine.gpus))))
-        else:
-            one = device_of(machine)
+    one, number = asked_for(loaded.recipe.launch, gpu=gpu, count=count)
     out = output or recipe.with_name(f"{recipe.stem}-fits.yaml")
     if fix:
         refuse_to_overwrite(out)

@@ -11,6 +11,7 @@ from lorafit.errors import RecipeError
 
 if TYPE_CHECKING:  # a plan for a named GPU needs no torch
     from lorafit.preflight import Machine
+    from lorafit.recipe.sections import LaunchSection
 
 GIB = 2**30
 TAKEN = GIB
@@ -95,6 +96,22 @@ def gpu_of_this_machine(machine: Machine, *, free_bytes: int) -> Gpu:
     if gpu.memory_bytes - usable < TAKEN:
         return gpu
     return replace(gpu, name=f"{gpu.name} as it is used now", memory_bytes=usable)
+
+
+def asked_for(section: LaunchSection, *, gpu: str | None, count: int | None) -> tuple[Gpu, int]:
+    """What is planned for and how many of them: what `gpu` names, else what is here; `count`, else as many as the
+    recipe says. Raises RecipeError where `gpu` is unknown."""
+    asked = count or section.num_processes
+    if gpu is not None and gpu.lower() != "cpu":
+        return gpu_named(gpu), 1 if asked == "auto" else asked
+    from lorafit.preflight import free_gpu_bytes, this_cpu, this_machine  # torch, which a named GPU does without
+
+    machine = this_machine() if gpu is None else this_cpu()
+    number = max(1, machine.gpus) if asked == "auto" else asked
+    if machine.device != "cuda":
+        return device_of(machine), number
+    free = free_gpu_bytes(range(min(number, machine.gpus)))
+    return gpu_of_this_machine(machine, free_bytes=free), number
 
 
 def device_of(machine: Machine) -> Gpu:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from lorafit.errors import RunDirError
 from lorafit.storage.lease import SILENCE_SECONDS, Held, Holder, Lease
+from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import make_directory
 
@@ -84,6 +84,6 @@ def _make(path: Path) -> None:
     try:
         make_directory(path)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EROFS, errno.EDQUOT):
+        if error.errno in NO_ROOM:
             raise
         raise RunDirError(f"cannot be made ({error.strerror}); choose another output_dir", where=str(path)) from error
