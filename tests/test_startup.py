@@ -61,6 +61,14 @@ def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:
     assert heavy_modules(tmp_path, source) == "[]"
 
 
+def test_the_package_loads_and_validates_recipes_without_anything_heavy(tmp_path: Path, tiny_base: Path) -> None:
+    written(tmp_path, SMALLEST.replace("gpt2", str(tiny_base)))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 40, encoding="utf-8")
+    called = 'code = 0\nimport lorafit\nassert "pydantic" not in sys.modules\nlorafit.validate(lorafit.load("x.yaml"))'
+    source = RUN.replace("from lorafit.cli import _exit_code\ncode = _exit_code(sys.argv[1:])", called)
+    assert source != RUN and heavy_modules(tmp_path, source) == "[]"
+
+
 def test_a_preview_imports_no_torch(tmp_path: Path, tiny_base: Path) -> None:
     written(tmp_path, SMALLEST.replace("gpt2", str(tiny_base)))
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n' * 40, encoding="utf-8")
