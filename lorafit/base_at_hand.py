@@ -31,6 +31,7 @@ from lorafit.errors import AdapterError, DataError, LorafitError, ModelError, Pr
 from lorafit.recipe import Advice, LoadedRecipe
 from lorafit.recipe.paths import NAMED_TEMPLATE, TEMPLATES
 from lorafit.recipe.sections import ModelSection
+from lorafit.tasks import TASKS
 
 TOKENIZER, SETTINGS, SPECIAL = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 NAMES_ITS_OWN_END = ("PreTrainedTokenizerFast", "TokenizersBackend", "PreTrainedTokenizer", None)
@@ -105,7 +106,7 @@ class _Look:
         """Settings first, then weights and tokenizer, each by itself: one that is broken hides no other."""
         section, where = self._recipe.model, str(directory / "config.json")
         self.add(ModelError, model_type_problems(directory, config=config, section=section))
-        self.add(ModelError, task_problems(config, where=where))
+        self.add(ModelError, task_problems(config, where=where, task=TASKS[self._recipe.task]))
         self.add(ModelError, config_problems(directory, config=config, section=section))
         quantization = self._recipe.quantization
         self.add(ModelError, quantization_problems(directory, config=config, quantization=quantization))

@@ -31,7 +31,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from lorafit.builders.architectures import causal_model_types, model_types
+from lorafit.builders.architectures import model_types, types_with_model
 from lorafit.builders.base_model import check_base_model, load_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.weight_files import fingerprint, tensor_table
@@ -587,4 +587,4 @@ def test_the_architectures_read_off_the_librarys_source_are_the_librarys() -> No
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     assert model_types() == set(CONFIG_MAPPING_NAMES)
-    assert causal_model_types() == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert types_with_model("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES") == set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)

@@ -13,16 +13,16 @@ from typing import Any
 
 from lorafit.errors import Problem
 from lorafit.recipe.sections import ModelSection
+from lorafit.tasks import DEFAULT_TASK, Task
 
 _CONFIG_OF_TYPE = re.compile(r'"([\w.-]+)"[,:] "\w+Config"')
-_OTHER_TASK = re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering)$")
 
 
 @cache
 def model_types() -> frozenset[str]:
     """What `model_type` of a config.json may say (CONFIG_MAPPING_NAMES); empty where the library lies without source.
 
-    A test compares it, and `causal_model_types`, with the library's own.
+    A test compares it, and `types_with_model`, with the library's own.
     """
     tables = [source_of_auto(name) for name in ("auto_mappings.py", "configuration_auto.py")]
     shown = [table.partition("\nSPECIAL_MODEL_TYPE_TO_MODULE_NAME")[0] for table in tables]
@@ -30,11 +30,11 @@ def model_types() -> frozenset[str]:
 
 
 @cache
-def causal_model_types() -> frozenset[str]:
-    """Those of which there is a model that predicts the next token (MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)."""
+def types_with_model(table: str) -> frozenset[str]:
+    """Those of which there is a model for a task, by the library's table of them."""
     source = source_of_auto("modeling_auto.py")
-    table = source.partition("\nMODEL_FOR_CAUSAL_LM_MAPPING_NAMES = ")[2].partition("\n)\n")[0]
-    return frozenset(re.findall(r'^ +\("([\w.-]+)", ', table, re.MULTILINE))
+    entries = source.partition(f"\n{table} = ")[2].partition("\n)\n")[0]
+    return frozenset(re.findall(r'^ +\("([\w.-]+)", ', entries, re.MULTILINE))
 
 
 def source_of_auto(name: str) -> str:
@@ -63,11 +63,13 @@ def model_type_problems(directory: Path, *, config: Mapping[str, Any], section: 
     yield Problem(where, message)
 
 
-def task_problems(config: Mapping[str, Any], *, where: str) -> Iterator[Problem]:
-    """A model that sees the text on both sides learns nothing by predicting the next token."""
-    kind = config["model_type"]
+def task_problems(config: Mapping[str, Any], *, where: str, task: Task = DEFAULT_TASK) -> Iterator[Problem]:
+    """A model that sees the text on both sides learns nothing by predicting the next token, for one."""
+    kind, bases = config["model_type"], task.bases
     if kind not in model_types():
         return
     name = (config.get("architectures") or [kind])[0]
-    if kind not in causal_model_types() or _OTHER_TASK.search(name) or config.get("is_encoder_decoder"):
-        yield Problem(where, f"is a {name}, not a model that predicts the next token: name a causal language model")
+    is_other_kind = bool(config.get("is_encoder_decoder")) != task.model.is_encoder_decoder
+    if kind not in types_with_model(bases.table) or bases.other_class.search(name) or is_other_kind:
+        does, called = bases.wanted
+        yield Problem(where, f"is a {name}, not a model that {does}: name {called}")

@@ -15,10 +15,11 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from lorafit.builders.added_tokens import added_tokens
 from lorafit.builders.architectures import model_type_problems, task_problems
+from lorafit.builders.auto_class import auto_class
 from lorafit.builders.bnb_config import bnb_config
 from lorafit.builders.library_config import CONFIG_ERRORS, load_config, one_line
 from lorafit.builders.model_files import (
@@ -41,6 +42,7 @@ from lorafit.builders.weight_files import FLOATS, TensorInfo, tensor_table
 from lorafit.errors import MachineError, ModelError, Problem
 from lorafit.precision import base_dtype, compute_dtype
 from lorafit.recipe.sections import ModelSection, QuantizationSection
+from lorafit.tasks import DEFAULT_TASK, Task
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +65,15 @@ EXTRA_KEYS = WHERE_FILES_LIE | {
 what the recipe sets elsewhere, secrets (`token`), what loads other or random weights (`ignore_mismatched_sizes`)."""
 
 
-def check_base_model(section: ModelSection, *, quantization: QuantizationSection | None = None) -> BaseModelFiles:
+def check_base_model(
+    section: ModelSection, *, quantization: QuantizationSection | None = None, task: Task = DEFAULT_TASK
+) -> BaseModelFiles:
     """The files of the base model, looked at before a weight is read. Raises ModelError with every problem found."""
     directory = model_directory(section)
     config = read_config(directory)
     problems = [
         *model_type_problems(directory, config=config, section=section),
-        *task_problems(config, where=str(directory / "config.json")),
+        *task_problems(config, where=str(directory / "config.json"), task=task),
         *config_problems(directory, config=config, section=section),
         *quantization_problems(directory, config=config, quantization=quantization),
     ]
@@ -80,7 +84,7 @@ def check_base_model(section: ModelSection, *, quantization: QuantizationSection
     if problems := list(_extra_problems(section, config=known)):
         raise ModelError(problems)
     where = str(directory / "config.json")
-    outline = _outline(section, config=known, where=where)
+    outline = _outline(section, config=known, where=where, task=task)
     vocab_size = int(outline.get_input_embeddings().weight.shape[0])
     added = tokens_added(section, directory=directory, rows=vocab_size)
     if added is not None:
@@ -139,11 +143,11 @@ def whole_tensors(section: ModelSection, *, directory: Path, config: Mapping[str
     return tensors
 
 
-def _outline(section: ModelSection, *, config: PreTrainedConfig, where: str) -> PreTrainedModel:
+def _outline(section: ModelSection, *, config: PreTrainedConfig, where: str, task: Task) -> PreTrainedModel:
     """The model that config.json describes, built without memory: what keeps it from being built shows here."""
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
+            return auto_class(task.model).from_config(
                 config, trust_remote_code=section.trust_remote_code, **_attention(section)
             )
     except (*CONFIG_ERRORS, ImportError, RuntimeError) as error:
@@ -184,6 +188,7 @@ def load_base_model(
     *,
     dtype: torch.dtype | str,
     device_map: Any,
+    task: Task = DEFAULT_TASK,
 ) -> PreTrainedModel:
     """The base model with every weight from its files. Raises ModelError where the files lack one or another shape.
 
@@ -198,7 +203,7 @@ def load_base_model(
         keys["quantization_config"] = bnb_config(_for_this_machine(quantization))
     with _kept_load_report() as report:
         try:
-            base, loaded = AutoModelForCausalLM.from_pretrained(
+            base, loaded = auto_class(task.model).from_pretrained(
                 directory,
                 dtype=base_dtype(dtype) if isinstance(dtype, str) else dtype,
                 device_map=device_map,

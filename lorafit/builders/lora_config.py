@@ -13,6 +13,7 @@ from lorafit.builders.model_modules import modules_of
 from lorafit.errors import AdapterError
 from lorafit.recipe.rules.adapter import EMBEDDINGS
 from lorafit.recipe.sections import AdaLoraSection, LoraSection
+from lorafit.tasks import DEFAULT_TASK, Task
 
 # Set before the number of steps is known; `set_total_steps` in the adapter builder puts the real one in.
 _UNKNOWN_TOTAL_STEPS = 2**31
@@ -26,8 +27,9 @@ def lora_config(
     where: Where,
     by_fsdp: bool = False,
     token_ids: Sequence[int] = (),
+    task: Task = DEFAULT_TASK,
 ) -> LoraConfig:
-    """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a causal language model; `by_fsdp` where FSDP shards it.
+    """The `LoraConfig` (`AdaLoraConfig` with `adalora`) of a model; `by_fsdp` where FSDP shards it.
 
     The rows of `token_ids` are trained in embedding and head. `where(key, message)` places a problem in the recipe.
     Raises AdapterError when a listed name matches nothing, or FSDP would train something else.
@@ -40,7 +42,7 @@ def lora_config(
     if problems:
         raise AdapterError(problems)
     shared = {
-        "task_type": "CAUSAL_LM",
+        "task_type": task.model.peft_type,
         "lora_alpha": lora.lora_alpha if lora.lora_alpha is not None else 2 * (adalora.init_r if adalora else lora.r),
         "lora_dropout": lora.lora_dropout,
         "target_modules": _target_modules(lora, model),

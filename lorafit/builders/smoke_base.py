@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -17,7 +16,9 @@ from transformers import (
 )
 
 from lorafit.builders.architectures import task_problems
+from lorafit.builders.auto_class import auto_class
 from lorafit.errors import ModelError
+from lorafit.tasks import DEFAULT_TASK, Task
 
 HIDDEN, HEAD = 128, 32  # widths are multiples of 64, the block size of 4-bit weights
 SMALLER = {
@@ -39,20 +40,25 @@ SMALLER = {
 
 
 def write_smoke_base(
-    config: PreTrainedConfig, tokenizer_dir: Path, *, out_dir: Path, layers: int = 2, trust_remote_code: bool = False
+    config: PreTrainedConfig,
+    tokenizer_dir: Path,
+    *,
+    out_dir: Path,
+    layers: int = 2,
+    trust_remote_code: bool = False,
+    task: Task = DEFAULT_TASK,
 ) -> Path:
     """Write a model of `config`'s architecture, a few MB, with the tokenizer, and return `out_dir`.
 
-    The weights are random, with a fixed seed. Raises ModelError for an architecture that does not predict the next
-    token.
+    The weights are random, with a fixed seed. Raises ModelError for an architecture that is not for the task.
     """
-    if problems := list(task_problems(config.to_dict(), where=config.name_or_path)):
+    if problems := list(task_problems(config.to_dict(), where=config.name_or_path, task=task)):
         raise ModelError(problems)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=trust_remote_code)
     small = shrunken_config(config, tokenizer=tokenizer, layers=layers)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(small, trust_remote_code=trust_remote_code)
+        model = auto_class(task.model).from_config(small, trust_remote_code=trust_remote_code)
     model.generation_config = GenerationConfig(eos_token_id=small.eos_token_id, pad_token_id=small.pad_token_id)
     model.save_pretrained(out_dir)
     tokenizer.save_pretrained(out_dir)

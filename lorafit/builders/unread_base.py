@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from lorafit.builders.auto_class import auto_class
+from lorafit.tasks import DEFAULT_TASK, Task
 
 
 @dataclass(frozen=True)
@@ -25,10 +28,10 @@ def layout_of(base: PreTrainedModel) -> BaseLayout:
     return BaseLayout(base.config, base.dtype, {name: p.dtype for name, p in base.named_parameters()})
 
 
-def unread_base(layout: BaseLayout) -> PreTrainedModel:
+def unread_base(layout: BaseLayout, *, task: Task = DEFAULT_TASK) -> PreTrainedModel:
     """The same model without a weight. Its buffers are real: no checkpoint holds them all, and nobody hands them on."""
     with init_empty_weights(include_buffers=False):
-        base = AutoModelForCausalLM.from_config(
+        base = auto_class(task.model).from_config(
             layout.config, dtype=layout.dtype, attn_implementation=layout.config._attn_implementation
         )
     base.eval()  # as from_pretrained leaves it

@@ -145,8 +145,9 @@ def train(
             if trained is None or launch.rank() != 0:
                 return
             from lorafit.report.tables import train_table
+            from lorafit.tasks import TASKS
 
-            result, text = asdict(trained), train_table(trained)
+            result, text = asdict(trained), train_table(trained, task=TASKS[loaded.recipe.task])
     print_result(result, as_json=as_json, text=text)
 
 

@@ -31,6 +31,7 @@ from lorafit.evaluation.subject import Subject, read_subject
 from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 from lorafit.storage.files import read_regular, write_file
+from lorafit.tasks import TASKS, Task
 
 Say = Callable[[str], None]
 RESULT = "eval.json"
@@ -101,6 +102,7 @@ def _refuse_unwritable(result: Path) -> None:
 class _Material:
     """What every model is measured on."""
 
+    task: Task
     rows: Rows
     general: Rows | None
     general_source: str | None
@@ -154,6 +156,7 @@ def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Pat
     general = reader.general(section.general) if section.general else None
     say(f"held-out rows: {len(rows.table):,} sequences, {len(questions):,} to answer")
     return _Material(
+        task=TASKS[recipe.task],
         rows=rows,
         general=general,
         general_source=", ".join(general.files) if general else None,
@@ -278,7 +281,7 @@ def _result(
 ) -> EvalResult:
     held_out = comparison(
         ", ".join(material.rows.files),
-        {name: loss_scores(one.losses, material.rows) for name, one in measured.items()},
+        {name: loss_scores(one.losses, material.rows, task=material.task) for name, one in measured.items()},
     )
     generate = material.generate
     written = None
@@ -310,7 +313,9 @@ def _general(material: _Material, measured: Mapping[str, _Measured]) -> Comparis
     if material.general is None:
         return None
     scores = {
-        name: loss_scores(one.general, material.general) for name, one in measured.items() if one.general is not None
+        name: loss_scores(one.general, material.general, task=material.task)
+        for name, one in measured.items()
+        if one.general is not None
     }
     return comparison(str(material.general_source), scores)
 

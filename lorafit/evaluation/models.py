@@ -15,6 +15,7 @@ from lorafit.errors import AdapterError
 from lorafit.evaluation.subject import Subject
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.verify_reference import grow_to
+from lorafit.tasks import TASKS
 
 
 def models(subject: Subject, *, with_base: bool) -> Iterator[tuple[str, PreTrainedModel | PeftModel]]:
@@ -26,7 +27,8 @@ def models(subject: Subject, *, with_base: bool) -> Iterator[tuple[str, PreTrain
     """
     recipe = subject.recipe
     device_map = "cuda" if torch.cuda.is_available() else None
-    model = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map).eval()
+    task, dtype = TASKS[recipe.task], recipe.model.dtype
+    model = load_base_model(recipe.model, recipe.quantization, dtype=dtype, device_map=device_map, task=task).eval()
     if with_base:
         yield "base", model
     adapted = _attached(model, subject.adapter)
@@ -36,7 +38,7 @@ def models(subject: Subject, *, with_base: bool) -> Iterator[tuple[str, PreTrain
     del model, adapted
     _free()
     section = recipe.model.model_copy(update={"model_name_or_path": str(subject.merged), "extra": {}, "dtype": "auto"})
-    yield "merged", load_base_model(section, None, dtype="auto", device_map=device_map).eval()
+    yield "merged", load_base_model(section, None, dtype="auto", device_map=device_map, task=task).eval()
 
 
 def _free() -> None:

@@ -16,6 +16,7 @@ from lorafit.errors import DataError
 from lorafit.evaluation.intervals import Floats, Interval, Statistic, bootstrap, ratio
 from lorafit.evaluation.rows import Question, Rows
 from lorafit.evaluation.sequences import SequenceLosses
+from lorafit.tasks import DEFAULT_TASK, Task
 
 MOST_LABELS = 50
 """Answers that still count as labels; of each there must be two rows in the mean."""
@@ -48,14 +49,14 @@ def compare(one: Score, other: Score, *, level: float) -> Interval:
     )
 
 
-def loss_scores(losses: SequenceLosses, rows: Rows) -> dict[str, Score]:
-    """Loss in nats per trained token, perplexity, bits per byte of the trained text, and token accuracy."""
+def loss_scores(losses: SequenceLosses, rows: Rows, *, task: Task = DEFAULT_TASK) -> dict[str, Score]:
+    """Loss in nats per trained token, its figure, bits per byte of the trained text, and token accuracy."""
     per_token = np.stack([losses.nll, losses.tokens], axis=1)
     per_byte = np.stack([losses.nll / math.log(2), rows.text_bytes], axis=1)
     correct = np.stack([losses.correct, losses.tokens], axis=1).astype(np.float64)
     return {
         "loss": Score(per_token, ratio, False),
-        "perplexity": Score(per_token, lambda sums: np.exp(np.minimum(ratio(sums), 700)), False),
+        task.figure.name: Score(per_token, lambda sums: np.exp(np.minimum(ratio(sums), 700)), False),
         "bits_per_byte": Score(per_byte, ratio, False),
         "token_accuracy": Score(correct, ratio, True),
     }

@@ -29,6 +29,7 @@ from lorafit.recipe.write import dump
 from lorafit.storage.files import sha256_of
 from lorafit.storage.json_text import parsed
 from lorafit.storage.stage import scratch
+from lorafit.tasks import TASKS
 
 Say = Callable[[str], None]
 
@@ -73,7 +74,7 @@ def read_subject(
     loaded: LoadedRecipe = adapter.recipe  # type: ignore[assignment]  # both ways have given it one
     recipe = loaded.recipe
     refuse_moved_base(adapter)
-    base_files = check_base_model(adapter.base, quantization=recipe.quantization)
+    base_files = check_base_model(adapter.base, quantization=recipe.quantization, task=TASKS[recipe.task])
     refuse_wrong_base(adapter, base_files, say=say, may_be_zero=True)
     refuse_misfit(adapter, base_files)
     tokenizer = load_tokenizer(adapter.base, stop_token=recipe.data.stop_token)

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from lorafit.builders.auto_class import auto_class
 from lorafit.builders.library_config import CONFIG_ERRORS, load_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import AdapterError, ModelError
@@ -38,14 +39,10 @@ from lorafit.merging.deltas import (
     experts_of,
 )
 from lorafit.merging.disk_names import DiskNames, disk_names, float32_names
+from lorafit.tasks import model_kind
 
 HARMLESS_STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Values of `init_lora_weights` that leave the base as it is; after the others peft changes it at every loading."""
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 LABEL_HEADS = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
 
 
@@ -130,11 +127,11 @@ def _fitted_outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedMod
 
 def outline(adapter: Adapter, config: PreTrainedConfig) -> PreTrainedModel:
     """The model with zeros that take no memory for its weights, of the class that the adapter was trained on."""
-    auto_class = getattr(transformers, AUTO_CLASSES.get(str(adapter.config.get("task_type")), "AutoModelForCausalLM"))
-    if type(config) not in auto_class._model_mapping and not adapter.base.trust_remote_code:
+    of_task = auto_class(model_kind(adapter.config.get("task_type")))
+    if type(config) not in of_task._model_mapping and not adapter.base.trust_remote_code:
         # Some models of text and images are known by their own class alone.
-        auto_class = getattr(transformers, (config.architectures or [""])[0], auto_class)
-    build = auto_class.from_config if hasattr(auto_class, "from_config") else auto_class._from_config
+        of_task = getattr(transformers, (config.architectures or [""])[0], of_task)
+    build = of_task.from_config if hasattr(of_task, "from_config") else of_task._from_config
     keys = {"trust_remote_code": True} if adapter.base.trust_remote_code else {}
     try:
         with torch.device("meta"):
@@ -162,7 +159,7 @@ def _fit_to_adapter(config: PreTrainedConfig, adapter: Adapter, model: PreTraine
     if wanted != text_config.vocab_size:
         text_config.vocab_size, changed = wanted, True
     labels = [tensor.shape[0] for name, tensor in adapter.tensors.items() if name.endswith(LABEL_HEADS)]
-    if adapter.config.get("task_type") in ("SEQ_CLS", "TOKEN_CLS") and labels and labels[0] != config.num_labels:
+    if model_kind(adapter.config.get("task_type")).has_labels and labels and labels[0] != config.num_labels:
         config.num_labels, changed = labels[0], True
     return changed
 

@@ -29,6 +29,7 @@ from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.overlap import Overlap, overlaps
 from lorafit.merging.settings_files import copy_tokenizer
 from lorafit.storage.stage import move
+from lorafit.tasks import TASKS
 
 SAME_RANK = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 """Methods that add A to A and B to B: approximations of the sum of the updates, for adapters of one rank."""
@@ -229,7 +230,7 @@ def _beyond_factors(config: Mapping[str, Any]) -> Iterable[str]:
         yield f"is of peft_type {config['peft_type']}"
     if config.get("init_lora_weights", True) not in HARMLESS_STARTS:
         yield f"changes its base when it is loaded (init_lora_weights {config['init_lora_weights']})"
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
+    if config.get("task_type") not in (None, *(task.model.peft_type for task in TASKS.values())):
         yield f"is for the task {config['task_type']}"
 
 

@@ -6,18 +6,18 @@ import warnings
 from pathlib import Path
 
 import torch
-import transformers
 from peft import PeftModel
 from transformers import PreTrainedModel
 
+from lorafit.builders.auto_class import auto_class
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import AdapterError
-from lorafit.merging.adapted_model import AUTO_CLASSES
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.verify_job import TYPES
 from lorafit.merging.verify_reference import with_rows
 from lorafit.recipe.sections import ModelSection
+from lorafit.tasks import model_kind
 
 
 def merge_with_peft(
@@ -32,15 +32,15 @@ def merge_with_peft(
             "again from training with path_initial_model_for_weight_conversion, or train with init_lora_weights: pissa",
             where=where,
         )
-    task = AUTO_CLASSES.get(str(adapter.config.get("task_type")))
+    kind = model_kind(adapter.config.get("task_type"))
     # In float32, to round once: peft sums in the type of the base, in which PiSSA and OLoRA change it at loading, too.
-    if task is None:
+    if kind.is_kept_by_base:
         base = ModelSection(
             model_name_or_path=str(base_files.directory), trust_remote_code=adapter.base.trust_remote_code
         )
         model = load_base_model(base, None, dtype="float32", device_map=None)
     else:
-        model = getattr(transformers, task).from_pretrained(base_files.directory, dtype="float32", use_safetensors=True)
+        model = auto_class(kind).from_pretrained(base_files.directory, dtype="float32", use_safetensors=True)
     with_rows(model, adapter.rows_needed)
     try:
         with warnings.catch_warnings():

@@ -15,10 +15,11 @@ from torch import Tensor
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.weight_files import FLOATS, ITEM_BITS, WEIGHTS, TensorInfo
 from lorafit.errors import ModelError, Problem
-from lorafit.merging.adapted_model import AUTO_CLASSES, AdaptedModel, adapted_model
+from lorafit.merging.adapted_model import AdaptedModel, adapted_model
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.deltas import AddLowRank, Change, ReplaceRows, is_same
 from lorafit.merging.disk_names import Slice
+from lorafit.tasks import model_kind
 
 STORED = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 TORCH = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -280,7 +281,7 @@ def _config(
         text_config["vocab_size"] = vocab_size
     if is_untied:
         config["tie_word_embeddings"] = text_config["tie_word_embeddings"] = False
-    if str(adapter.config.get("task_type")) in AUTO_CLASSES:
+    if not model_kind(adapter.config.get("task_type")).is_kept_by_base:
         config["architectures"] = [model.class_name]
         labels = model.config.to_dict()
         config |= {key: labels[key] for key in ("id2label", "label2id") if key in labels}

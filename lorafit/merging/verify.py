@@ -30,10 +30,11 @@ from lorafit.merging.child_answer import child_answer
 from lorafit.merging.identity import REPORT
 from lorafit.merging.prompts import Prompts
 from lorafit.merging.reference_process import reference_process
-from lorafit.merging.verify_job import AUTO_CLASSES, TYPES, Job
+from lorafit.merging.verify_job import TYPES, Job
 from lorafit.pulse import Say, unsaid
 from lorafit.storage.files import sha256_of
 from lorafit.storage.stage import scratch
+from lorafit.tasks import DEFAULT_TASK, MODEL_KINDS
 
 SAME_MODEL_TWICE = 2.0**-20
 """Of the largest logit: what equal weights may give in two processes, eight units of float32."""
@@ -161,8 +162,8 @@ def verification_job(
     written: Path, *, adapter: Adapter, base_files: BaseModelFiles, dtype: str | None, prompts: Prompts, work: Path
 ) -> Job:
     """What the two processes are told."""
-    task_type = adapter.config.get("task_type") or "CAUSAL_LM"
-    if task_type not in AUTO_CLASSES:
+    task_type = adapter.config.get("task_type") or DEFAULT_TASK.model.peft_type
+    if task_type not in MODEL_KINDS:
         raise VerificationError(f"cannot verify an adapter of task_type {task_type}", where=str(adapter.directory))
     heads = [
         tensor.shape[0]

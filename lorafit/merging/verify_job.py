@@ -8,23 +8,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from lorafit.builders.auto_class import auto_class
 from lorafit.merging.disk_names import float32_names
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-}
-"""By `task_type` of an adapter."""
+from lorafit.tasks import MODEL_KINDS, ModelKind
 
 TYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating types as a safetensors header spells them."""
@@ -57,6 +45,11 @@ class Job:
     types: dict[str, str]
     """Name of every floating tensor of the base on disk to its type there."""
     prompts: list[list[int]]
+
+    @property
+    def kind(self) -> ModelKind:
+        """Of the models compared."""
+        return MODEL_KINDS[self.task_type]
 
     @property
     def main_type(self) -> str:
@@ -111,7 +104,7 @@ def load_model(
 ) -> tuple[PreTrainedModel, dict[str, Iterable[str]]]:
     """The model in float32 and transformers' account of loading it. What is stored in 16 bits is held as it is."""
     keys = {} if labels is None else {"num_labels": labels}
-    model, loaded = AUTO_CLASSES[job.task_type].from_pretrained(
+    model, loaded = auto_class(job.kind).from_pretrained(
         directory,
         dtype=torch.float32,
         device_map="cuda" if job.device == "cuda" else None,
@@ -128,8 +121,7 @@ def logits(model: nn.Module, job: Job) -> Tensor:
     """[positions, vocabulary] in float32: some positions of every prompt, evenly spread, the last among them."""
     kept = []
     device = next(model.parameters()).device
-    # Classification reads the last token that is no padding, which it knows by its id.
-    size = 1 if job.task_type == "SEQ_CLS" else BATCH
+    size = 1 if job.kind.reads_one_text else BATCH
     for start in range(0, len(job.prompts), size):
         prompts = job.prompts[start : start + size]
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
@@ -137,7 +129,7 @@ def logits(model: nn.Module, job: Job) -> Tensor:
         for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)], mask[row, : len(prompt)] = torch.tensor(prompt), 1
         inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
-        if job.task_type == "SEQ_2_SEQ_LM":
+        if job.kind.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
         out = model(**inputs).logits.float().cpu()
         for row, prompt in zip(out, prompts, strict=True):

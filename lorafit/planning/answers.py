@@ -7,8 +7,9 @@ import math
 from dataclasses import replace
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
+from lorafit.builders.auto_class import auto_class
 from lorafit.builders.hub_snapshot import download_command
 from lorafit.builders.model_files import is_on_hub
 from lorafit.errors import MachineError, ModelError, Problem, RecipeError
@@ -30,6 +31,7 @@ from lorafit.preflight import bf16_choice, refuse_what_this_machine_lacks, this_
 from lorafit.recipe import Recipe
 from lorafit.recipe.arithmetic import total_steps
 from lorafit.recipe.sections import ModelSection
+from lorafit.tasks import TASKS
 
 
 def answer(question: Question) -> Plan:
@@ -207,7 +209,7 @@ def _source_of_rates(gpu: Gpu) -> str:
 
 def _disk(estimate: Estimate, config: PreTrainedConfig) -> Disk:
     with torch.device("meta"):
-        weights = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        weights = auto_class(TASKS[estimate.recipe.task].model).from_config(config, dtype=config.dtype or torch.float32)
     states = estimate.parts.get("optimizer", 0)
     return Disk(
         base_bytes=sum(parameter.nbytes for parameter in weights.parameters()),

@@ -7,20 +7,26 @@ from typing import Any
 import bitsandbytes as bnb
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import AutoHfQuantizer
 
+from lorafit.builders.auto_class import auto_class
 from lorafit.builders.base_model import WHERE_FILES_LIE
 from lorafit.builders.bnb_config import bnb_config
 from lorafit.recipe.sections import ModelSection, QuantizationSection
+from lorafit.tasks import DEFAULT_TASK, Task
 
 AS_SDPA = ("flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention that needs a package or a compiler: planned as torch's own, which keeps the same tensors."""
 
 
 def empty_base(
-    section: ModelSection, quantization: QuantizationSection | None, *, config: PreTrainedConfig
+    section: ModelSection,
+    quantization: QuantizationSection | None,
+    *,
+    config: PreTrainedConfig,
+    task: Task = DEFAULT_TASK,
 ) -> PreTrainedModel:
     """The model of `config` on meta, in the recipe's type, its linear layers in 4 bits with `quantization`."""
     for key, value in section.extra.items():
@@ -29,7 +35,7 @@ def empty_base(
     attention = "sdpa" if section.attn_implementation in AS_SDPA else section.attn_implementation
     chosen: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = auto_class(task.model).from_config(
             config, dtype=_dtype(section, config), trust_remote_code=section.trust_remote_code, **chosen
         )
     if quantization is not None:

@@ -35,6 +35,7 @@ from lorafit.planning.stand_ins import (
 from lorafit.planning.storage_tracker import Moment, StorageTracker
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.levers import engage_planned
+from lorafit.tasks import TASKS
 
 Rows = Literal["full", "padded", "packed"]
 """`full`: all rows are as long as the longest, no mask; `padded`: one is shorter; `packed`: documents in one row."""
@@ -96,7 +97,8 @@ class FakeRun:
         self._stand_in()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         config, token_ids = _with_added_tokens(config, len(self._recipe.model.add_tokens))
-        base = empty_base(self._recipe.model, self._recipe.quantization, config=config)
+        task = TASKS[self._recipe.task]
+        base = empty_base(self._recipe.model, self._recipe.quantization, config=config, task=task)
         # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
         lora = self._recipe.lora.model_copy(
             update={"init_lora_weights": True, "eva_config": None, "corda_config": None}
@@ -108,6 +110,7 @@ class FakeRun:
             where=loaded.problem,
             by_fsdp=spread > 1,
             token_ids=token_ids,
+            task=task,
         )
         with torch.device("meta"):
             model = attach_adapter(

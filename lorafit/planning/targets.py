@@ -10,10 +10,13 @@ from typing import Any, Literal, cast
 
 import torch
 import transformers
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto import modeling_auto
 from transformers.pytorch_utils import Conv1D
+
+from lorafit.builders.auto_class import auto_class
+from lorafit.tasks import DEFAULT_TASK
 
 Part = Literal["attention", "feed-forward", "experts", "router", "embedding", "head", "other"]
 
@@ -116,13 +119,13 @@ def target_table(config: PreTrainedConfig, *, r: int = 16) -> TargetTable:
 
 
 def _meta_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The class config.json names, else the one that predicts the next token, else the bare model."""
+    """The class config.json names, else the one that would be trained, else the bare model."""
     named = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
         if isinstance(named, type) and issubclass(named, PreTrainedModel):
             return cast(type[Any], named)._from_config(config)
-        is_causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-        return (AutoModelForCausalLM if is_causal else AutoModel).from_config(config)
+        is_trained = config.model_type in getattr(modeling_auto, DEFAULT_TASK.bases.table)
+        return (auto_class(DEFAULT_TASK.model) if is_trained else AutoModel).from_config(config)
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,13 @@
 `tests/test_recipe_extra.py` compares them with the installed libraries.
 """
 
+from lorafit.tasks import DEFAULT_TASK
+
 LIBRARY_OBJECT = {
-    "model": "AutoModelForCausalLM.from_pretrained",
+    "model": f"{DEFAULT_TASK.model.auto_class}.from_pretrained",
     "quantization": "BitsAndBytesConfig",
     "lora": "peft.LoraConfig",
-    "training": "trl.SFTConfig",
+    "training": DEFAULT_TASK.arguments,
 }
 
 _FROM_PRETRAINED = """

@@ -1,7 +1,5 @@
 """The whole recipe: what one YAML file may say."""
 
-from typing import Literal
-
 from pydantic import Field
 
 from lorafit.recipe.sections import (
@@ -23,6 +21,7 @@ from lorafit.recipe.sections import (
     TrainingSection,
 )
 from lorafit.recipe.sections.base import Names
+from lorafit.tasks import DEFAULT_TASK, TaskName
 
 
 class Recipe(Section):
@@ -34,7 +33,7 @@ class Recipe(Section):
     output_dir: str | None = Field(default=None, min_length=1)
     """Run directory, relative to where the command is run. null means `runs/<name of the recipe>`."""
 
-    task: Literal["causal_lm"] = "causal_lm"
+    task: TaskName = DEFAULT_TASK.name
     """What is trained: `causal_lm`, next-token prediction."""
 
     model: ModelSection

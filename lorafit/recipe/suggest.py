@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from lorafit.recipe.fields import keys_of, places, section_at
 from lorafit.recipe.library_keys import LIBRARY_KEYS, LIBRARY_OBJECT, NOT_FOR_RECIPES
 from lorafit.recipe.yaml_reader import KeyPath
+from lorafit.tasks import DEFAULT_TASK
 
 _RENAMED = {
     # transformers, peft, trl, bitsandbytes: gone, or never there
@@ -94,7 +95,7 @@ _RENAMED = {
     "revision_of_model": "model.revision",
     "adapter": "nothing: lora alone is LoRA; with quantization.load_in_4bit it is QLoRA",
     "finetuning_type": "nothing: lora alone is LoRA; with quantization.load_in_4bit it is QLoRA",
-    "stage": "nothing: task: causal_lm is the only one",
+    "stage": f"nothing: task: {DEFAULT_TASK.name} is the only one",
     "dataset": "data.train: [{path: ...}]",
     "datasets": "data.train: [{path: ...}]",
     "dataset_name": "data.train: [{hub: ...}]",

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.write import dump
 from lorafit.report.seen import rows_seen
-from lorafit.report.tables import perplexity
+from lorafit.tasks import TASKS, Figure
 
 CURVE_LENGTH = 40
 SHOWN_EVALUATIONS = 12
@@ -39,7 +39,7 @@ def model_card(recipe: Recipe, *, facts: dict[str, Any], history: Sequence[dict[
         "## Data",
         *_data(recipe, facts),
         "## Result",
-        *_result(history),
+        *_result(history, TASKS[recipe.task].figure),
         "## Recipe",
         "Directories are left out of the paths.",
         f"```yaml\n{dump(_published(recipe))}```",
@@ -50,7 +50,8 @@ def model_card(recipe: Recipe, *, facts: dict[str, Any], history: Sequence[dict[
 
 
 def _metadata(recipe: Recipe) -> dict[str, Any]:
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    task = TASKS[recipe.task]
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": task.pipeline_tag}
     if _is_on_hub(recipe):
         metadata |= {"base_model": recipe.model.model_name_or_path, "base_model_relation": "adapter"}
     data_sets = list(dict.fromkeys(source.hub for source in recipe.data.train if source.hub))
@@ -62,7 +63,8 @@ def _metadata(recipe: Recipe) -> dict[str, Any]:
         "rslora": recipe.lora.use_rslora,
         "adalora": recipe.adalora is not None,
     }
-    return metadata | {"tags": ["lora", *(name for name, used in variants.items() if used), "sft", "lorafit"]}
+    used = [name for name, is_used in variants.items() if is_used]
+    return metadata | {"tags": ["lora", *used, task.tag, "lorafit"]}
 
 
 def _is_on_hub(recipe: Recipe) -> bool:
@@ -102,7 +104,8 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
     keys = {"revision": facts["base"]["commit"]} if facts["base"]["commit"] else {}
     keys["dtype"] = recipe.model.dtype
     arguments = [_literal(base), *(f"{name}={_literal(value)}" for name, value in keys.items())]
-    names = "AutoModelForCausalLM, AutoTokenizer"
+    auto_class = TASKS[recipe.task].model.auto_class
+    names = f"{auto_class}, AutoTokenizer"
     if recipe.model.trust_remote_code:
         arguments.append("trust_remote_code=True")
     if recipe.quantization is not None:
@@ -130,7 +133,7 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         "```python\n"
         "from peft import PeftModel\n"
         f"from transformers import {names}\n\n"
-        f"base = AutoModelForCausalLM.from_pretrained(\n{listed})\n{grown}"
+        f"base = {auto_class}.from_pretrained(\n{listed})\n{grown}"
         'model = PeftModel.from_pretrained(base, "path/to/this/adapter")\n'
         f"{stops if recipe.data.stop_token else ''}"
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/adapter")\n'
@@ -234,12 +237,12 @@ def _held_out(history: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
-def _result(history: Sequence[dict[str, Any]]) -> Iterator[str]:
+def _result(history: Sequence[dict[str, Any]], figure: Figure) -> Iterator[str]:
     held_out = _held_out(history)
     if held_out:
         ends = {"before": held_out[0][1], "after": held_out[-1][1]}
-        rows = [(name, f"{loss:.4f}", f"{perplexity(loss):,.2f}") for name, loss in ends.items()]
-        yield _table(("", "held-out loss", "perplexity"), rows)
+        rows = [(name, f"{loss:.4f}", f"{figure.of_loss(loss):,.2f}") for name, loss in ends.items()]
+        yield _table(("", "held-out loss", figure.name), rows)
         between = held_out[1:-1]
         if between:
             every = math.ceil(len(between) / SHOWN_EVALUATIONS)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 from lorafit.pulse import duration
 from lorafit.report.seen import epochs_seen
-
-MAX_EXPONENT = 700
-"""exp of more is not a float."""
+from lorafit.tasks import DEFAULT_TASK, Figure, Task
 
 
-def train_table(result: Any) -> str:
+def train_table(result: Any, *, task: Task = DEFAULT_TASK) -> str:
     """What a run came to, one fact a line. `result` is a `TrainResult`."""
     adapter = Path(result.adapter)
     weights = sum(file.stat().st_size for file in adapter.glob("*.safetensors"))
     rows = [
         ("outcome", result.outcome),
-        *_held_out(result.eval_loss_before, result.eval_loss_after),
+        *_held_out(result.eval_loss_before, result.eval_loss_after, task.figure),
         ("steps", f"{result.steps:>11,}{_seen(result)}"),
         ("tokens", f"{result.tokens:>11,}   {result.tokens_per_second:,.0f} per second of training"),
         ("time", f"{duration(result.seconds):>11}"),
@@ -38,20 +35,18 @@ def _seen(result: Any) -> str:
     return share if is_last else f"{share}; the adapter is that of step {result.adapter_step:,}, the best"
 
 
-def _held_out(before: float | None, after: float | None) -> list[tuple[str, str]]:
-    """Loss and perplexity before and after, one below the other."""
+def _held_out(before: float | None, after: float | None, figure: Figure) -> list[tuple[str, str]]:
+    """The loss and its figure before and after, one below the other."""
     if before is None or after is None:
         return [("held-out loss", "not known: data.eval and data.eval_fraction are empty")]
-    pairs = (("held-out loss", before, after, ".4f"), ("perplexity", perplexity(before), perplexity(after), ",.2f"))
+    pairs = (
+        ("held-out loss", before, after, ".4f"),
+        (figure.name, figure.of_loss(before), figure.of_loss(after), ",.2f"),
+    )
     return [
         (name, f"{first:>11{form}} before {last:>11{form}} after {last / first - 1:>+8.1%}")
         for name, first, last, form in pairs
     ]
-
-
-def perplexity(loss: float) -> float:
-    """exp(loss): among how many equally likely tokens the model hesitates."""
-    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
 
 
 def smoke_table(result: Any) -> str:

@@ -20,6 +20,7 @@ from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import staged
 from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import Trained, attached, read_trained, with_rank
+from lorafit.tasks import TASKS
 from lorafit.training.save import generation_settings, write_adapter
 
 SPECTRUM = "singular_values.json"
@@ -67,6 +68,7 @@ def _at_rank(trained: Trained | None, trial: LoadedRecipe, bench: Bench) -> Peft
         model=base,
         where=trial.problem,
         token_ids=bench.inputs.base_files.trained_token_ids,
+        task=TASKS[trial.recipe.task],
     )
     seed = trial.recipe.training.seed
     if trained is None:

@@ -26,6 +26,7 @@ from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
+from lorafit.tasks import TASKS
 from lorafit.training.inputs import RunInputs
 from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.progress import signs_of_life
@@ -93,7 +94,11 @@ class Bench:
         if base is None:
             model, device = self._recipe.model, "cuda" if torch.cuda.is_available() else None
             base = load_base_model(
-                model, self._recipe.quantization, dtype=model.dtype, device_map=device and {"": f"{device}:0"}
+                model,
+                self._recipe.quantization,
+                dtype=model.dtype,
+                device_map=device and {"": f"{device}:0"},
+                task=TASKS[self._recipe.task],
             )
         return base
 

@@ -1,0 +1,77 @@
+"""What a task is called, by the recipe, the libraries and the reports: names alone, without the libraries."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+TaskName = Literal["causal_lm"]
+"""What `task` of a recipe may say; `TASKS` has an entry for each."""
+
+
+@dataclass(frozen=True)
+class ModelKind:
+    """The models that adapters of one `task_type` belong to."""
+
+    peft_type: str
+    """`task_type`, as an adapter records it."""
+    auto_class: str
+    """Of transformers."""
+    is_kept_by_base: bool = False
+    """A base says itself which class it is of, and its output head is its own."""
+    has_labels: bool = False
+    """Its head has a row for each label, and the adapter holds it whole."""
+    reads_one_text: bool = False
+    """It answers with the last token that is no padding, known by its id: a text is given to it by itself."""
+    is_encoder_decoder: bool = False
+    """It wants what its decoder reads beside what its encoder reads."""
+
+
+MODEL_KINDS: Mapping[str, ModelKind] = {
+    kind.peft_type: kind
+    for kind in (
+        ModelKind("CAUSAL_LM", "AutoModelForCausalLM", is_kept_by_base=True),
+        ModelKind("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM", is_encoder_decoder=True),
+        ModelKind("SEQ_CLS", "AutoModelForSequenceClassification", has_labels=True, reads_one_text=True),
+        ModelKind("TOKEN_CLS", "AutoModelForTokenClassification", has_labels=True),
+    )
+}
+"""By `task_type`. Adapters of all of them can be merged, also of those for which there is no task to train them."""
+
+
+@dataclass(frozen=True)
+class BaseModels:
+    """Which bases a task can train."""
+
+    table: str
+    """Of transformers' modeling_auto.py: the architectures that have such a model."""
+    other_class: re.Pattern[str]
+    """What the name of a class says that is for something else."""
+    wanted: tuple[str, str]
+    """What such a model does, and what it is called."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """The held-out loss put as something to imagine."""
+
+    name: str
+    of_loss: Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing that can be trained."""
+
+    name: TaskName
+    model: ModelKind
+    bases: BaseModels
+    arguments: str
+    """The library's class whose keys `training` takes."""
+    figure: Figure
+    pipeline_tag: str
+    """Of the Hugging Face Hub: what the trained model does."""
+    tag: str
+    """Of the Hub: how it was trained."""
