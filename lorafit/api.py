@@ -16,8 +16,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lorafit.errors import MachineError, RecipeError
-from lorafit.launching import launch
+from lorafit.errors import RecipeError
+from lorafit.launching.alone import refuse_several_processes
 from lorafit.pulse import counting_in_lines
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe import load as loaded_from
@@ -67,7 +67,7 @@ def train(recipe: StrPath | LoadedRecipe, *, resume: bool = False, restart: bool
     again where the run is finished. With it `restart` begins anew where all checkpoints are damaged. An interrupt that
     comes while it trains raises StopRequested; the last checkpoint is what it was.
 
-    Raises every LorafitError; MachineError where the recipe asks for several processes or machines, which the command
+    Raises every LorafitError; MachineError where the recipe takes several processes or machines, which the command
     starts. Nothing is created before all that can be checked without training has passed.
     """
     from lorafit.data.cache import cache_directory
@@ -78,8 +78,7 @@ def train(recipe: StrPath | LoadedRecipe, *, resume: bool = False, restart: bool
 
     if restart and not resume:
         raise RecipeError("goes with resume=True; a new run needs an output_dir that is not used yet", where="restart")
-    loaded = _loaded(recipe)
-    _refuse_several_processes(loaded, command="train")
+    loaded = _recipe_for_this_process(recipe, command="train")
     with no_room_is_said(), held(RunDir(loaded.output_dir()), say=_say):
         return train_adapter(
             loaded,
@@ -200,42 +199,24 @@ def rank_sweep(recipe: StrPath | LoadedRecipe, *, storage: str | None = None) ->
     `storage` is an Optuna storage that several machines share: a database URL or a journal file. How many ranks, seeds
     and steps, the recipe says (`rank_sweep`); losses are in nats per token.
 
-    Raises every LorafitError of training, and MachineError where this machine has several GPUs or the recipe asks for
-    several processes, between which the command divides the trials.
+    Raises every LorafitError of training, and MachineError where it takes several processes, between which the command
+    divides the trials.
     """
     from lorafit.data.cache import cache_directory
-    from lorafit.preflight import this_machine
     from lorafit.sweep.sweep import rank_sweep as sweep
 
-    loaded = _loaded(recipe)
-    _refuse_several_processes(loaded, command="rank-sweep")
-    if (gpus := this_machine().gpus) > 1:
-        message = f"{gpus} GPUs are in sight, between which `lorafit rank-sweep {loaded.path}` divides the trials"
-        raise MachineError(f"{message}; run that, or set CUDA_VISIBLE_DEVICES=0 before torch is imported")
+    loaded = _recipe_for_this_process(recipe, command="rank-sweep")
     with no_room_is_said():
         return sweep(loaded, storage=storage, say=_say, cache_dir=cache_directory())
 
 
-def _refuse_several_processes(loaded: LoadedRecipe, *, command: str) -> None:
-    """A process that has its caller's state cannot become one of several. Raises MachineError."""
+def _recipe_for_this_process(recipe: StrPath | LoadedRecipe, *, command: str) -> LoadedRecipe:
+    """Raises MachineError where it takes several processes."""
     from lorafit.preflight import this_machine
 
-    section, typed = loaded.recipe.launch, f"`lorafit {command} {loaded.path}`"
-    if launch.is_worker():
-        message = "another launcher has started this process as one of several"
-        raise MachineError(f"{message}; run {typed} under it, or call this in a process of its own", where="launch")
-    count = launch.processes_asked_for(section, gpus=this_machine().gpus)
-    machines = 1 if section.machines == "auto" else section.machines
-    if machines > 1:
-        message = f"{machines} machines are to train together, which takes the command on each: {typed}"
-        raise MachineError(loaded.problem("launch.machines", message))
-    if count > 1:
-        message = f"{count} processes are to train together, which takes the command: {typed}"
-        mend = "or set it to 1, and CUDA_VISIBLE_DEVICES=0 before torch is imported where there are several GPUs"
-        raise MachineError(loaded.problem("launch.num_processes", f"{message}; {mend}"))
-    if launch.needs_processes(section, gpus=1):
-        message = f"{section.strategy} spreads a model over processes, which takes the command: {typed}"
-        raise MachineError(loaded.problem("launch.strategy", f"{message}; or leave it at ddp"))
+    loaded = _loaded(recipe)
+    refuse_several_processes(loaded, gpus=this_machine().gpus, command=command)
+    return loaded
 
 
 def _loaded(recipe: StrPath | LoadedRecipe) -> LoadedRecipe:

@@ -22,6 +22,7 @@ from tiny import sums, write_jsonl
 import lorafit
 from lorafit import errors
 from lorafit.cli import app
+from lorafit.launching.alone import refuse_several_processes
 
 PAGE = (Path(__file__).parent.parent / "docs/python.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
@@ -160,17 +161,57 @@ def test_a_recipe_is_checked_with_the_keys_that_are_set(tmp_path: Path, tiny_bas
         lorafit.validate(loaded)
 
 
-@pytest.mark.parametrize("key", ["launch.num_processes", "launch.machines"])
-def test_what_several_processes_train_is_left_to_the_command(tmp_path: Path, tiny_base: Path, key: str) -> None:
-    loaded = lorafit.load(small_recipe(tmp_path, tiny_base).path, set={key: 2})
-    for function, command in ((lorafit.train, "train"), (lorafit.rank_sweep, "rank-sweep")):
-        with pytest.raises(lorafit.MachineError) as caught:
+@pytest.mark.parametrize(
+    ("section", "gpus", "key", "said"),
+    [
+        ({"num_processes": 2}, 0, "num_processes", "2 processes are to train together"),
+        ({}, 2, "num_processes", "2 processes are to train together"),
+        ({"num_processes": 1}, 2, "num_processes", "2 GPUs are in sight"),
+        ({"machines": 2}, 1, "machines", "2 machines are to train together"),
+        ({"strategy": "fsdp2", "num_processes": 1}, 1, "strategy", "fsdp2 spreads a model over processes"),
+    ],
+)
+def test_what_several_processes_train_is_left_to_the_command(
+    tmp_path: Path, tiny_base: Path, section: dict[str, Any], gpus: int, key: str, said: str
+) -> None:
+    loaded = small_recipe(tmp_path, tiny_base, launch=section)
+    with pytest.raises(lorafit.MachineError, match=said) as caught:
+        refuse_several_processes(loaded, gpus=gpus, command="train")
+    assert f"launch.{key}: " in str(caught.value)
+    assert ("CUDA_VISIBLE_DEVICES=0" in str(caught.value)) == (gpus > 1)
+    assert f"`lorafit train {loaded.path}`" in str(caught.value) or "GPUs" in said
+
+
+def test_train_and_rank_sweep_refuse_several_processes_and_create_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    loaded = lorafit.load(small_recipe(tmp_path, tiny_base).path, set={"launch.num_processes": 2})
+    for function in (lorafit.train, lorafit.rank_sweep):
+        with pytest.raises(lorafit.MachineError, match=r"--set: launch\.num_processes: 2 processes"):
             function(loaded)
-        (problem,) = caught.value.problems
-        assert problem.where == f"--set: {key}"
-        assert problem.message.startswith(f"2 {key.partition('num_')[2] or 'machines'} are to train together")
-        assert f"`lorafit {command} {loaded.path}`" in problem.message
     assert not (tmp_path / "run").exists()
+
+
+class Interrupted(logging.Handler):
+    """Ctrl-C while the first step is told of."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("step 1/3: loss"):
+            raise KeyboardInterrupt
+
+
+def test_an_interrupt_ends_a_run_that_goes_on_with_resume(
+    tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = small_recipe(tmp_path, tiny_base)
+    monkeypatch.setenv("LORAFIT_CACHE", str(cache_of(tmp_path)))
+    logger, interrupted = logging.getLogger("lorafit"), Interrupted()
+    logger.addHandler(interrupted)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    try:
+        with pytest.raises(lorafit.StopRequested, match="stopped on request after step 1 of 3"):
+            lorafit.train(loaded)
+    finally:
+        logger.removeHandler(interrupted)
+    assert lorafit.train(loaded, resume=True).steps == 3
 
 
 def test_restart_goes_with_resume(tmp_path: Path, tiny_base: Path) -> None:
