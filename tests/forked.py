@@ -19,7 +19,7 @@ from tiny import build_base, llama_config, sums, write_jsonl
 from transformers import TrainerCallback
 
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.training.resume import Begin
+from lorafit.training.start_point import Begin
 from lorafit.training.train import train
 
 SMALL = {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2}

@@ -25,11 +25,10 @@ from lorafit.evaluation import memory
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
-from lorafit.training import checks, out_of_memory, setup, smoke
-from lorafit.training.causal_lm import CausalLm
+from lorafit.training import causal_lm, invariants, out_of_memory, smoke
+from lorafit.training.causal_lm import CausalLm, adapts_separate_experts
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
-from lorafit.training.setup import adapts_separate_experts
 from lorafit.training.train import run_training
 
 
@@ -149,11 +148,11 @@ def test_the_peak_is_that_of_training(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bytes_of_4_bit_weights_are_hashed_in_a_signed_type() -> None:
-    assert not any(kind.is_floating_point or kind == torch.uint8 for kind in checks._INTEGER_OF_SIZE.values())
+    assert not any(kind.is_floating_point or kind == torch.uint8 for kind in invariants._INTEGER_OF_SIZE.values())
     packed = torch.randint(0, 256, (1001,), dtype=torch.uint8)
     changed = packed.clone()
     changed[500] ^= 1
-    assert checks._hash(nn.Parameter(packed, requires_grad=False)) != checks._hash(
+    assert invariants._hash(nn.Parameter(packed, requires_grad=False)) != invariants._hash(
         nn.Parameter(changed, requires_grad=False)
     )
 
@@ -239,6 +238,6 @@ def test_only_a_run_with_such_experts_pays_for_looking(
             seen.append(args.ddp_find_unused_parameters)
 
     if is_routed:
-        monkeypatch.setattr(setup, "adapts_separate_experts", lambda model: True)
+        monkeypatch.setattr(causal_lm, "adapts_separate_experts", lambda model: True)
     run_training(small_recipe(tmp_path, tiny_base), say=print, cache_dir=cache_of(tmp_path), watchers=[Watcher()])
     assert seen == [is_routed]

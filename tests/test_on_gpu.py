@@ -31,7 +31,7 @@ from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.fused_lora import fuse
 from lorafit.speed.varlen_attention import packed_attention, use_varlen_attention, why_not
-from lorafit.training.checks import remember
+from lorafit.training.invariants import remember
 from lorafit.training.smoke import smoke
 from lorafit.training.train import run_training, train
 

@@ -16,9 +16,8 @@ from runs import cache_of
 
 from lorafit.errors import LorafitError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.storage.run_dir import RunDir
 from lorafit.training.checkpoints import Checkpoint
-from lorafit.training.resume import SEQUENCES, divided_anew, kept_keys, refuse_changes
+from lorafit.training.must_match import SEQUENCES, divided_anew, kept_keys, refuse_changes
 from lorafit.training.train import run_training
 
 
@@ -140,9 +139,9 @@ def test_a_batch_that_was_changed_on_purpose_is_taken_if_it_comes_to_the_same(tm
     same = load(loaded.path, overrides=["training.per_device_train_batch_size=4"])
     assert divided(same, begun, 1) == (4, 1)
     now = {"recipe": kept_keys(same.recipe.model_dump(mode="json")), "processes": 1, SEQUENCES: 4}
-    refuse_changes(same, RunDir(same.output_dir()), begun, now=now)
+    refuse_changes(same, begun, now=now)
     with pytest.raises(LorafitError, match="per_device_train_batch_size: 2 -> 4"):
-        refuse_changes(same, RunDir(same.output_dir()), begun, now=now | {SEQUENCES: 8, "processes": 2})
+        refuse_changes(same, begun, now=now | {SEQUENCES: 8, "processes": 2})
     in_parts = replace(begun, facts=dict(begun.facts) | {"distribution": "ZeRO-2"})
     with pytest.raises(LorafitError, match="processes: 2 -> 1"):
-        refuse_changes(same, RunDir(same.output_dir()), in_parts, now=now)
+        refuse_changes(same, in_parts, now=now)

@@ -23,8 +23,8 @@ from trl import SFTTrainer
 from lorafit.errors import MachineError, ModelError
 from lorafit.recipe import LoadedRecipe
 from lorafit.training.out_of_memory import bytes_asked, is_out_of_memory, out_of_memory_is_said
-from lorafit.training.resume import Begin
 from lorafit.training.rows_of_batch import rows_of
+from lorafit.training.start_point import Begin
 from lorafit.training.train import TrainResult, run_training
 
 CUDA = (

@@ -20,7 +20,7 @@ from lorafit.data import prepare
 from lorafit.errors import LorafitError, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.fields import field_at, places, section_in
-from lorafit.training.resume import MAY_CHANGE, changes, kept_keys
+from lorafit.training.must_match import MAY_CHANGE, changes, kept_keys
 from lorafit.training.train import run_training, train
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,14 +25,13 @@ from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed import answer_head
 from lorafit.speed.answer_head import use_answer_head
-from lorafit.speed.levers import Engaged
 from lorafit.training import selftest
 from lorafit.training.inputs import read_inputs
+from lorafit.training.restore_model import unchanged
 from lorafit.training.selftest import SelfTest, is_remembered, remember_passed, self_test
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
 from lorafit.training.train import Trained, run_training
-from lorafit.training.unchanged import unchanged
 
 PACKED = {"packing": True, "max_length": 96}
 PLAIN_PATH = {"varlen_attention": False, "fused_lora": False, "answer_head": False}
@@ -327,10 +327,12 @@ def test_several_processes_leave_it_out_in_one_line(
     monkeypatch.setattr(selftest, "PartialState", Two)
     monkeypatch.setattr(selftest, "combination_of", lambda *_, **__: {"model": "any"})
     said: list[str] = []
-    passes: dict[str, Any] = {"bf16": False, "checkpointing": False, "engaged": Engaged((), ())}
-    settings = {"inputs": inputs, "say": said.append, "only": False} | passes
-    model: Any = small_model(tiny_base)
-    assert selftest.self_test_once(model, loaded, cache_dir=tmp_path / "cache", **settings) is None
+    trainer: Any = SimpleNamespace(
+        model=small_model(tiny_base),
+        args=SimpleNamespace(bf16=False, gradient_checkpointing=False),
+    )
+    settings = {"rows": inputs.data.train, "say": said.append, "only": False}
+    assert selftest.self_test_once(trainer, loaded, cache_dir=tmp_path / "cache", **settings) is None
     assert said == ["self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one"]
 
 

@@ -10,7 +10,7 @@ import torch
 from runs import QUICK, run, small_recipe
 
 from lorafit.errors import RecipeError, VerificationError
-from lorafit.training import setup
+from lorafit.training import train as train_module
 from lorafit.validation import validate
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def test_adalora_needs_a_step_to_see_what_matters(tmp_path: Path, tiny_base: Pat
 def test_a_warm_up_that_takes_every_step_of_few_rows_is_refused_before_the_model_is_loaded(
     tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "model_with_adapter", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(train_module, "model_with_adapter", lambda *_, **__: pytest.fail("the model was loaded"))
     data = {"train": [{"path": "train.jsonl", "limit": 4}], "eval": []}
     with pytest.raises(RecipeError, match=r"recipe.yaml:\d+: training.warmup_steps: 0.03 of the run's 1 step"):
         run(small_recipe(tmp_path, tiny_base, data=data, training=QUICK | {"max_steps": None, "warmup_steps": 0.03}))

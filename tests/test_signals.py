@@ -193,7 +193,7 @@ def test_a_run_that_was_stopped_between_two_steps_goes_on_to_the_same_bytes(
 def test_an_adapter_that_is_being_written_is_finished(
     name: str, starter: Starter, tmp_path: Path, tiny_base: Path
 ) -> None:
-    command = train(starter, tmp_path, tiny_base, pause="lorafit.training.train:write_adapter", seconds=0.5)
+    command = train(starter, tmp_path, tiny_base, pause="lorafit.training.save:write_adapter", seconds=0.5)
     command.paused()
     command.send(signal.Signals[name])
     assert command.ended().code == 0

@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from runs import logits, reloaded, run, small_recipe
 from tiny import build_base
 
-from lorafit.training import train as train_module
+from lorafit.training import save
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -51,13 +51,13 @@ def _train_and_reload(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits of the trained model, of the reloaded adapter, and of the reloaded model with the adapter off."""
     trained: list[torch.Tensor] = []
-    write = train_module.write_adapter
+    write = save.write_adapter
 
     def look_and_write(model: Any, *rest: Any, **named: Any) -> None:
         trained.append(logits(model.eval()))
         write(model, *rest, **named)
 
-    monkeypatch.setattr(train_module, "write_adapter", look_and_write)
+    monkeypatch.setattr(save, "write_adapter", look_and_write)
     training = {"max_steps": 6} if "adalora" in changes else {}
     changes = changes | {"training": training | changes.get("training", {})}
     result, _ = run(small_recipe(directory, base, **{"training": _quick() | changes.pop("training"), **changes}))

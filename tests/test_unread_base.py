@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
 from lorafit.launching import launch
-from lorafit.training.checks import remember
+from lorafit.training.invariants import remember
 
 
 def described(model: nn.Module) -> list[tuple[Any, ...]]:

@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
 from lorafit.builders.adapter import attach_adapter
 from lorafit.errors import LorafitError
 from lorafit.training import train as training
-from lorafit.training.checks import Before, remember, verify_result
-from lorafit.training.gather import gathered_adapter
+from lorafit.training.gather_adapter import gathered_adapter
+from lorafit.training.invariants import Before, remember, verify_result
 from lorafit.training.processes import join_processes, refuse_other_distribution
 from lorafit.training.save import write_adapter
 from lorafit.training.train import run_training, train

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from lorafit.launching.signals import StopRequest
     from lorafit.pulse import Say
     from lorafit.recipe import LoadedRecipe
-    from lorafit.training.inputs import RunInputs
+    from lorafit.training.inputs import Inputs
     from lorafit.training.progress import Progress
-    from lorafit.training.resume import Begin
+    from lorafit.training.start_point import Begin
     from lorafit.training.train import TrainResult
 
 OutputDir = Annotated[
@@ -214,7 +214,7 @@ def _train(
 
 def _before_training(
     loaded: "LoadedRecipe", *, begin: "Begin", quiet: bool, place: "Place", link: "Link | None"
-) -> "tuple[RunInputs | None, bool]":
+) -> "tuple[Inputs | None, bool]":
     """What this process has read for its run, which does not return where others train it; whether all is said."""
     with without_collections():
         from lorafit.data.cache import cache_directory
@@ -224,12 +224,12 @@ def _before_training(
 
     machine = this_machine()
     if link is None or link.is_first:
-        begun = None if _is_finished(loaded, begin=begin) else refuse_before_reading(loaded, machine, begin=begin)
+        start = None if _is_finished(loaded, begin=begin) else refuse_before_reading(loaded, machine, begin=begin)
         if link is not None:
-            tell_others(link, loaded, begun)
-        if begun is None:
+            tell_others(link, loaded, start)
+        if start is None:
             return None, False
-        as_of = begun.as_of
+        as_of = start.as_of
     else:
         refuse_what_this_machine_lacks(loaded, machine)
         is_finished, as_of = told_by_first(link, loaded)
@@ -270,7 +270,7 @@ def _progress(say: "Say", *, quiet: bool) -> "Progress | None":
 def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:
     """Whether a run that is to go on has come to its end: no processes are needed to say so."""
     from lorafit.storage.run_dir import RunDir
-    from lorafit.training.resume import finished_manifest
+    from lorafit.training.start_point import finished_manifest
 
     return begin != "new" and finished_manifest(loaded, RunDir(loaded.output_dir())) is not None
 

@@ -28,7 +28,7 @@ from lorafit.sweep.tune import Tuned, tuned
 from lorafit.sweep.write import write_sweep
 from lorafit.training.checkpoints import remove_committed
 from lorafit.training.inputs import read_inputs
-from lorafit.training.resume import changes, kept_keys
+from lorafit.training.must_match import changes, kept_keys
 
 Say = Callable[[str], None]
 

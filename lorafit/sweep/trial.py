@@ -27,10 +27,10 @@ from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.tasks import TASKS
-from lorafit.training.inputs import RunInputs
+from lorafit.training.inputs import Inputs
 from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.progress import signs_of_life
-from lorafit.training.resume import finished_manifest
+from lorafit.training.start_point import finished_manifest
 from lorafit.training.train import run_training
 
 Say = Callable[[str], None]
@@ -72,7 +72,7 @@ class Bench:
     def __init__(
         self,
         loaded: LoadedRecipe,
-        inputs: RunInputs,
+        inputs: Inputs,
         *,
         cache_dir: Path | None,
         say: Say,

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
@@ -20,19 +20,19 @@ from lorafit.imports import imported_meanwhile
 from lorafit.launching import launch
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.rules.run import too_long_for
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.resume import Begin, Departure, departure
+from lorafit.training.start_point import Begin, StartPoint, start_point
 
 
-def refuse_before_reading(loaded: LoadedRecipe, machine: Machine, *, begin: Begin) -> Departure:
+def refuse_before_reading(loaded: LoadedRecipe, machine: Machine, *, begin: Begin) -> StartPoint:
     """Where the run begins. Raises RunDirError for a directory that is used, MachineError for what is lacking here."""
-    begun = departure(RunDir(loaded.output_dir()), begin)
+    start = start_point(RunDir(loaded.output_dir()), begin)
     refuse_what_this_machine_lacks(loaded, machine)
-    return begun
+    return start
 
 
-@dataclass(frozen=True)
-class RunInputs:
+class Inputs(NamedTuple):
     """What a run reads before its model."""
 
     base_files: BaseModelFiles
@@ -47,7 +47,7 @@ def read_inputs(
     as_of: str | None = None,
     meanwhile: str | None = None,
     show_progress: bool = False,
-) -> RunInputs:
+) -> Inputs:
     """The base model's files, its tokenizer and the audited rows.
 
     Raises RecipeError, ModelError, DataError, and VerificationError where the saved template prompts otherwise.
@@ -76,7 +76,7 @@ def read_inputs(
         raise loaded.placed(error) from None
     if launch.rank() == 0:
         refuse_other_prompts(data, recipe.data, tokenizer)
-    return RunInputs(base_files, tokenizer, data)
+    return Inputs(base_files, tokenizer, data)
 
 
 def refuse_misfit(loaded: LoadedRecipe, base: BaseModelFiles) -> None:
@@ -90,3 +90,10 @@ def refuse_misfit(loaded: LoadedRecipe, base: BaseModelFiles) -> None:
     misfits = [] if base.modules is None else list(adapter_misfits(recipe, base.modules, loaded.problem))
     if too_long or misfits:
         raise (RecipeError if too_long else AdapterError)([*too_long, *misfits])
+
+
+def refuse_what_outlasts(loaded: LoadedRecipe, steps: int) -> None:
+    """A warm-up, an evaluation interval or an AdaLoRA schedule that does not fit into the run. Raises RecipeError."""
+    problems = [loaded.problem(broken.key, broken.message) for broken in too_long_for(loaded.recipe, steps)]
+    if problems:
+        raise RecipeError(problems)

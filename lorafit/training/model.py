@@ -8,26 +8,49 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
+from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
 from lorafit.launching import launch
 from lorafit.recipe import LoadedRecipe, Recipe
-from lorafit.training.inputs import RunInputs
+from lorafit.training.invariants import refuse_wrong_trainable_set
+from lorafit.training.out_of_memory import out_of_memory_is_said
+from lorafit.training.startup_lines import Say, say_adapter
 
 
-def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrainedModel | None) -> PeftModel:
-    """The base on its device, quantised as the recipe says, with a new adapter; `base` where it is loaded already.
+def model_with_adapter(
+    loaded: LoadedRecipe,
+    base_files: BaseModelFiles,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Dataset,
+    base: PreTrainedModel | None,
+    say: Say,
+) -> PeftModel:
+    """The base on its device, quantised as the recipe says, with a new adapter, which is all of it that is trained.
 
-    Raises ModelError and AdapterError.
+    `base` where it is loaded already. `rows` are what some adapters start from. Raises ModelError, AdapterError,
+    VerificationError, and MachineError where memory runs out.
     """
-    recipe, data, tokenizer = loaded.recipe, inputs.data, inputs.tokenizer
+    with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
+        model = _attached(loaded, base_files, rows=rows, pad_token_id=tokenizer.pad_token_id, base=base)
+    refuse_wrong_trainable_set(model, bias=loaded.recipe.lora.bias)
+    say_adapter(model, say)
+    return model
+
+
+def _attached(
+    loaded: LoadedRecipe, base_files: BaseModelFiles, *, rows: Dataset, pad_token_id: int, base: PreTrainedModel | None
+) -> PeftModel:
+    recipe = loaded.recipe
     state = PartialState()
     # A model that is spread over processes is put on the GPUs part by part, after loading.
     is_whole = launch.sharding_asked_for() == "data parallel"
@@ -41,15 +64,15 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
         model=base,
         where=loaded.problem,
         by_fsdp=by_fsdp,
-        token_ids=inputs.base_files.trained_token_ids,
+        token_ids=base_files.trained_token_ids,
     )
-    collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
     size = recipe.training.per_device_train_batch_size
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, min(64, len(data.train)), size):
-            rows = data.train.select(range(start, min(start + size, len(data.train))))
-            yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows])
+        for start in range(0, min(64, len(rows)), size):
+            batch = rows.select(range(start, min(start + size, len(rows))))
+            yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in batch])
 
     model = attach_adapter(
         base,
@@ -59,7 +82,7 @@ def model_with_adapter(loaded: LoadedRecipe, inputs: RunInputs, *, base: PreTrai
         # ZeRO-3 gathers into buffers of one type: https://github.com/deepspeedai/DeepSpeed/issues/8072
         autocast_adapter_dtype=recipe.quantization is not None or not is_deepspeed_zero3_enabled(),
         batches=batches,
-        base_directory=str(inputs.base_files.directory),
+        base_directory=str(base_files.directory),
     )
     hold_trained(model)
     return model

@@ -59,8 +59,11 @@ def forget_peak() -> None:
 
 
 @contextmanager
-def out_of_memory_is_said(loaded: LoadedRecipe, *, doing: Callable[[], Doing], checkpointing: bool) -> Iterator[None]:
-    """Raises MachineError, with what would fit beyond `checkpointing`, where the block runs out of memory."""
+def out_of_memory_is_said(
+    loaded: LoadedRecipe, *, doing: Callable[[], Doing], checkpointing: bool = False
+) -> Iterator[None]:
+    """Raises MachineError, with what would fit beyond `checkpointing`, where the block runs out of memory; while the
+    base model is loaded that is not looked at."""
     try:
         yield
     except (RuntimeError, MemoryError, OSError, ModelError) as error:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import broadcast_object_list
 from torch.distributed import DistError
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
-from lorafit.errors import MachineError, StopRequested
+from lorafit.errors import LorafitError, MachineError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.machines import Link
 from lorafit.launching.signals import ENDED_WITH_ANOTHER, PassOn, done_elsewhere
@@ -24,6 +26,8 @@ from lorafit.recipe.rules.adapter import adapter_can_be_sharded, quantized_weigh
 from lorafit.recipe.rules.run import halving_needs_whole_gradients, optimizer_takes_sharded_weights
 from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
 from lorafit.storage.stage import scratch
+
+T = TypeVar("T")
 
 _STRATEGIES = {"FSDP2": "fsdp2", "ZeRO-2": "zero2", "ZeRO-3": "zero3"}
 DATA_PARALLEL = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
@@ -110,6 +114,23 @@ def _refuse_other_numbers(loaded: LoadedRecipe, state: PartialState, *, gpus: in
     if section.machines not in ("auto", machines):
         message = f"{section.machines} machines were asked for, {machines} started: {by}"
         raise MachineError(loaded.problem("launch.machines", message))
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` comes to in the first process, in all of them; it also raises in all of them."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return work()
+    found: list[T | LorafitError | None] = [None]
+    if state.is_main_process:
+        try:
+            found = [work()]
+        except LorafitError as error:
+            found = [error]
+    (answer,) = broadcast_object_list(found)
+    if isinstance(answer, LorafitError):
+        raise answer
+    return answer
 
 
 def leave_processes() -> None:

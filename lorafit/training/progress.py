@@ -11,8 +11,8 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorafit.pulse import Pulse, duration
-from lorafit.training.announce import Say
 from lorafit.training.callbacks import MetricsFile
+from lorafit.training.startup_lines import Say
 
 Progress = Callable[[MetricsFile], TrainerCallback]
 """What shows the newest figures of a run."""

@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.model_files import GENERATION, BaseModelFiles, read_json
+from lorafit.data.templates import saved_chat_template
 from lorafit.errors import VerificationError
+from lorafit.recipe import Recipe
 from lorafit.storage.stage import scratch, staged
 from lorafit.training.checkpoints import QUARANTINE, quarantine
+from lorafit.training.disk import full_disk_is_said
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -41,6 +45,45 @@ def initial_adapter(model: PeftModel, *, init_method: bool | str) -> Iterator[Pa
         model.save_pretrained(directory)
         config.init_lora_weights, config.corda_config = recorded
         yield directory
+
+
+def save_adapter(
+    model: PeftModel,
+    recipe: Recipe,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    base_files: BaseModelFiles,
+    target: Path,
+    state_dict: dict[str, torch.Tensor] | None,
+    initial: Path | None,
+    card: str,
+    needed: int,
+) -> None:
+    """Write the adapter of a run, by the first process: `needed` bytes at most. Raises VerificationError and DiskError.
+
+    See `write_adapter` for the others.
+    """
+    if not PartialState().is_main_process:
+        return
+    tokenizer.chat_template = saved_chat_template(recipe.data, tokenizer)
+    generation = generation_settings(base_files, tokenizer, stop_token=recipe.data.stop_token)
+    with full_disk_is_said(target.parent, writing="the adapter", needed=needed):
+        write_adapter(
+            model,
+            tokenizer,
+            target=target,
+            base_name=base_name(recipe),
+            state_dict=state_dict,
+            initial=initial,
+            card=card,
+            generation=generation,
+        )
+
+
+def base_name(recipe: Recipe) -> str | None:
+    """What an adapter may say of its base: a Hub id, but no path of this machine."""
+    name = recipe.model.model_name_or_path
+    return None if Path(name).is_absolute() else name
 
 
 def write_adapter(

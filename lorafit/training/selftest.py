@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from datasets import Dataset
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from lorafit import __version__
 from lorafit.errors import VerificationError
@@ -28,10 +30,10 @@ from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
 from lorafit.storage.files import write_file
 from lorafit.storage.stage import scratch
-from lorafit.training.inputs import RunInputs
+from lorafit.training.causal_lm import CausalLm
 from lorafit.training.out_of_memory import out_of_memory_is_said
+from lorafit.training.restore_model import unchanged
 from lorafit.training.selftest_bench import Bench, Check, switch_off_noise, wake_adapter
-from lorafit.training.unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,16 @@ def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str,
 
 
 def self_test(
-    model: PeftModel, loaded: LoadedRecipe, *, inputs: RunInputs, bf16: bool, checkpointing: bool, engaged: Engaged
+    model: PeftModel,
+    loaded: LoadedRecipe,
+    *,
+    rows: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    bf16: bool,
+    checkpointing: bool,
+    engaged: Engaged,
 ) -> SelfTest:
-    """Try everything. Raises VerificationError with what failed; the model is what it was, whatever happens."""
+    """Try everything on some of `rows`. Raises VerificationError with what failed; the model stays what it was."""
     started = time.monotonic()
     recipe = loaded.recipe
     combination = combination_of(model, recipe, bf16=bf16)
@@ -112,7 +121,8 @@ def self_test(
         bench = Bench(
             model,
             loaded,
-            inputs=inputs,
+            rows=rows,
+            tokenizer=tokenizer,
             scratch=directory,
             bf16=bf16,
             checkpointing=checkpointing,
@@ -136,29 +146,37 @@ class SelfTested(Exception):
 
 
 def self_test_once(
-    model: PeftModel,
+    trainer: CausalLm,
     loaded: LoadedRecipe,
     *,
-    inputs: RunInputs,
-    bf16: bool,
-    checkpointing: bool,
-    engaged: Engaged,
+    rows: Dataset,
     cache_dir: Path | None,
     say: Callable[[str], None],
     only: bool,
 ) -> SelfTest | None:
-    """`self_test`, unless this combination has passed it before. Raises VerificationError; SelfTested with `only`.
+    """`self_test` of what `trainer` will do, unless this combination has passed it before.
+
+    Raises VerificationError; SelfTested with `only`.
 
     With several processes it is left out: their trainers gather figures from one another in every step, and not all
     would come to the same end.
     """
-    if not only and is_remembered(cache_dir, combination_of(model, loaded.recipe, bf16=bf16)):
+    bf16, checkpointing = trainer.args.bf16, trainer.args.gradient_checkpointing
+    if not only and is_remembered(cache_dir, combination_of(trainer.model, loaded.recipe, bf16=bf16)):
         return None
     if PartialState().num_processes > 1:
         say("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
         return None
     with out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=checkpointing):
-        tested = self_test(model, loaded, inputs=inputs, bf16=bf16, checkpointing=checkpointing, engaged=engaged)
+        tested = self_test(
+            trainer.model,
+            loaded,
+            rows=rows,
+            tokenizer=trainer.processing_class,
+            bf16=bf16,
+            checkpointing=checkpointing,
+            engaged=trainer.engaged,
+        )
     remember_passed(cache_dir, tested)
     if only:
         raise SelfTested(tested)

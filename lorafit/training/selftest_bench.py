@@ -15,7 +15,14 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
-from transformers import PrinterCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from lorafit.builders.sft_config import sft_config
 from lorafit.launching.signals import StopRequest
@@ -25,8 +32,7 @@ from lorafit.speed.levers import Engaged
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.causal_lm import CausalLm
 from lorafit.training.health.watch import HealthWatch
-from lorafit.training.inputs import RunInputs
-from lorafit.training.unchanged import unchanged
+from lorafit.training.restore_model import unchanged
 
 LENGTHS = (64, 10, 45, 16, 57, 13, 51, 19)
 """Tokens of the rows at most. So unlike that a mean of rows, a mean of batches and the mean over tokens differ."""
@@ -85,15 +91,16 @@ class Bench:
         model: PeftModel,
         loaded: LoadedRecipe,
         *,
-        inputs: RunInputs,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
         scratch: Path,
         bf16: bool,
         checkpointing: bool,
         engaged: Engaged,
     ) -> None:
-        self._model, self._loaded, self._inputs, self._scratch = model, loaded, inputs, scratch
+        self._model, self._loaded, self._tokenizer, self._scratch = model, loaded, tokenizer, scratch
         self._bf16, self._checkpointing, self._engaged = bf16, checkpointing, engaged
-        self._rows = _short_rows(inputs, model)
+        self._rows = _short_rows(rows, model)
         self._tolerances = tolerances(loaded.recipe, dtype=model.dtype, bf16=bf16)
 
     def checks(self) -> Iterator[Check]:
@@ -187,7 +194,7 @@ class Bench:
             model=self._model,
             args=arguments,
             train_dataset=Dataset.from_list(self._rows),
-            processing_class=self._inputs.tokenizer,
+            processing_class=self._tokenizer,
             callbacks=[step],
         )
         step.trainer.remove_callback(PrinterCallback)
@@ -264,11 +271,11 @@ def _one_step(recipe: Recipe, *, per_pass: int, steps: int) -> Recipe:
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes), "early_stopping": None})
 
 
-def _short_rows(inputs: RunInputs, model: nn.Module) -> list[dict[str, list[int]]]:
+def _short_rows(training: Dataset, model: nn.Module) -> list[dict[str, list[int]]]:
     """The last tokens of eight training rows, all of them trained on: every one is compared."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = FEW if parameters > 1e8 and not torch.cuda.is_available() else 1.0
-    chosen, rows = inputs.data.train.select_columns("input_ids"), []
+    chosen, rows = training.select_columns("input_ids"), []
     for number, longest in enumerate(LENGTHS):
         tokens = chosen[number % len(chosen)]["input_ids"][-max(int(longest * share), 2) :]
         rows.append({"input_ids": tokens, "labels": tokens})

@@ -2,40 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather_object
+from accelerate.utils import broadcast, gather_object
 
-from lorafit.errors import LorafitError
 from lorafit.launching import launch
 from lorafit.storage.stage import scratch
 from lorafit.training.checkpoints import SEAL
+from lorafit.training.processes import by_first
 
 CHUNK_BYTES = 64 * 2**20
-
-T = TypeVar("T")
-
-
-def by_first(work: Callable[[], T]) -> T:
-    """What `work` comes to in the first process, in all of them; it also raises in all of them."""
-    state = PartialState()
-    if state.num_processes == 1:
-        return work()
-    found: list[T | LorafitError | None] = [None]
-    if state.is_main_process:
-        try:
-            found = [work()]
-        except LorafitError as error:
-            found = [error]
-    (answer,) = broadcast_object_list(found)
-    if isinstance(answer, LorafitError):
-        raise answer
-    return answer
 
 
 @contextmanager

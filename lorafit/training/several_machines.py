@@ -20,8 +20,9 @@ from lorafit.launching.placement import Place
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.run import zero_needs_a_shared_disk
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.inputs import RunInputs
-from lorafit.training.resume import Begin, Departure, changes, kept_keys
+from lorafit.training.inputs import Inputs
+from lorafit.training.must_match import changes, kept_keys
+from lorafit.training.start_point import Begin, StartPoint
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "safetensors")
 SHARED_SECONDS = 10.0
@@ -67,14 +68,14 @@ def told_by_first(link: Link, loaded: LoadedRecipe) -> tuple[bool, str | None]:
     return told["finished"], told["as_of"]
 
 
-def tell_others(link: Link, loaded: LoadedRecipe, begun: Departure | None) -> None:
-    """The same, told by the first machine; `begun` is None for a run that is finished."""
+def tell_others(link: Link, loaded: LoadedRecipe, start: StartPoint | None) -> None:
+    """The same, told by the first machine; `start` is None for a run that is finished."""
     lock = RunDir(loaded.output_dir()).lock
-    as_of = begun.as_of if begun else None
-    link.tell({"finished": begun is None, "as_of": as_of, "lock": lock.read_text("utf-8") if begun else None})
+    as_of = start.as_of if start else None
+    link.tell({"finished": start is None, "as_of": as_of, "lock": lock.read_text("utf-8") if start else None})
 
 
-def ready_to_start(link: Link, inputs: RunInputs) -> int:
+def ready_to_start(link: Link, inputs: Inputs) -> int:
     """The port where the processes of all machines meet, which have read the same. Raises MachineError."""
     read = {"base model": inputs.base_files.fingerprint(), **inputs.data.parts}
     link.compare(read, differences=_differences)

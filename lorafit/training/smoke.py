@@ -24,8 +24,8 @@ from lorafit.preflight import Machine, bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.sections import LoraSection, ModelSection, Source
 from lorafit.storage.stage import scratch
-from lorafit.training.announce import Say
 from lorafit.training.inputs import read_inputs
+from lorafit.training.startup_lines import Say
 from lorafit.training.token_rows import used_tokens
 from lorafit.training.train import Trained, run_training
 

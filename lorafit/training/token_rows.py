@@ -17,7 +17,7 @@ from lorafit.errors import ModelError, RecipeError
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.rules.tokens import rows_of_added_tokens_can_be_trained
 from lorafit.recipe.sections import LoraSection
-from lorafit.training.inputs import RunInputs
+from lorafit.training.inputs import Inputs
 
 
 def tokens_line(added: AddedTokens) -> str:
@@ -30,7 +30,7 @@ def tokens_line(added: AddedTokens) -> str:
     return f"trained tokens: {ids}; {place}{there}"
 
 
-def check_token_rows(loaded: LoadedRecipe, inputs: RunInputs) -> Iterator[str]:
+def check_token_rows(loaded: LoadedRecipe, inputs: Inputs) -> Iterator[str]:
     """A warning for each that is allowed but likely unwanted.
 
     Raises RecipeError where no row has a token of `model.add_tokens`, ModelError where answers end with a token that
@@ -41,7 +41,7 @@ def check_token_rows(loaded: LoadedRecipe, inputs: RunInputs) -> Iterator[str]:
     yield from _untrained(loaded, inputs, used)
 
 
-def used_tokens(recipe: Recipe, inputs: RunInputs, used: npt.NDArray[np.bool_] | None = None) -> tuple[str, ...]:
+def used_tokens(recipe: Recipe, inputs: Inputs, used: npt.NDArray[np.bool_] | None = None) -> tuple[str, ...]:
     """Those of `model.add_tokens` that any training row has."""
     if used is None:
         used = used_ids(inputs.data.train, vocab_size=inputs.base_files.vocab_size)
@@ -56,7 +56,7 @@ def used_ids(rows: datasets.Dataset, *, vocab_size: int) -> npt.NDArray[np.bool_
     return used
 
 
-def _unused(loaded: LoadedRecipe, inputs: RunInputs, used: npt.NDArray[np.bool_]) -> Iterator[str]:
+def _unused(loaded: LoadedRecipe, inputs: Inputs, used: npt.NDArray[np.bool_]) -> Iterator[str]:
     tokens = loaded.recipe.model.add_tokens
     unused = [token for token in tokens if token not in used_tokens(loaded.recipe, inputs, used)]
     if tokens and len(unused) == len(tokens):
@@ -66,7 +66,7 @@ def _unused(loaded: LoadedRecipe, inputs: RunInputs, used: npt.NDArray[np.bool_]
         yield f"model.add_tokens: no training row has {_listed(unused)}: the embedding stays where it begins"
 
 
-def _untrained(loaded: LoadedRecipe, inputs: RunInputs, used: npt.NDArray[np.bool_]) -> Iterator[str]:
+def _untrained(loaded: LoadedRecipe, inputs: Inputs, used: npt.NDArray[np.bool_]) -> Iterator[str]:
     files, tokenizer = inputs.base_files, inputs.tokenizer
     found = {module: _never_trained(loaded.recipe.lora, inputs, module, used) for module in files.vocabulary}
     ids = dict.fromkeys(id_ for rows in found.values() for id_ in rows)
@@ -88,7 +88,7 @@ def _untrained(loaded: LoadedRecipe, inputs: RunInputs, used: npt.NDArray[np.boo
             yield f"{module}: rows of tokens in the data were never trained and are frozen: {listed}; {mend}"
 
 
-def _never_trained(lora: LoraSection, inputs: RunInputs, module: str, used: npt.NDArray[np.bool_]) -> dict[int, str]:
+def _never_trained(lora: LoraSection, inputs: Inputs, module: str, used: npt.NDArray[np.bool_]) -> dict[int, str]:
     """Ids that rows hold, whose row of `module` the base never trained and this run does not, and what it is."""
     files = inputs.base_files
     tensor = files.tensors[files.vocabulary[module]]

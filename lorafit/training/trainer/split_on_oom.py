@@ -186,6 +186,10 @@ class SplitOnOom(Trainer):
             return one_step(model, inputs, num_items_in_batch)
         return self._halving.step(self, one_step, model, inputs=inputs, num_items=num_items_in_batch)
 
+    def described_split(self) -> str | None:
+        """How micro-batches are divided now; None where they are not."""
+        return self._halving.described(self) if self._halving is not None and self._halving.parts > 1 else None
+
     def doing(self) -> Doing:
         """For the message when memory runs out."""
         return "training" if self.model.training else "evaluating"

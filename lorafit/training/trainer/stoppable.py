@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
-from lorafit.launching import launch
-from lorafit.launching.signals import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
-from lorafit.storage.run_dir import RunDir
+from lorafit.launching.signals import StopRequest
 
 
 class EvaluationBrokenOff(Exception):
@@ -85,39 +80,3 @@ class _StopBetweenSteps(TrainerCallback):
         """Break an evaluation off."""
         if self._trainer.agree_to_stop():
             raise EvaluationBrokenOff
-
-
-class _Record(Protocol):
-    def __call__(self, *, outcome: str) -> None: ...
-
-
-@contextmanager
-def ending_is_recorded(
-    trainer: Stoppable, run: RunDir, *, stop: StopRequest, steps: int, record: _Record
-) -> Iterator[None]:
-    """A run of `steps` that ends without an adapter says why, with `record`: stopped, broken, or left alone."""
-    try:
-        try:
-            yield
-        except KeyboardInterrupt as interrupt:  # of a caller that hears requests in its own way
-            done = f"stopped on request after step {trainer.state.global_step} of {steps}; no adapter was written"
-            raise StopRequested(done, where=str(run.path)) from interrupt
-        except EvaluationBrokenOff as broken:
-            raise stop.stopped(step=trainer.state.global_step, steps=steps, where=str(run.path)) from broken
-    except LorafitError as error:
-        stop.ignore()
-        message = error.problems[0].message
-        if isinstance(error, StopRequested) and trainer.is_world_process_zero():
-            run.add_event("stopped", message, step=trainer.state.global_step)
-        with suppress(OSError) if isinstance(error, DiskError) else nullcontext():
-            record(outcome=message if isinstance(error, StopRequested) else f"stopped: {error}")
-        # These are agreed on by all processes. One that left now would have the others ended before that is written.
-        if isinstance(error, StopRequested | HealthStop):
-            trainer.accelerator.wait_for_everyone()
-        raise
-    except (SystemExit, RuntimeError) as error:
-        if not launch.is_worker() or not has_lost_another(within_seconds=5):
-            raise
-        stop.ignore()
-        record(outcome=f"ended after step {trainer.state.global_step} of {steps}: another process ended")
-        raise SystemExit(ENDED_WITH_ANOTHER) from error

@@ -1,26 +1,17 @@
-"""Whether and where a run goes on: what it left behind, and what must be as it was. No torch here."""
+"""What must be as it was where a run goes on, key by key: a line for each difference, old -> new. No torch here."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
-from lorafit.data.digest import DATE, TOKENS
+from lorafit.data.digest import TOKENS
 from lorafit.errors import Problem, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe
-from lorafit.recipe.load import load
-from lorafit.storage.files import read_regular
-from lorafit.storage.run_dir import RunDir
-from lorafit.storage.stage import remove_abandoned
-from lorafit.training.checkpoints import Checkpoint, newest_verified, quarantine
-
-Begin = Literal["new", "resume", "restart"]
-"""`new`: in an unused directory. `resume`: after the newest checkpoint. `restart`: the same, or from the first step
-where there are checkpoints and all of them are damaged."""
+from lorafit.training.checkpoints import Checkpoint
 
 MAY_CHANGE = frozenset(
     {
@@ -48,88 +39,6 @@ SHARES = (
 )
 """How those of a step are divided: a run may go on with another division of as many, but under ZeRO, whose checkpoints
 hold a part for each process."""
-
-FINISHED = ("finished", "stopped early")
-
-
-@dataclass(frozen=True)
-class Departure:
-    """Where a run begins."""
-
-    checkpoint: Checkpoint | None
-    """None: at its first step."""
-    damaged: tuple[tuple[Path, str], ...] = ()
-    """Checkpoints that were passed over, and why."""
-    is_again: bool = False
-    """Whether the directory holds what an earlier session left."""
-
-    @property
-    def as_of(self) -> str | None:
-        """The date of the rows of the run that goes on, where a template writes it."""
-        return self.checkpoint.facts.get(DATE) if self.checkpoint else None
-
-
-def departure(run: RunDir, begin: Begin) -> Departure:
-    """Where the run in this directory begins; nothing is changed there yet. Raises RunDirError."""
-    if begin == "new":
-        run.refuse_used()
-        return Departure(None)
-    if not run.is_begun():
-        run.refuse_used()
-    search = newest_verified(run.checkpoints)
-    if search.newest is None and search.damaged and begin == "resume":
-        problems = [Problem(str(path), reason) for path, reason in search.damaged]
-        message = "none of its checkpoints is as it was committed; `--resume --restart` starts over from the first step"
-        raise RunDirError([*problems, Problem(str(run.path), message)])
-    return Departure(search.newest, search.damaged, is_again=run.is_begun())
-
-
-def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | None:
-    """The manifest of a run that has come to its end; None of any other.
-
-    Raises RecipeError when the recipe no longer is that of the run: nothing more would be trained.
-    """
-    try:
-        manifest: dict[str, Any] = json.loads(read_regular(run.manifest))
-    except (OSError, ValueError, RecursionError):
-        return None
-    if not isinstance(manifest, dict) or manifest.get("outcome") not in FINISHED or not run.adapter.is_dir():
-        return None
-    then, now = (kept_keys(recipe.model_dump(mode="json")) for recipe in (load(run.recipe).recipe, loaded.recipe))
-    refuse([loaded.problem(key, f"{change}: the run is finished") for key, change in changes(then, now)], [])
-    return manifest
-
-
-def settle(run: RunDir, begun: Departure, *, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
-    """Make the run directory what it was at the point of departure; by one process alone. `now` are the facts."""
-    if begun.is_again:
-        remove_abandoned(run.path)
-        remove_abandoned(run.checkpoints)
-        if torn := run.set_torn_events_aside():
-            lines = f"{torn} line{'s' * (torn > 1)} of {run.events.name} not whole"
-            aside = (run.quarantine / run.events.name).relative_to(run.path)
-            say(f"warning: {lines}; set aside as {aside}")
-    step = begun.checkpoint.step if begun.checkpoint else 0
-    for path, reason in begun.damaged:
-        target = quarantine(path, run.quarantine)
-        message = f"{path.name} was set aside as {target.relative_to(run.path)}: {reason}"
-        say(f"warning: {message}")
-        run.add_event("quarantined", message, step=step)
-    if begun.checkpoint:
-        message = f"goes on after step {step}, from {begun.checkpoint.path.relative_to(run.path)}"
-        before, count = begun.checkpoint.facts["processes"], now["processes"]
-        if before != count:
-            message = f"{message}, in {count} process{'es' * (count > 1)} instead of {before}"
-            message = f"{message}, with {now[SEQUENCES]} sequences per step as before"
-        others = [f"{key} {change}" for key, change in changes(begun.checkpoint.facts[ROUNDING], now[ROUNDING])]
-        if others:
-            say(f"warning: {', '.join(others)}: the adapter may differ in its last bits from an undisturbed run's")
-    elif begun.is_again:
-        message = "there is no checkpoint to go on from: starts again at the first step"
-    else:
-        return
-    say(f"resume: {message}")
-    run.add_event("resumed", message, step=step)
 
 
 def kept_keys(value: Any, key: str = "") -> Any:
@@ -190,11 +99,14 @@ def divided_anew(loaded: LoadedRecipe, checkpoint: Checkpoint | None, *, process
     return replace(loaded, recipe=loaded.recipe.model_copy(update={"training": training.model_copy(update=divided)}))
 
 
-def refuse_changes(loaded: LoadedRecipe, run: RunDir, checkpoint: Checkpoint, *, now: Mapping[str, Any]) -> None:
-    """The run is what it was at `checkpoint`: recipe, base, data, processes. `now` holds the facts known so far.
+def refuse_changes(loaded: LoadedRecipe, checkpoint: Checkpoint | None, *, now: Mapping[str, Any]) -> None:
+    """The run is what it was at `checkpoint`: recipe, base, data, processes. `now` holds what is known of it so far.
 
     Raises RecipeError or RunDirError with a line for every difference, old -> new.
     """
+    if checkpoint is None:
+        return
+    run = loaded.output_dir()
     then = {name: checkpoint.facts.get(name) for name in now} | {SEQUENCES: sequences_per_step(checkpoint.facts)}
     found = list(changes(then, now))
     if then[SEQUENCES] == now[SEQUENCES] and not str(checkpoint.facts.get("distribution")).startswith("ZeRO"):
@@ -204,7 +116,7 @@ def refuse_changes(loaded: LoadedRecipe, run: RunDir, checkpoint: Checkpoint, *,
     of_recipe = [(key.removeprefix("recipe."), change) for key, change in found if key.startswith("recipe.")]
     refuse(
         [loaded.problem(key, change) for key, change in of_recipe],
-        [Problem(f"{run.path}: {key}", change) for key, change in found if not key.startswith("recipe.")],
+        [Problem(f"{run}: {key}", change) for key, change in found if not key.startswith("recipe.")],
     )
 
 

@@ -8,8 +8,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
-from lorafit.training.checks import is_adapter_tensor
 from lorafit.training.processes import distribution
+
+_ADAPTER_PARTS = ("lora_", "modules_to_save.", "trainable_tokens_", "ranknum")
+
+
+def is_adapter_tensor(name: str) -> bool:
+    """Whether a tensor of this name was put there by peft."""
+    return any(part in name for part in _ADAPTER_PARTS)
 
 
 def whole_adapter(trainer: Trainer) -> dict[str, torch.Tensor] | None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from peft import PeftModel
 from transformers import Trainer
 
-from lorafit.builders.adapter import AdaptedModule
+from lorafit.builders.adapter import adapted_modules
 from lorafit.data.prepare import PreparedData
 from lorafit.recipe import LoadedRecipe
 
@@ -21,8 +21,9 @@ def say_data(data: PreparedData, say: Say) -> None:
         say(f"warning: {warning}")
 
 
-def say_adapter(table: tuple[AdaptedModule, ...], model: PeftModel, say: Say) -> None:
+def say_adapter(model: PeftModel, say: Say) -> None:
     """How much is trained, and where."""
+    table = adapted_modules(model)
     trained, total = model.get_nb_trainable_parameters()
     say(f"adapter: {len(table)} modules, {trained:,} trained parameters, {trained / total:.2%} of {total:,}")
     groups: dict[tuple[str, int, float, float], list[int]] = {}

@@ -11,13 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorafit.errors import VerificationError
-
-_ADAPTER_PARTS = ("lora_", "modules_to_save.", "trainable_tokens_", "ranknum")
-
-
-def is_adapter_tensor(name: str) -> bool:
-    """Whether a tensor of this name was put there by peft."""
-    return any(part in name for part in _ADAPTER_PARTS)
+from lorafit.training.causal_lm import CausalLm
+from lorafit.training.gather_adapter import is_adapter_tensor, whole_adapter
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -76,6 +71,21 @@ def _hash(parameter: torch.Tensor) -> int:
 
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def verified_adapter(model: nn.Module, trainer: CausalLm, *, before: Before) -> dict[str, torch.Tensor] | None:
+    """The adapter as `whole_adapter` gathers it, after all that `verify_result` holds it to."""
+    gathered = whole_adapter(trainer)
+    verify_result(
+        model,
+        before=before,
+        gathered=gathered,
+        steps_done=trainer.state.global_step,
+        steps_planned=trainer.steps,
+        stopped_early=trainer.is_stopped_early(),
+        updates=trainer.updates.count,
+    )
+    return gathered
 
 
 def verify_result(
