@@ -172,12 +172,13 @@ def test_without_bfloat16_autocast_the_adapter_of_a_quantised_base_is_trained_in
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
+    from lorafit.builders.sft_config import CHECKPOINTING
     from lorafit.training.trainer.peft_steps import PeftSteps
 
     class WithPeft(PeftSteps, SFTTrainer):
         """And nothing else of ours."""
 
-    switches = {"use_cpu": True, "activation_checkpointing": False, "report_to": "none", "bf16": bf16}
+    switches = {"use_cpu": True, CHECKPOINTING: False, "report_to": "none", "bf16": bf16}
     arguments = SFTConfig(output_dir=str(tmp_path), **switches)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     trainer = WithPeft(

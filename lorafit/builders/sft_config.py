@@ -11,7 +11,7 @@ from trl import SFTConfig
 from lorafit.recipe.recipe import Recipe
 
 _NAMES = {one.name for one in fields(SFTConfig)}
-_CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 """The first since transformers 5.23, which warns of the second; to be written out where that is the oldest."""
 
 
@@ -51,8 +51,8 @@ def sft_config(
         "max_grad_norm": training.max_grad_norm,
         "bf16": bf16,
         "fp16": training.fp16,
-        _CHECKPOINTING: gradient_checkpointing,
-        f"{_CHECKPOINTING}_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
+        CHECKPOINTING: gradient_checkpointing,
+        f"{CHECKPOINTING}_kwargs": {"use_reentrant": False} if gradient_checkpointing else None,
         "neftune_noise_alpha": training.neftune_noise_alpha,
         "logging_steps": training.logging_steps,
         "report_to": list(training.report_to) or "none",
