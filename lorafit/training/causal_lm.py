@@ -20,7 +20,7 @@ from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
-from lorafit.speed.levers import Engaged, engage_all
+from lorafit.speed.levers import engage_all
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
 from lorafit.training.health.watch import HealthWatch
@@ -30,32 +30,17 @@ from lorafit.training.progress import Progress
 from lorafit.training.rows_of_batch import RowFinder
 from lorafit.training.save import base_name
 from lorafit.training.startup_lines import say_steps
-from lorafit.training.trainer.committed import Committed
-from lorafit.training.trainer.finite_steps import FiniteSteps
-from lorafit.training.trainer.peft_steps import PeftSteps
-from lorafit.training.trainer.split_on_oom import HalveBatch, SplitOnOom
-from lorafit.training.trainer.stoppable import Stoppable
+from lorafit.training.trainer.run_trainer import RunTrainer
+from lorafit.training.trainer.split_on_oom import HalveBatch
 
 
-class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrainer):
+class CausalLm(RunTrainer, SFTTrainer):
     """Trains one adapter on rows that already hold `input_ids` and `labels`."""
 
-    called: Callable[[Any], Any]
-    """What the model is called through; a lever may put something around it."""
-
-    engaged: Engaged
-    metrics: MetricsFile
-    updates: Updates
-    steps: int
-    """Of the whole run."""
-
-    def __init__(self, *, engaged: Engaged, **arguments: Any) -> None:
-        """`arguments` are those of the classes above, and of SFTTrainer."""
+    def __init__(self, **arguments: Any) -> None:
+        """`arguments` are those of `RunTrainer` and of SFTTrainer."""
         self._held_out: list[torch.Tensor] = []
-        self.engaged = engaged
-        self.called = lambda model: model
         super().__init__(**arguments)
-        engaged.put_on(self)
 
     @property
     def window(self) -> dict[str, Any]:
@@ -67,14 +52,6 @@ class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrai
     def window(self, window: dict[str, Any]) -> None:
         self._metrics["train"] = defaultdict(list, {name: list(values) for name, values in window["metrics"].items()})
         self._total_train_tokens = window["tokens"]
-
-    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **named: Any) -> Any:
-        """The loss of a batch, of the model as it is to be called."""
-        return super().compute_loss(self.called(model), inputs, *rest, **named)
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Not counted: it would walk the whole model at each step, for the figure of a full fine-tuning."""
-        return 0
 
     def evaluation_loop(self, *rest: Any, **named: Any) -> Any:
         """`eval_loss` is the mean over held-out tokens, not over batches: the same for every batch size."""
@@ -107,18 +84,6 @@ class CausalLm(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, SFTTrai
         self._held_out.append(gathered.cpu())
         nll, tokens = per_document.sum(dim=0)
         return nll / tokens.clamp(min=1), None, None
-
-    def held_out_losses(self) -> tuple[float | None, float | None]:
-        """In nats per trained token: before the first step, and of the adapter that is saved."""
-        if self.eval_dataset is None:
-            return None, None
-        before = next(entry["eval_loss"] for entry in self.metrics.history if "eval_loss" in entry)
-        return before, self.evaluate()["eval_loss"]
-
-    def is_stopped_early(self) -> bool:
-        """Whether a run that has ended did so because the held-out loss no longer fell."""
-        may_stop = any(isinstance(callback, EarlyStopping) for callback in self.callback_handler.callbacks)
-        return may_stop and self.state.global_step < self.steps
 
     def create_model_card(self, *_: Any, **__: Any) -> None:
         """None beside checkpoints: the one card of a run is written with its adapter."""

@@ -11,14 +11,16 @@ from lorafit.launching import launch
 from lorafit.launching.signals import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.causal_lm import CausalLm
 from lorafit.training.disk import full_disk_is_said
 from lorafit.training.out_of_memory import forget_peak, out_of_memory_is_said
+from lorafit.training.trainer.run_trainer import RunTrainer
 from lorafit.training.trainer.stoppable import EvaluationBrokenOff
 
 
 @contextmanager
-def shortage_is_said(trainer: CausalLm, loaded: LoadedRecipe, run: RunDir, *, checkpoint_bytes: int) -> Iterator[None]:
+def shortage_is_said(
+    trainer: RunTrainer, loaded: LoadedRecipe, run: RunDir, *, checkpoint_bytes: int
+) -> Iterator[None]:
     """A lack of memory, or of space for a checkpoint, is said in one line; the peak of memory is that of this block.
 
     Raises MachineError and DiskError.
@@ -36,7 +38,7 @@ class _Record(Protocol):
 
 
 @contextmanager
-def ending_is_recorded(trainer: CausalLm, run: RunDir, *, stop: StopRequest, record: _Record) -> Iterator[None]:
+def ending_is_recorded(trainer: RunTrainer, run: RunDir, *, stop: StopRequest, record: _Record) -> Iterator[None]:
     """A run that ends without an adapter says why, with `record`: stopped, broken, or left alone."""
     steps = trainer.steps
     try:

@@ -11,8 +11,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from lorafit.errors import VerificationError
-from lorafit.training.causal_lm import CausalLm
 from lorafit.training.gather_adapter import is_adapter_tensor, whole_adapter
+from lorafit.training.trainer.run_trainer import RunTrainer
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -73,7 +73,7 @@ def _hash(parameter: torch.Tensor) -> int:
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def verified_adapter(model: nn.Module, trainer: CausalLm, *, before: Before) -> dict[str, torch.Tensor] | None:
+def verified_adapter(model: nn.Module, trainer: RunTrainer, *, before: Before) -> dict[str, torch.Tensor] | None:
     """The adapter as `whole_adapter` gathers it, after all that `verify_result` holds it to."""
     gathered = whole_adapter(trainer)
     verify_result(

@@ -24,13 +24,13 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.report.model_card import model_card
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.causal_lm import CausalLm
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.must_match import ROUNDING
 from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.selftest import SelfTest
 from lorafit.training.start_point import FINISHED, StartPoint, finished_manifest, restore_run_dir
 from lorafit.training.trainer.committed import CheckpointPolicy
+from lorafit.training.trainer.run_trainer import RunTrainer
 
 _PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "safetensors")
 
@@ -71,7 +71,7 @@ class Manifest:
     def __init__(
         self,
         loaded: LoadedRecipe,
-        trainer: CausalLm,
+        trainer: RunTrainer,
         *,
         base_files: BaseModelFiles,
         data: PreparedData,
@@ -160,7 +160,7 @@ class Manifest:
         self._run.write_manifest(facts | {"outcome": outcome, "resumes": self._run.events_of("resumed")} | adapter)
 
 
-def _reached(trainer: CausalLm) -> dict[str, Any]:
+def _reached(trainer: RunTrainer) -> dict[str, Any]:
     """How far the run came."""
     state = trainer.state
     is_best = trainer.args.load_best_model_at_end and state.best_model_checkpoint is not None
@@ -174,7 +174,7 @@ def _reached(trainer: CausalLm) -> dict[str, Any]:
 
 def run_facts(
     loaded: LoadedRecipe,
-    trainer: CausalLm,
+    trainer: RunTrainer,
     *,
     base_files: BaseModelFiles,
     data: PreparedData,

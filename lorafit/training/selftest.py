@@ -30,10 +30,10 @@ from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
 from lorafit.storage.files import write_file
 from lorafit.storage.stage import scratch
-from lorafit.training.causal_lm import CausalLm
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.restore_model import unchanged
 from lorafit.training.selftest_bench import Bench, Check, switch_off_noise, wake_adapter
+from lorafit.training.trainer.run_trainer import RunTrainer
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class SelfTested(Exception):
 
 
 def self_test_once(
-    trainer: CausalLm,
+    trainer: RunTrainer,
     loaded: LoadedRecipe,
     *,
     rows: Dataset,
