@@ -53,7 +53,7 @@ NOT_HERE = {
     "accelerate": "needs several GPUs; tests/test_two_processes.py launches so on a CPU",
     "srun": "needs SLURM; tests/test_two_machines.py gives its variables",
     "bash": "needs a GPU",
-    "python": "takes minutes",
+    "python": "takes minutes, or a test does the same",
     "git": "changes the repository",
 }
 SEVERAL_MACHINES = "needs several machines; tests/test_two_machines.py runs two on one"
