@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lorafit.planning.answer import Plan
     from lorafit.recipe import LoadedRecipe
     from lorafit.sweep.result import SweepResult
-    from lorafit.training.train import TrainResult
+    from lorafit.training.manifest import TrainResult
     from lorafit.validation import Validation
 else:
     _FUNCTIONS = ("evaluate", "load", "merge", "plan", "rank_sweep", "train", "validate")
@@ -46,7 +46,7 @@ else:
         "MergeResult": "lorafit.merging.merge",
         "Plan": "lorafit.planning.answer",
         "SweepResult": "lorafit.sweep.result",
-        "TrainResult": "lorafit.training.train",
+        "TrainResult": "lorafit.training.manifest",
         "Validation": "lorafit.validation",
     }
 

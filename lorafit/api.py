@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lorafit.merging.merge import MergeResult
     from lorafit.planning.answer import Plan
     from lorafit.sweep.result import SweepResult
-    from lorafit.training.train import TrainResult
+    from lorafit.training.manifest import TrainResult
     from lorafit.validation import Validation
 
 _logger = logging.getLogger("lorafit")
