@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from lorafit.evaluation.evaluate import evaluate
 from lorafit.evaluation.generate import answers
 from lorafit.evaluation.memory import scoring_tokens
-from lorafit.evaluation.sequences import sequence_losses
 from lorafit.merging.merge import merge
+from lorafit.tasks.sequences import sequence_losses
 
 PAD, STOP = 0, 2
 ROUNDS = 3

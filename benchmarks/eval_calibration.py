@@ -22,7 +22,7 @@ from lorafit.evaluation.intervals import paired_difference
 from lorafit.evaluation.result import LEVEL, comparison
 from lorafit.evaluation.rows import Rows
 from lorafit.evaluation.scores import loss_scores
-from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
+from lorafit.tasks.sequences import SequenceLosses, sequence_losses
 
 VOCABULARY, LENGTH = 64, 24
 TINY = 3e-4

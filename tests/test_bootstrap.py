@@ -15,7 +15,7 @@ from lorafit.evaluation.intervals import (
     ratio,
     standard_error,
 )
-from lorafit.evaluation.sequences import SequenceLosses
+from lorafit.tasks.sequences import SequenceLosses
 
 
 def losses(nll: np.ndarray, tokens: np.ndarray) -> SequenceLosses:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, GPT2Config, Pre
 from lorafit.evaluation import generate
 from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.memory import AT_LEAST, generated_tokens, scoring_tokens
-from lorafit.evaluation.sequences import sequence_losses
+from lorafit.tasks.sequences import sequence_losses
 
 CONFIGS: dict[str, Any] = {
     "rotary positions": lambda: llama_config(initializer_range=0.2),

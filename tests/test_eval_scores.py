@@ -10,7 +10,7 @@ from lorafit.errors import DataError
 from lorafit.evaluation.result import SMALLEST, comparison, verdict
 from lorafit.evaluation.rows import Question, Rows
 from lorafit.evaluation.scores import Score, compare, confusion, is_json, loss_scores, rouge_l, text_scores
-from lorafit.evaluation.sequences import SequenceLosses
+from lorafit.tasks.sequences import SequenceLosses
 
 ALL = ("exact_match", "rouge_l", "bleu", "chrf", "json_valid")
 

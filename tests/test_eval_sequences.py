@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig
 
 from lorafit.evaluation import sequences
-from lorafit.evaluation.sequences import batches_by_length, sequence_losses
+from lorafit.tasks.sequences import batches_by_length, sequence_losses
 
 SMALL = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
 WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

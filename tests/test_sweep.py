@@ -20,7 +20,6 @@ from tiny import sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from lorafit.errors import DataError, LorafitError, MachineError, RecipeError, RunDirError, StopRequested
-from lorafit.evaluation.sequences import sequence_losses
 from lorafit.launching.signals import StopRequest
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.identity import refuse_wrong_base
@@ -36,6 +35,7 @@ from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.sweep.study import Claim
 from lorafit.sweep.sweep import rank_sweep
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
+from lorafit.tasks.sequences import sequence_losses
 from lorafit.training.inputs import read_inputs
 from lorafit.training.train import train
 

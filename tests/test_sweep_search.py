@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from lorafit.evaluation.intervals import Interval, paired_difference
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe.sections import RankSweepSection
 from lorafit.sweep import search
 from lorafit.sweep.search import (
@@ -26,6 +25,7 @@ from lorafit.sweep.search import (
     budget_in_thirds,
     decide,
 )
+from lorafit.tasks.sequences import SequenceLosses
 
 
 @pytest.fixture(autouse=True)

@@ -13,9 +13,9 @@ import pytest
 from forked import Child
 
 from lorafit.errors import MachineError
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.sweep import study as studies
 from lorafit.sweep.study import Study
+from lorafit.tasks.sequences import SequenceLosses
 
 
 @pytest.fixture

@@ -26,12 +26,13 @@ from lorafit.evaluation.models import models
 from lorafit.evaluation.result import Comparison, EvalResult, comparison, verdict
 from lorafit.evaluation.rows import Question, RowReader, Rows
 from lorafit.evaluation.scores import Score, confusion, loss_scores, text_scores
-from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.evaluation.subject import Subject, read_subject
 from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 from lorafit.storage.files import read_regular, write_file
 from lorafit.tasks import TASKS, Task
+from lorafit.tasks.pages import PAGES
+from lorafit.tasks.sequences import SequenceLosses
 
 Say = Callable[[str], None]
 RESULT = "eval.json"
@@ -242,7 +243,7 @@ def _losses(
 ) -> SequenceLosses:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batch_tokens = scoring_tokens(inner)
-    losses = sequence_losses(
+    losses = PAGES[material.task.name].held_out(
         model,
         rows.table,
         pad_token_id=material.pad_token_id,

@@ -12,8 +12,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from lorafit.data.tokens import NOT_TRAINED
 from lorafit.evaluation.memory import generated_tokens, scoring_tokens
 from lorafit.evaluation.rows import before_stop
-from lorafit.evaluation.sequences import batches_by_length
 from lorafit.pulse import Counted, uncounted
+from lorafit.tasks.sequences import batches_by_length
 
 OWN_TEXTS, OWN_TOKENS = 64, 32
 """What a model writes unasked: 2,048 tokens, enough to tell a divergence of some hundredths of a nat."""

@@ -15,7 +15,7 @@ from statistics import NormalDist
 import numpy as np
 import numpy.typing as npt
 
-from lorafit.evaluation.sequences import SequenceLosses
+from lorafit.tasks.sequences import SequenceLosses
 
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Floats], Floats]

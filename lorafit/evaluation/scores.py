@@ -15,8 +15,8 @@ from sacrebleu import BLEU, CHRF
 from lorafit.errors import DataError
 from lorafit.evaluation.intervals import Floats, Interval, Statistic, bootstrap, ratio
 from lorafit.evaluation.rows import Question, Rows
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.tasks import DEFAULT_TASK, Task
+from lorafit.tasks.sequences import SequenceLosses
 
 MOST_LABELS = 50
 """Answers that still count as labels; of each there must be two rows in the mean."""

@@ -12,7 +12,6 @@ from peft import LoraConfig, PeftModel
 from lorafit.builders.adapter import adapted_modules
 from lorafit.builders.lora_config import lora_config
 from lorafit.data.templates import saved_chat_template
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe import LoadedRecipe
 from lorafit.report.model_card import model_card
 from lorafit.storage.files import write_file
@@ -21,6 +20,7 @@ from lorafit.storage.stage import staged
 from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import Trained, attached, read_trained, with_rank
 from lorafit.tasks import TASKS
+from lorafit.tasks.sequences import SequenceLosses
 from lorafit.training.save import generation_settings, write_adapter
 
 SPECTRUM = "singular_values.json"

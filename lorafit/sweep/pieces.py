@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.sections import RankSweepSection
 from lorafit.sweep.search import Job, Known
 from lorafit.sweep.study import Outcome
+from lorafit.tasks.sequences import SequenceLosses
 
 
 def key_of(job: Job, seed: int) -> str:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from lorafit.evaluation.intervals import Interval, paired_difference, standard_error
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.recipe.sections import RankSweepSection
+from lorafit.tasks.sequences import SequenceLosses
 
 THIRD, TWO_THIRDS, END = 1, 2, 3
 """Where a run is judged, in thirds of its steps."""

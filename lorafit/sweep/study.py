@@ -29,8 +29,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lorafit.errors import MachineError
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.storage.lease import BEAT_SECONDS, is_alive, this_host
+from lorafit.tasks.sequences import SequenceLosses
 
 _LIFE = uuid.uuid4().hex
 """Of this process: its number may have been that of one which died."""

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import DataError, HealthStop, Problem, RecipeError, StopRequested
-from lorafit.evaluation.sequences import SequenceLosses
 from lorafit.launching.signals import StopRequest
 from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
 from lorafit.recipe import LoadedRecipe
@@ -26,6 +25,7 @@ from lorafit.sweep.study import Outcome, Study
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 from lorafit.sweep.tune import Tuned, tuned
 from lorafit.sweep.write import write_sweep
+from lorafit.tasks.sequences import SequenceLosses
 from lorafit.training.checkpoints import remove_committed
 from lorafit.training.inputs import read_inputs
 from lorafit.training.must_match import changes, kept_keys

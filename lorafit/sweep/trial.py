@@ -20,13 +20,14 @@ from lorafit.builders.adapter import CHANGES_BASE_WEIGHTS
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import HealthStop, RecipeError
-from lorafit.evaluation.sequences import SequenceLosses, sequence_losses
 from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.tasks import TASKS
+from lorafit.tasks.pages import PAGES
+from lorafit.tasks.sequences import SequenceLosses
 from lorafit.training.inputs import Inputs
 from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.progress import signs_of_life
@@ -109,7 +110,8 @@ class Bench:
     def losses_of(self, model: torch.nn.Module) -> SequenceLosses:
         """On the held-out rows."""
         assert self.inputs.data.eval is not None
-        return sequence_losses(model, self.inputs.data.eval, pad_token_id=self.inputs.tokenizer.pad_token_id)
+        held_out = PAGES[self._recipe.task].held_out
+        return held_out(model, self.inputs.data.eval, pad_token_id=self.inputs.tokenizer.pad_token_id)
 
     @contextmanager
     def adapter_on_base(self, adapter: Path) -> Iterator[PeftModel]:
