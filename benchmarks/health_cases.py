@@ -24,7 +24,7 @@ from lorafit.errors import LorafitError
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import load
 from lorafit.recipe.sections import ModelSection
-from lorafit.training.causal_lm import CausalLm
+from lorafit.tasks.causal_lm_trainer import CausalLm
 from lorafit.training.train import run_training
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart"

@@ -153,7 +153,7 @@ import sys
 import lorafit.cli
 from lorafit.launching import launch
 from lorafit.errors import DataError
-from lorafit.training.causal_lm import CausalLm
+from lorafit.tasks.causal_lm_trainer import CausalLm
 step = CausalLm.training_step
 def failing(self, *rest, **named):
     if self.state.global_step == 3 and launch.rank() == {rank}:

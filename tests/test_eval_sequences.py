@@ -14,7 +14,7 @@ from tiny import llama_config
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config, GraniteConfig
 
-from lorafit.evaluation import sequences
+from lorafit.tasks import sequences
 from lorafit.tasks.sequences import batches_by_length, sequence_losses
 
 SMALL = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}

@@ -25,10 +25,11 @@ from lorafit.evaluation import memory
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
-from lorafit.training import causal_lm, invariants, out_of_memory, smoke
-from lorafit.training.causal_lm import CausalLm, adapts_separate_experts
+from lorafit.tasks.causal_lm_trainer import CausalLm
+from lorafit.training import invariants, out_of_memory, smoke, task_trainer
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
+from lorafit.training.task_trainer import adapts_separate_experts
 from lorafit.training.train import run_training
 
 
@@ -238,6 +239,6 @@ def test_only_a_run_with_such_experts_pays_for_looking(
             seen.append(args.ddp_find_unused_parameters)
 
     if is_routed:
-        monkeypatch.setattr(causal_lm, "adapts_separate_experts", lambda model: True)
+        monkeypatch.setattr(task_trainer, "adapts_separate_experts", lambda model: True)
     run_training(small_recipe(tmp_path, tiny_base), say=print, cache_dir=cache_of(tmp_path), watchers=[Watcher()])
     assert seen == [is_routed]

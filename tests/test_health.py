@@ -22,8 +22,8 @@ from lorafit.cli import _exit_code
 from lorafit.errors import HealthStop
 from lorafit.recipe.sections import HealthSection
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks.causal_lm_trainer import CausalLm
 from lorafit.training import model as model_module
-from lorafit.training.causal_lm import CausalLm
 from lorafit.training.health.watch import HealthWatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -230,7 +230,7 @@ def test_memory_that_runs_out_in_an_evaluation_names_its_batch_size(
     def full(*_: Any, **__: Any) -> None:
         raise RuntimeError(f"{CPU}4096000000 bytes. Error code 12 (Cannot allocate memory)")
 
-    monkeypatch.setattr("lorafit.training.causal_lm.CausalLm.prediction_step", full)
+    monkeypatch.setattr("lorafit.tasks.causal_lm_trainer.CausalLm.prediction_step", full)
     with pytest.raises(MachineError) as caught:
         trained(small_recipe(tmp_path, tiny_base))
     (problem,) = caught.value.problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import math
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +23,8 @@ from lorafit.planning.empty_base import empty_base
 from lorafit.recipe import load
 from lorafit.recipe.sections import ModelSection
 from lorafit.tasks import DEFAULT_TASK, MODEL_KINDS, TASKS, Task, TaskName, model_kind
+from lorafit.tasks.pages import PAGES
+from lorafit.tasks.trainers import TRAINERS
 
 PACKAGE = Path(__file__).parents[1] / "lorafit"
 ROOM = PACKAGE / "tasks"
@@ -81,7 +84,7 @@ def test_no_name_of_a_task_stands_outside_its_room(trees: dict[Path, ast.AST]) -
         f"{path.relative_to(PACKAGE)}:{line}: {name}"
         for path, tree in trees.items()
         for line, name in mentions(tree)
-        if ROOM not in path.parents and PACKAGE / "training" not in path.parents
+        if ROOM not in path.parents
     ]
     assert said == []
 
@@ -112,6 +115,7 @@ def test_a_task_is_in_few_files(name: TaskName, trees: dict[Path, ast.AST]) -> N
 
 def test_every_task_that_a_recipe_may_name_is_in_the_table() -> None:
     assert list(TASKS) == list(get_args(TaskName)) == [task.name for task in TASKS.values()]
+    assert list(PAGES) == list(TRAINERS) == list(TASKS)
     assert all(MODEL_KINDS[task.model.peft_type] is task.model for task in TASKS.values())
 
 
@@ -156,3 +160,8 @@ def test_the_kind_of_model_decides_the_class_that_is_built_and_the_bases_that_ar
     translator = replace(DEFAULT_TASK, model=MODEL_KINDS["SEQ_2_SEQ_LM"])
     assert list(task_problems(config.to_dict(), where="config.json")) == []
     assert len(list(task_problems(config.to_dict(), where="config.json", task=translator))) == 1
+
+
+def test_a_guess_holds_every_token_for_equally_likely(tiny_base: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(tiny_base)
+    assert PAGES[DEFAULT_TASK.name].guessing(config) == math.log(config.vocab_size)

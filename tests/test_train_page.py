@@ -14,7 +14,7 @@ PAGE = ast.parse(Path(train.__file__).read_text("utf-8"))
 ROOM = Path(training.__path__[0])
 LINES, IMPORTS = 60, 12
 ALOUD = (
-    *("prepare_run", "model_with_adapter", "causal_lm_trainer", "self_test_once"),
+    *("prepare_run", "model_with_adapter", "task_trainer", "self_test_once"),
     *("train_by", "verified_adapter", "save_adapter", "finish"),
 )
 

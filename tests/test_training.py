@@ -26,8 +26,8 @@ from lorafit.errors import (
     StopRequested,
     VerificationError,
 )
+from lorafit.tasks.causal_lm_trainer import CausalLm
 from lorafit.training import model as model_module
-from lorafit.training.causal_lm import CausalLm
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from lorafit.planning.empty_base import empty_base
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks import TASKS
 from lorafit.training.checkpoints import KEPT_AT_LEAST
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
@@ -58,7 +59,8 @@ def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles, *, bf16: bool
     of_base = architecture(recipe.model)
     if base_files.trained_token_ids:
         of_base.get_text_config().vocab_size = base_files.vocab_size
-    base = empty_base(recipe.model, recipe.quantization, config=of_base)
+    task = TASKS[recipe.task]
+    base = empty_base(recipe.model, recipe.quantization, config=of_base, task=task)
     # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
     plain = {"init_lora_weights": True, "eva_config": None, "corda_config": None}
     config = lora_config(
@@ -68,6 +70,7 @@ def space_needed(loaded: LoadedRecipe, base_files: BaseModelFiles, *, bf16: bool
         where=loaded.problem,
         by_fsdp=launch.shards_by_fsdp(recipe.launch),
         token_ids=base_files.trained_token_ids,
+        task=task,
     )
     with torch.device("meta"), used_patterns_are_known():
         model = get_peft_model(base, config, low_cpu_mem_usage=True)

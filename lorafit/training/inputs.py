@@ -22,6 +22,7 @@ from lorafit.preflight import Machine, refuse_what_this_machine_lacks
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.rules.run import too_long_for
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks import TASKS
 from lorafit.training.start_point import Begin, StartPoint, start_point
 
 
@@ -57,7 +58,7 @@ def read_inputs(
     """
     recipe = loaded.recipe
     try:
-        base_files = check_base_model(recipe.model, quantization=recipe.quantization)
+        base_files = check_base_model(recipe.model, quantization=recipe.quantization, task=TASKS[recipe.task])
         refuse_misfit(loaded, base_files)
         tokenizer = load_tokenizer(recipe.model, stop_token=recipe.data.stop_token)
         with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):

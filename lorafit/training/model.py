@@ -21,6 +21,7 @@ from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
 from lorafit.launching import launch
 from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.tasks import TASKS
 from lorafit.training.invariants import refuse_wrong_trainable_set
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.startup_lines import Say, say_adapter
@@ -65,6 +66,7 @@ def _attached(
         where=loaded.problem,
         by_fsdp=by_fsdp,
         token_ids=base_files.trained_token_ids,
+        task=TASKS[recipe.task],
     )
     collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
     size = recipe.training.per_device_train_batch_size
@@ -94,13 +96,14 @@ def _base(recipe: Recipe, *, state: PartialState, device_map: Any) -> PreTrained
     transformers 5.23 reads the files in every process all the same, and accelerate drops what the others read
     (`fsdp2_prepare_model`). Weights in 4 or 8 bits are not handed on, and code from the Hub is not known to others.
     """
+    task, dtype = TASKS[recipe.task], recipe.model.dtype
 
     def load() -> PreTrainedModel:
-        return load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=device_map)
+        return load_base_model(recipe.model, recipe.quantization, dtype=dtype, device_map=device_map, task=task)
 
     is_alone = state.num_processes == 1 or recipe.quantization is not None or recipe.model.trust_remote_code
     if is_alone or not launch.first_hands_weights_on():
         return load()
     base = load() if state.is_main_process else None
     (layout,) = broadcast_object_list([None if base is None else layout_of(base)])
-    return unread_base(layout) if base is None else base
+    return unread_base(layout, task=task) if base is None else base

@@ -30,9 +30,10 @@ from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
 from lorafit.storage.run_dir import RunDir
-from lorafit.training.causal_lm import CausalLm
+from lorafit.tasks.trainers import TRAINERS
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.restore_model import unchanged
+from lorafit.training.trainer.run_trainer import RunTrainer
 
 LENGTHS = (64, 10, 45, 16, 57, 13, 51, 19)
 """Tokens of the rows at most. So unlike that a mean of rows, a mean of batches and the mean over tokens differ."""
@@ -184,7 +185,7 @@ class Bench:
         health = HealthWatch(
             self._loaded.recipe, RunDir(self._scratch), say=lambda line: None, rows_of_batch=lambda batch: []
         )
-        step.trainer = CausalLm(
+        step.trainer = TRAINERS[self._loaded.recipe.task](
             stop=StopRequest(),
             loraplus_lr_ratio=None,
             engaged=self._engaged.uncompiled(),
@@ -208,7 +209,7 @@ class Bench:
 class _Step(TrainerCallback):
     """The loss and the gradient of one optimizer step."""
 
-    trainer: CausalLm
+    trainer: RunTrainer
     loss: float
 
     def on_pre_optimizer_step(
@@ -288,7 +289,7 @@ def _alone(row: dict[str, list[int]]) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def _log_probs(trainer: CausalLm, batch: dict[str, Any]) -> torch.Tensor:
+def _log_probs(trainer: RunTrainer, batch: dict[str, Any]) -> torch.Tensor:
     """Log-probability of each token after the first of each row, in the order of the rows, wherever they lie."""
     inputs = trainer._prepare_inputs(batch)
     with trainer.accelerator.autocast():

@@ -24,6 +24,7 @@ from lorafit.preflight import Machine, bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.sections import LoraSection, ModelSection, Source
 from lorafit.storage.stage import scratch
+from lorafit.tasks import TASKS
 from lorafit.training.inputs import read_inputs
 from lorafit.training.startup_lines import Say
 from lorafit.training.token_rows import used_tokens
@@ -65,6 +66,7 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
             out_dir=directory / "base",
             layers=_layers_named(loaded.recipe.lora),
             trust_remote_code=loaded.recipe.model.trust_remote_code,
+            task=TASKS[loaded.recipe.task],
         )
         machine = this_machine()
         changes = _Changes(loaded.recipe, machine)
@@ -201,7 +203,8 @@ def _first_rows(source: Source, count: int) -> Source:
 
 def _reload_and_compare(trained: Trained, recipe: Recipe, *, bf16: bool) -> float:
     """Largest difference of a logit between the model in memory and its adapter, read back onto its base."""
-    base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=None)
+    task = TASKS[recipe.task]
+    base = load_base_model(recipe.model, recipe.quantization, dtype=recipe.model.dtype, device_map=None, task=task)
     with used_patterns_are_known():
         reloaded = PeftModel.from_pretrained(base, trained.result.adapter).to(trained.model.device).eval()
     in_memory = dict(trained.model.named_parameters())

@@ -12,7 +12,6 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from lorafit.launching.signals import StopRequest
 from lorafit.recipe import LoadedRecipe
-from lorafit.training.causal_lm import causal_lm_trainer
 from lorafit.training.ending import ending_is_recorded, shortage_is_said
 from lorafit.training.inputs import Inputs
 from lorafit.training.invariants import remember, verified_adapter
@@ -22,6 +21,7 @@ from lorafit.training.prepared import nothing_left_of, prepare_run
 from lorafit.training.save import initial_adapter, save_adapter
 from lorafit.training.selftest import self_test_once
 from lorafit.training.start_point import Begin
+from lorafit.training.task_trainer import task_trainer
 
 
 class Trained(NamedTuple):
@@ -84,8 +84,8 @@ def run_training(
         # Model: the arguments first, since they settle how one that is spread over processes is loaded.
         arguments = prepared.arguments()
         model = model_with_adapter(loaded, base_files, tokenizer=tokenizer, rows=data.train, base=base, say=say)
-        # Trainer: TRL's, with our hooks and the levers that this model takes.
-        trainer = causal_lm_trainer(
+        # Trainer: the task's, with our hooks and the levers that this model takes.
+        trainer = task_trainer(
             model,
             arguments,
             loaded=loaded,
