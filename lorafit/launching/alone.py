@@ -10,12 +10,9 @@ from lorafit.launching import launch
 if TYPE_CHECKING:
     from lorafit.recipe import LoadedRecipe
 
-_ONE_GPU = "CUDA_VISIBLE_DEVICES=0 before torch is imported"
-
 
 def refuse_several_processes(loaded: LoadedRecipe, *, gpus: int, command: str) -> None:
-    """Raises MachineError where training takes several processes or machines, with what to type for them; and where
-    one process sees several GPUs, which a trainer would take all."""
+    """Raises MachineError where training takes several processes or machines, with what to type for them."""
     section, typed = loaded.recipe.launch, f"`lorafit {command} {loaded.path}`"
     if launch.is_worker():
         message = "another launcher has started this process as one of several"
@@ -26,11 +23,7 @@ def refuse_several_processes(loaded: LoadedRecipe, *, gpus: int, command: str) -
     count = launch.processes_asked_for(section, gpus=gpus)
     if count > 1:
         message = f"{count} processes are to train together, which takes the command: {typed}"
-        one = f"set it to 1, with {_ONE_GPU}" if gpus > 1 else "set it to 1"
-        raise MachineError(loaded.problem("launch.num_processes", f"{message}; or {one}"))
+        raise MachineError(loaded.problem("launch.num_processes", f"{message}; or set it to 1"))
     if section.strategy != "ddp":
         message = f"{section.strategy} spreads a model over processes, which takes the command: {typed}"
         raise MachineError(loaded.problem("launch.strategy", f"{message}; or set it to ddp"))
-    if gpus > 1:
-        message = f"one process is to train, and {gpus} GPUs are in sight, of which it would take all"
-        raise MachineError(loaded.problem("launch.num_processes", f"{message}; set {_ONE_GPU}"))
