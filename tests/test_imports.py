@@ -17,7 +17,8 @@ from runs import small_recipe
 from lorafit.imports import imported_meanwhile, without_collections
 
 INTERRUPTED = """
-import os, signal, time
+import logging, os, signal, time
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command does before it imports any
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from lorafit.training import inputs
 def prepare(*_, **__):
