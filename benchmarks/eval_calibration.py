@@ -18,9 +18,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
+from lorafit.evaluation.eval_result import LEVEL, comparison
+from lorafit.evaluation.eval_rows import Rows
 from lorafit.evaluation.intervals import paired_difference
-from lorafit.evaluation.result import LEVEL, comparison
-from lorafit.evaluation.rows import Rows
 from lorafit.evaluation.scores import loss_scores
 from lorafit.tasks.sequences import SequenceLosses, sequence_losses
 

@@ -24,7 +24,7 @@ import datasets
 import torch
 from transformers import LlamaConfig
 
-from lorafit.planning.depth import whole_step
+from lorafit.planning.extrapolate_layers import whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.real_step import RealRun
 from lorafit.recipe import LoadedRecipe, load

@@ -31,9 +31,9 @@ from lorafit.planning.known_shapes import architecture
 from lorafit.recipe.sections import ModelSection
 
 if TYPE_CHECKING:
-    from lorafit.planning.answer import Measurement
     from lorafit.planning.fake_step import Rows
     from lorafit.planning.gpus import Gpu
+    from lorafit.planning.plan_result import Measurement
 
 ALLOWED, ALLOWED_TIME = 0.05, 0.20
 LONGEST_SECONDS = 120
@@ -109,7 +109,7 @@ def architecture_of(shape: str) -> PreTrainedConfig:
 
 def predicted(case: Case, config: PreTrainedConfig, gpu: Gpu | None) -> Prediction:
     """From fake tensors; as the CPU does it where there is no GPU."""
-    from lorafit.planning.depth import whole_step
+    from lorafit.planning.extrapolate_layers import whole_step
     from lorafit.planning.fake_step import Batch, FakeRun
     from lorafit.planning.roofline import duration
 

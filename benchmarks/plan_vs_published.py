@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig
 
-from lorafit.planning.depth import whole_step
+from lorafit.planning.extrapolate_layers import whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Measured
 from lorafit.recipe import LoadedRecipe, load
 

@@ -28,12 +28,12 @@ import torch
 
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.recipe.write import dump
-from lorafit.sweep.pieces import known, seeds_of
-from lorafit.sweep.result import SweepResult
+from lorafit.recipe.recipe_yaml import dump
+from lorafit.sweep.keys import known, seeds_of
 from lorafit.sweep.search import END, compare
 from lorafit.sweep.study import Study
 from lorafit.sweep.sweep import FACTS, JOURNAL, rank_sweep, study_name
+from lorafit.sweep.sweep_result import SweepResult
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "recipes/quickstart"

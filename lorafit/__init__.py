@@ -27,11 +27,11 @@ if TYPE_CHECKING:
         StopRequested,
         VerificationError,
     )
-    from lorafit.evaluation.result import EvalResult
+    from lorafit.evaluation.eval_result import EvalResult
     from lorafit.merging.merge import MergeResult
-    from lorafit.planning.answer import Plan
+    from lorafit.planning.plan_result import Plan
     from lorafit.recipe import LoadedRecipe
-    from lorafit.sweep.result import SweepResult
+    from lorafit.sweep.sweep_result import SweepResult
     from lorafit.training.manifest import TrainResult
     from lorafit.validation import Validation
 else:
@@ -41,11 +41,11 @@ else:
     _MODULES = {
         **dict.fromkeys(_FUNCTIONS, "lorafit.api"),
         **dict.fromkeys(_ERRORS, "lorafit.errors"),
-        "EvalResult": "lorafit.evaluation.result",
+        "EvalResult": "lorafit.evaluation.eval_result",
         "LoadedRecipe": "lorafit.recipe",
         "MergeResult": "lorafit.merging.merge",
-        "Plan": "lorafit.planning.answer",
-        "SweepResult": "lorafit.sweep.result",
+        "Plan": "lorafit.planning.plan_result",
+        "SweepResult": "lorafit.sweep.sweep_result",
         "TrainResult": "lorafit.training.manifest",
         "Validation": "lorafit.validation",
     }

@@ -24,10 +24,10 @@ from lorafit.recipe import load as loaded_from
 from lorafit.storage.no_room import no_room_is_said
 
 if TYPE_CHECKING:
-    from lorafit.evaluation.result import EvalResult
+    from lorafit.evaluation.eval_result import EvalResult
     from lorafit.merging.merge import MergeResult
-    from lorafit.planning.answer import Plan
-    from lorafit.sweep.result import SweepResult
+    from lorafit.planning.plan_result import Plan
+    from lorafit.sweep.sweep_result import SweepResult
     from lorafit.training.manifest import TrainResult
     from lorafit.validation import Validation
 
@@ -181,9 +181,9 @@ def plan(
 
     Raises RecipeError, ModelError and MachineError.
     """
+    from lorafit.planning.ask_planner import Question, ask
+    from lorafit.planning.ask_planner import measure as measured_too
     from lorafit.planning.gpus import asked_for
-    from lorafit.planning.plan import Question, ask
-    from lorafit.planning.plan import measure as measured_too
 
     loaded = _loaded(recipe)
     with no_room_is_said():

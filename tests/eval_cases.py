@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.cli import _exit_code
 from lorafit.evaluation import generate
+from lorafit.evaluation.eval_result import EvalResult
 from lorafit.evaluation.evaluate import evaluate
-from lorafit.evaluation.result import EvalResult
 from lorafit.merging.merge import merge
 
 GENERATE = "eval.generate={max_new_tokens: 8, metrics: [exact_match, rouge_l]}"

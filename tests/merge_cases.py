@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, MixtralConfig
 from lorafit.builders.base_model import check_base_model
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.merging.adapter_files import Adapter, read_adapter
-from lorafit.merging.prompts import Prompts, PromptsJob
 from lorafit.merging.prompts_job import choose
+from lorafit.merging.verification_prompts import Prompts, PromptsJob
 from lorafit.merging.verify import MergeReport, judge, verification_job
 from lorafit.merging.verify_job import Job
 from lorafit.merging.verify_reference import reference, untie

@@ -25,13 +25,13 @@ import plan_vs_published
 import torch
 from transformers import Gemma2Config, PreTrainedConfig
 
-from lorafit.planning.answer import Largest
-from lorafit.planning.depth import WholeStep, whole_step
 from lorafit.planning.estimate import Estimator
+from lorafit.planning.extrapolate_layers import WholeStep, whole_step
 from lorafit.planning.fake_step import Batch, FakeRun
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture
-from lorafit.planning.largest import largest_that_fit
+from lorafit.planning.largest_that_fit import largest_that_fit
+from lorafit.planning.plan_result import Largest
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.sections import ModelSection
 

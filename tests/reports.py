@@ -11,10 +11,10 @@ from typing import Any
 
 from lorafit.data.audit import Audit, side_audit
 from lorafit.data.findings import Findings
+from lorafit.evaluation.eval_result import Comparison, Difference, EvalResult
 from lorafit.evaluation.intervals import Interval
-from lorafit.evaluation.result import Comparison, Difference, EvalResult
 from lorafit.storage.run_dir import RunDir
-from lorafit.sweep.result import LearningRate, ModuleSpectrum, RankRow, Spectra, SweepResult
+from lorafit.sweep.sweep_result import LearningRate, ModuleSpectrum, RankRow, Spectra, SweepResult
 
 RECIPE = """output_dir: null
 model:

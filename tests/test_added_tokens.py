@@ -26,7 +26,7 @@ from lorafit.evaluation.models import models
 from lorafit.evaluation.subject import read_subject
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.merge import read_base
-from lorafit.merging.prompts import Prompts, PromptsJob
+from lorafit.merging.verification_prompts import Prompts, PromptsJob
 from lorafit.merging.verify import judge, verification_job
 from lorafit.merging.verify_reference import reference
 from lorafit.merging.verify_written import compare

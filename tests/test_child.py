@@ -24,7 +24,7 @@ import lorafit
 from lorafit.errors import DataError, MachineError, Problem, VerificationError
 from lorafit.launching.child import Child, ChildFailed
 from lorafit.merging.child_answer import child_answer
-from lorafit.planning import plan as planning
+from lorafit.planning import ask_planner as planning
 
 WORK = """
 import os, pathlib, sys, time

@@ -23,7 +23,7 @@ from lorafit.errors import DiskError
 from lorafit.preflight import bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.training import checkpoints, disk
-from lorafit.training import model as model_module
+from lorafit.training import load_model as model_module
 from lorafit.training.disk import BESIDES, NO_ROOM, Space, space_needed
 
 METHODS: dict[str, dict[str, Any]] = {

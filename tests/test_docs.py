@@ -20,8 +20,8 @@ from lorafit import errors  # noqa: E402
 from lorafit.data.findings import KINDS  # noqa: E402
 from lorafit.recipe import load  # noqa: E402
 from lorafit.recipe.advice import ADVICE_NAMES  # noqa: E402
-from lorafit.recipe.fields import places  # noqa: E402
 from lorafit.recipe.recipe import Recipe  # noqa: E402
+from lorafit.recipe.schema_walk import places  # noqa: E402
 from lorafit.recipe.sections import HealthSection  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -20,10 +20,10 @@ from packaging.requirements import Requirement
 
 from lorafit.cli import _exit_code
 from lorafit.doctor import machine, surroundings
-from lorafit.doctor.answers import Answers, answers, probe
 from lorafit.doctor.bundle import write_bundle
+from lorafit.doctor.diagnosis import Line
 from lorafit.doctor.examine import Diagnosis, cache_mend, examine
-from lorafit.doctor.line import Line
+from lorafit.doctor.probe_answers import Answers, answers, probe
 from lorafit.doctor.scrub import scrubbed
 from lorafit.errors import RecipeError, RunDirError
 from lorafit.report.doctor import doctor_text

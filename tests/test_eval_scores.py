@@ -7,8 +7,8 @@ import pytest
 from sacrebleu import CHRF, corpus_bleu
 
 from lorafit.errors import DataError
-from lorafit.evaluation.result import SMALLEST, comparison, verdict
-from lorafit.evaluation.rows import Question, Rows
+from lorafit.evaluation.eval_result import SMALLEST, comparison, verdict
+from lorafit.evaluation.eval_rows import Question, Rows
 from lorafit.evaluation.scores import Score, compare, confusion, is_json, loss_scores, rouge_l, text_scores
 from lorafit.tasks.sequences import SequenceLosses
 

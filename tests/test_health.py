@@ -23,7 +23,7 @@ from lorafit.errors import HealthStop
 from lorafit.recipe.sections import HealthSection
 from lorafit.storage.run_dir import RunDir
 from lorafit.tasks.causal_lm_trainer import CausalLm
-from lorafit.training import model as model_module
+from lorafit.training import load_model as model_module
 from lorafit.training.health.watch import HealthWatch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))

@@ -15,7 +15,7 @@ from lorafit.speed import levers
 from lorafit.speed.lever import Lever
 from lorafit.training.train import run_training
 
-STOOD_IN_FOR = {"varlen_attention": {"planning/stand_ins.py"}}
+STOOD_IN_FOR = {"varlen_attention": {"planning/cuda_emulation.py"}}
 """Whose kernel on CUDA `plan` stands in for."""
 
 

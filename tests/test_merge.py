@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorafit.errors import AdapterError, DiskError, ModelError, RecipeError, RunDirError
 from lorafit.merging import merge as merge_module
 from lorafit.merging import out_directory
-from lorafit.merging import write as write_module
+from lorafit.merging import write_weights as write_module
 from lorafit.merging.merge import bytes_of
 
 

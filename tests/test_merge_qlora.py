@@ -22,8 +22,8 @@ from lorafit.errors import AdapterError
 from lorafit.merging import quantized_base
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.merge import MergeResult, merge
-from lorafit.merging.prompts import Prompts
 from lorafit.merging.quantized_base import BaseDifference, settle_base, write_dequantized
+from lorafit.merging.verification_prompts import Prompts
 from lorafit.recipe import load
 from lorafit.recipe.sections import MergeSection, ModelSection
 

@@ -18,10 +18,10 @@ from lorafit.errors import MachineError, VerificationError
 from lorafit.merging import merge as merge_module
 from lorafit.merging import verify as verify_module
 from lorafit.merging.adapter_files import read_adapter
-from lorafit.merging.prompts import prompts_for
-from lorafit.merging.sketch import distance, round_once, sketch
+from lorafit.merging.verification_prompts import prompts_for
 from lorafit.merging.verify import verification_device, verify
 from lorafit.merging.verify_reference import reference
+from lorafit.merging.weight_sketches import distance, round_once, sketch
 from lorafit.recipe.sections import ModelSection
 
 

@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lorafit"
 MAY = {
-    ("merging/write.py", "flush"): "has the disk work on weights while the next are computed",
+    ("merging/write_weights.py", "flush"): "has the disk work on weights while the next are computed",
     ("operating_system.py", "flush"): "what systems do differently stands there",
     ("operating_system.py", "lock"): "a drive is flushed by fcntl",
     ("training/disk.py", "flush"): "tries whether a disk takes a megabyte",

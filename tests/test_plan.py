@@ -17,15 +17,15 @@ from tiny import build_base, llama_config, write_jsonl
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
 from lorafit.planning import for_training
-from lorafit.planning.advice import proposals
-from lorafit.planning.answer import WORKSPACES, RowsOfRun, verdict
-from lorafit.planning.answers import answer, planned_steps
+from lorafit.planning.ask_planner import Question
+from lorafit.planning.fitting_changes import proposals
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
 from lorafit.planning.gpus import CONTEXT, KNOWN, Gpu, device_of, gpu_named, gpu_of_this_machine
-from lorafit.planning.largest import search
-from lorafit.planning.plan import Question
-from lorafit.planning.rows import rows_of_run
-from lorafit.planning.variants import changed, written_as
+from lorafit.planning.largest_that_fit import search
+from lorafit.planning.make_plan import answer, planned_steps
+from lorafit.planning.plan_result import WORKSPACES, RowsOfRun, verdict
+from lorafit.planning.recipe_changes import changed, written_as
+from lorafit.planning.rows_of_run import rows_of_run
 from lorafit.preflight import Machine, checkpointing_choice, free_gpu_bytes
 from lorafit.recipe import load
 from recipes import loaded, written

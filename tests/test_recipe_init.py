@@ -203,7 +203,7 @@ def test_the_schema_refuses_what_loading_refuses(tmp_path: Path, line: str) -> N
 def test_familiar_columns_are_mapped_and_no_others(
     columns: tuple[str, ...], expected: dict[str, str] | None, tmp_path: Path
 ) -> None:
-    from lorafit.data.familiar import familiar_mapping
+    from lorafit.data.guess_columns import familiar_mapping
 
     (tmp_path / "rows.jsonl").write_text(json.dumps(dict.fromkeys(columns, "text")) + "\n", encoding="utf-8")
     assert familiar_mapping(str(tmp_path / "rows.jsonl")).get("columns") == expected

@@ -250,8 +250,8 @@ def test_a_path_that_shares_only_the_root_stays_absolute_when_written(tmp_path: 
 
 
 def test_every_key_of_the_schema_has_a_docstring() -> None:
-    from lorafit.recipe.fields import places, section_at, section_in
     from lorafit.recipe.schema import field_docstrings
+    from lorafit.recipe.schema_walk import places, section_at, section_in
 
     values = [
         place for place in places() if section_in(section_at(place[:-1]).model_fields[place[-1]].annotation) is None

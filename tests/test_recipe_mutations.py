@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from lorafit.recipe import Recipe, load
-from lorafit.recipe.fields import field_at, keys_of, section_at, section_in
+from lorafit.recipe.schema_walk import field_at, keys_of, section_at, section_in
 from lorafit.recipe.yaml_reader import KeyPath
 from recipes import problems, written
 

@@ -5,20 +5,20 @@ from pathlib import Path
 
 import pytest
 
-from lorafit.recipe import fields, suggest
+from lorafit.recipe import schema_walk, suggest
 from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
 from lorafit.recipe.suggest import GUESSES, extra_key, nearest, unknown_key
 from recipes import SMALLEST, problems
 
 
 def test_no_name_that_is_said_to_be_gone_is_a_key() -> None:
-    keys = {str(place[-1]) for place in fields.places()}
-    sections = {str(place[0]) for place in fields.places() if len(place) == 1}
+    keys = {str(place[-1]) for place in schema_walk.places()}
+    sections = {str(place[0]) for place in schema_walk.places() if len(place) == 1}
     assert suggest._RENAMED.keys() & (keys | sections) == set()
 
 
 def test_every_new_name_is_a_key() -> None:
-    places = {".".join(map(str, place)) for place in fields.places()}
+    places = {".".join(map(str, place)) for place in schema_walk.places()}
     named = [new for new in suggest._RENAMED.values() if not new.startswith(("nothing: ", "the "))]
     named += suggest._RENAMED_IN_SECTION.values()
     assert len(named) > 60
@@ -31,7 +31,7 @@ def test_every_new_name_is_a_key() -> None:
 def test_what_is_not_for_recipes_is_a_library_key_that_the_section_lacks(section: str) -> None:
     reasons = NOT_FOR_RECIPES[section]
     assert reasons.keys() <= LIBRARY_KEYS[section]
-    assert not reasons.keys() & set(fields.keys_of(fields.section_at((section,))))
+    assert not reasons.keys() & set(schema_walk.keys_of(schema_walk.section_at((section,))))
 
 
 _OTHER_NAMES = [

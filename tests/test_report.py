@@ -24,10 +24,10 @@ from lorafit.data.preview_job import examples
 from lorafit.errors import DataError, RunDirError
 from lorafit.recipe import load
 from lorafit.report.page import images
-from lorafit.report.page import write as write_module
+from lorafit.report.page import write_page as write_module
 from lorafit.report.page.contents import Examples, read_contents, read_examples
 from lorafit.report.page.html import element, page
-from lorafit.report.page.write import MOST_BYTES, report_page, write_report
+from lorafit.report.page.write_page import MOST_BYTES, report_page, write_report
 from lorafit.storage.run_dir import RunDir
 
 UNITS = {"": 1.0, "%": 0.01, "GiB": 2**30, "MB": 1e6, "s": 1.0, "min": 60.0, "h": 3600.0, "k": 1e3, "M": 1e6, "G": 1e9}
@@ -423,7 +423,7 @@ def test_the_command_says_where_the_page_is(tmp_path: Path, capsys: pytest.Captu
 
 
 def test_without_the_renderer_there_are_svg_files_and_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorafit.report.page.write.can_write_png", lambda: False)
+    monkeypatch.setattr("lorafit.report.page.write_page.can_write_png", lambda: False)
     assert images.can_write_png()
     report = write_report(write_run(tmp_path, steps=5).path, out=None, rows=0)
     assert {Path(name).suffix for name in report.plots} == {".svg"} and "lorafit[report]" in report.notes[0]

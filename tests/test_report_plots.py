@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reports import write_run, write_sweep
 
+from lorafit.report.page.downsample import thinned
 from lorafit.report.page.html import page
-from lorafit.report.page.thin import thinned
 from lorafit.report.page.ticks import log_ticks, ticks
-from lorafit.report.page.write import write_report
+from lorafit.report.page.write_page import write_report
 
 SVG = "{http://www.w3.org/2000/svg}"
 

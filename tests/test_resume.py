@@ -19,7 +19,7 @@ from lorafit.cli import _exit_code
 from lorafit.data import prepare
 from lorafit.errors import LorafitError, RecipeError, RunDirError
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.recipe.fields import field_at, places, section_in
+from lorafit.recipe.schema_walk import field_at, places, section_in
 from lorafit.training.must_match import MAY_CHANGE, changes, kept_keys
 from lorafit.training.train import run_training, train
 

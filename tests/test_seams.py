@@ -133,7 +133,7 @@ def test_a_hook_that_is_gone_is_named_with_where_we_rely_on_it(monkeypatch: pyte
 def test_an_override_that_no_table_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(OVERRIDDEN, "yaml.BaseRepresenter")
     (line,) = changes(OVERRIDDEN, seams.overrides(), done="overridden")
-    assert line.startswith("yaml.BaseRepresenter.ignore_aliases is overridden at lorafit/recipe/write.py:")
+    assert line.startswith("yaml.BaseRepresenter.ignore_aliases is overridden at lorafit/recipe/recipe_yaml.py:")
 
 
 def test_a_hook_whose_parameters_change_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

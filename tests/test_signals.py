@@ -56,7 +56,7 @@ def left(directory: Path) -> set[str]:
 
 PHASES = {
     "data preparation": "lorafit.training.inputs:prepare",
-    "model load": "lorafit.training.model:load_base_model",
+    "model load": "lorafit.training.load_model:load_base_model",
 }
 
 

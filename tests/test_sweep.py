@@ -29,11 +29,11 @@ from lorafit.recipe.sections import RankSweepSection
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep import sweep as sweeps
 from lorafit.sweep import trial as trials
-from lorafit.sweep.pieces import seeds_of
-from lorafit.sweep.result import SweepResult
+from lorafit.sweep.keys import seeds_of
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.sweep.study import Claim
 from lorafit.sweep.sweep import rank_sweep
+from lorafit.sweep.sweep_result import SweepResult
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 from lorafit.tasks.sequences import sequence_losses
 from lorafit.training.inputs import read_inputs

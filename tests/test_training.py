@@ -27,7 +27,7 @@ from lorafit.errors import (
     VerificationError,
 )
 from lorafit.tasks.causal_lm_trainer import CausalLm
-from lorafit.training import model as model_module
+from lorafit.training import load_model as model_module
 
 
 def _metrics(directory: Path) -> list[dict[str, Any]]:

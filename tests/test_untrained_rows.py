@@ -19,7 +19,7 @@ from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.builders.untrained_rows import Matrix, never_trained, rows_on_disk
 from lorafit.errors import ModelError, RecipeError
 from lorafit.recipe.sections import ModelSection
-from lorafit.training import model as model_module
+from lorafit.training import load_model as model_module
 
 QUICKSTART = Path(__file__).parent.parent / "recipes/quickstart/base"
 STOP, START = 2, 1

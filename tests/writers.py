@@ -21,9 +21,9 @@ from lorafit.evaluation.evaluate import evaluate
 from lorafit.merging.combine import combine
 from lorafit.merging.merge import merge
 from lorafit.recipe import load
+from lorafit.recipe.recipe_yaml import write_asked_for
 from lorafit.recipe.starter import write_recipe
-from lorafit.recipe.write import write_asked_for
-from lorafit.report.page.write import write_report
+from lorafit.report.page.write_page import write_report
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import STAGE_SUFFIX
 from lorafit.sweep.sweep import rank_sweep

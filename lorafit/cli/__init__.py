@@ -15,7 +15,7 @@ from lorafit.cli.app import app
 from lorafit.errors import HealthStop, LorafitError, RecipeError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.signals import ends_clean
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 from lorafit.storage.no_room import no_room_is_said
 
 # Each adds its commands, which `lorafit --help` lists in this order.

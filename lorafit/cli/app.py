@@ -14,7 +14,7 @@ from typer.core import TyperGroup
 from lorafit import __version__
 from lorafit.errors import RecipeError
 from lorafit.pulse import Counted, Counting, counting_in_lines, counting_unseen
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 
 
 class _Commands(TyperGroup):

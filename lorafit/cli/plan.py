@@ -41,9 +41,9 @@ def plan(
     debug: Debug = False,
 ) -> None:
     """Say whether a recipe fits, how fast it is and what to change, before anything is downloaded or loaded."""
+    from lorafit.planning.ask_planner import Question, ask, refuse_to_overwrite, write_fixed
+    from lorafit.planning.ask_planner import measure as measured_too
     from lorafit.planning.gpus import asked_for
-    from lorafit.planning.plan import Question, ask, refuse_to_overwrite, write_fixed
-    from lorafit.planning.plan import measure as measured_too
     from lorafit.recipe import load
     from lorafit.report.plan import plan_text
 

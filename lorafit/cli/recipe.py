@@ -73,7 +73,7 @@ def preview(
     quiet_libraries(debug=debug)
     from lorafit.data.cache import cache_directory
     from lorafit.data.preview import recipe_preview
-    from lorafit.recipe.write import write_asked_for
+    from lorafit.recipe.recipe_yaml import write_asked_for
     from lorafit.report.preview import preview_page, preview_text
 
     try:
@@ -96,8 +96,8 @@ def schema(
     debug: Debug = False,
 ) -> None:
     """Print the JSON Schema of a recipe: every key with its meaning, for editors."""
+    from lorafit.recipe.recipe_yaml import write_asked_for
     from lorafit.recipe.schema import recipe_schema
-    from lorafit.recipe.write import write_asked_for
 
     text = json.dumps(recipe_schema(), indent=2, ensure_ascii=False)
     if output is None:
@@ -128,7 +128,7 @@ def init(
     from lorafit.base_at_hand import positions_at_hand
     from lorafit.data.answer_pattern import LOOKED_AT, answer_pattern, answers_of
     from lorafit.data.directory import splits_of
-    from lorafit.data.familiar import familiar_mapping, first_rows
+    from lorafit.data.guess_columns import familiar_mapping, first_rows
     from lorafit.recipe.starter import starter_recipe, write_recipe
 
     data, held_out = splits_of(data) or (data, None)

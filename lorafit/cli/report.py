@@ -21,8 +21,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Put everything a run left on one page that opens offline, and its plots into files."""
-    from lorafit.report.inert import inert
-    from lorafit.report.page.write import write_report
+    from lorafit.report.escape_control import inert
+    from lorafit.report.page.write_page import write_report
 
     written = write_report(run, out=out, rows=rows)
     say = speaker(quiet=quiet)

@@ -17,11 +17,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lorafit.data.files import DataFile, FileProblem
 from lorafit.data.findings import Findings
 from lorafit.data.formats import Shaper
 from lorafit.data.hub import HubTables
 from lorafit.data.listing import Listed
+from lorafit.data.source_files import DataFile, FileProblem
 from lorafit.data.streams import CHUNK
 from lorafit.recipe.sections import DataSection
 from lorafit.storage.files import write_file

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 
-from lorafit.data.files import KNOWN, DataFile, FileProblem, data_file, suffix_of
+from lorafit.data.source_files import KNOWN, DataFile, FileProblem, data_file, suffix_of
 
 DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 """Files beside the rows that look like them."""

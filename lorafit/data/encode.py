@@ -9,13 +9,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorafit.data.arrow_files import TableWriter
 from lorafit.data.audit import Audit, side_audit
 from lorafit.data.findings import refuse_too_many_lost, where
 from lorafit.data.listing import Side
 from lorafit.data.progress import watched
 from lorafit.data.render import Renderer
 from lorafit.data.scan import DataScan
-from lorafit.data.tables import TableWriter
 from lorafit.data.tokens import Limits, TextTokenizer
 from lorafit.data.turns import Rendered
 from lorafit.errors import DataError, Problem

@@ -5,9 +5,9 @@ from itertools import islice
 from typing import Any
 
 from lorafit.data.columns import familiar_columns
-from lorafit.data.files import FileProblem
 from lorafit.data.listing import files_of
 from lorafit.data.readers import read_rows
+from lorafit.data.source_files import FileProblem
 
 
 def familiar_mapping(path: str) -> dict[str, Any]:

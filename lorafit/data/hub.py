@@ -10,7 +10,7 @@ import datasets
 import pyarrow
 
 from lorafit.data.arrow_rows import row_cleaner
-from lorafit.data.files import FileProblem
+from lorafit.data.source_files import FileProblem
 from lorafit.recipe.sections import Source
 
 # What `datasets` raises for a missing data set, split, name or network shares no base class but these.

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from lorafit.data.directory import files_in, refuse_other_splits
-from lorafit.data.files import DataFile, FileProblem, data_file, matching, shown
+from lorafit.data.source_files import DataFile, FileProblem, data_file, matching, shown
 from lorafit.recipe.paths import is_url
 from lorafit.recipe.sections import DataSection, Source
 

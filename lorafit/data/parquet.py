@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 
 from lorafit.data.arrow_rows import row_cleaner
-from lorafit.data.files import DataFile, FileProblem
+from lorafit.data.source_files import DataFile, FileProblem
 from lorafit.data.streams import CHUNK, content
 
 Needed = Callable[[Iterable[str]], list[str]]

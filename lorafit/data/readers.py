@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from itertools import count
 from typing import Any
 
-from lorafit.data.files import DataFile, FileProblem
 from lorafit.data.json_array import json_array_rows
+from lorafit.data.source_files import DataFile, FileProblem
 from lorafit.data.streams import LONGEST_LINE, TOO_LONG, Hash, content, not_utf8, refuse_what_is_no_text
 from lorafit.data.strict_json import DECODER, json_problem
 from lorafit.recipe.sections import Source

@@ -6,13 +6,13 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 
-from lorafit.data.files import DataFile, FileProblem
 from lorafit.data.findings import Findings
 from lorafit.data.formats import Shaper
 from lorafit.data.listing import Listed, Side
 from lorafit.data.problems import listed as named
 from lorafit.data.readers import HubRows, Rows, read_rows
 from lorafit.data.rows import Row
+from lorafit.data.source_files import DataFile, FileProblem
 from lorafit.recipe.sections import DataSection
 
 

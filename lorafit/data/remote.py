@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 
 import fsspec
 
-from lorafit.data.files import DataFile, FileProblem, suffix_of
+from lorafit.data.source_files import DataFile, FileProblem, suffix_of
 from lorafit.errors import DiskError
 from lorafit.storage.stage import move
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lorafit.data.files import DataFile, FileProblem
+from lorafit.data.source_files import DataFile, FileProblem
 
 CHUNK = 1 << 20
 """Bytes read at a time."""

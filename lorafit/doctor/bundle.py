@@ -10,7 +10,7 @@ from pathlib import Path
 from lorafit.doctor.examine import Diagnosis
 from lorafit.doctor.scrub import scrubbed
 from lorafit.errors import RunDirError
-from lorafit.recipe.write import write_asked_for
+from lorafit.recipe.recipe_yaml import write_asked_for
 from lorafit.storage.run_dir import RunDir
 
 MOST_BYTES = 5_000_000

@@ -9,8 +9,8 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.doctor import machine, surroundings
-from lorafit.doctor.answers import Answers, answers, probe
-from lorafit.doctor.line import Line
+from lorafit.doctor.diagnosis import Line
+from lorafit.doctor.probe_answers import Answers, answers, probe
 from lorafit.doctor.scrub import scrubbed_values
 
 TORCH_SECONDS = 90.0

@@ -18,8 +18,8 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from lorafit import operating_system
-from lorafit.doctor.answers import Answers
-from lorafit.doctor.line import Line
+from lorafit.doctor.diagnosis import Line
+from lorafit.doctor.probe_answers import Answers
 from lorafit.packages import COMPILER_MEND, missing_compiler
 
 CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"

@@ -9,8 +9,8 @@ from pathlib import Path
 import yaml
 from huggingface_hub import constants, get_token
 
-from lorafit.doctor.answers import Answers
-from lorafit.doctor.line import Line
+from lorafit.doctor.diagnosis import Line
+from lorafit.doctor.probe_answers import Answers
 from lorafit.launching import placement
 from lorafit.launching.launch import CONFIGS
 

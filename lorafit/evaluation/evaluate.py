@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorafit import operating_system
 from lorafit.builders.positions import positions
 from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
+from lorafit.evaluation.eval_result import Comparison, EvalResult, comparison, verdict
+from lorafit.evaluation.eval_rows import Question, RowReader, Rows
 from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.harness import Harness
 from lorafit.evaluation.memory import scoring_tokens
 from lorafit.evaluation.models import models
-from lorafit.evaluation.result import Comparison, EvalResult, comparison, verdict
-from lorafit.evaluation.rows import Question, RowReader, Rows
 from lorafit.evaluation.scores import Score, confusion, loss_scores, text_scores
 from lorafit.evaluation.subject import Subject, read_subject
 from lorafit.pulse import Counting, counting_unseen

@@ -10,8 +10,8 @@ from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.data.tokens import NOT_TRAINED
+from lorafit.evaluation.eval_rows import before_stop
 from lorafit.evaluation.memory import generated_tokens, scoring_tokens
-from lorafit.evaluation.rows import before_stop
 from lorafit.pulse import Counted, uncounted
 from lorafit.tasks.sequences import batches_by_length
 

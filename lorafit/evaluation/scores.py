@@ -13,8 +13,8 @@ import numpy as np
 from sacrebleu import BLEU, CHRF
 
 from lorafit.errors import DataError
+from lorafit.evaluation.eval_rows import Question, Rows
 from lorafit.evaluation.intervals import Floats, Interval, Statistic, bootstrap, ratio
-from lorafit.evaluation.rows import Question, Rows
 from lorafit.tasks import DEFAULT_TASK, Task
 from lorafit.tasks.sequences import SequenceLosses
 

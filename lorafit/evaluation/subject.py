@@ -15,7 +15,7 @@ from lorafit.builders.hub_snapshot import SMALL_FILES, hub_snapshot
 from lorafit.builders.model_files import TOKENIZER_FILES, BaseModelFiles, model_directory
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.builders.tokenizer_files import read_tokenizer
-from lorafit.data.familiar import familiar_mapping, first_row
+from lorafit.data.guess_columns import familiar_mapping, first_row
 from lorafit.errors import ModelError, RecipeError, RunDirError
 from lorafit.merging.adapted_model import refuse_misfit
 from lorafit.merging.adapter_files import WEIGHTS, Adapter, read_adapter, refuse_moved_base
@@ -24,8 +24,8 @@ from lorafit.merging.verify_reference import is_vocabulary
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.paths import looks_local
 from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.recipe_yaml import dump
 from lorafit.recipe.sections import ModelSection, Source
-from lorafit.recipe.write import dump
 from lorafit.storage.files import sha256_of
 from lorafit.storage.json_text import parsed
 from lorafit.storage.stage import scratch

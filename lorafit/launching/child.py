@@ -1,6 +1,6 @@
 """Work that a command gives to a process of its own, whose memory and imports end with it.
 
-`Child("lorafit.planning.answers:answer", question)` starts the process, which imports the module, calls the function
+`Child("lorafit.planning.make_plan:answer", question)` starts the process, which imports the module, calls the function
 and hands back what it returns; `answer()` waits for that. What goes either way is pickled. A LorafitError goes through
 as it is. Whatever else goes wrong there is a ChildFailed here.
 

@@ -24,10 +24,9 @@ from lorafit.errors import ModelError, Problem, RecipeError
 from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import refuse_wrong_base
+from lorafit.merging.merge_plan import plan_merge
 from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.peft_merge import merge_with_peft
-from lorafit.merging.plan import plan_merge
-from lorafit.merging.prompts import prompts_meanwhile
 from lorafit.merging.quantized_base import (
     BaseDifference,
     quantization_of,
@@ -35,9 +34,10 @@ from lorafit.merging.quantized_base import (
     wanted_base,
 )
 from lorafit.merging.settings_files import write_settings
+from lorafit.merging.verification_prompts import prompts_meanwhile
 from lorafit.merging.verify import verification_device
 from lorafit.merging.verify import verify as verify_merged
-from lorafit.merging.write import Progress, write_merged
+from lorafit.merging.write_weights import Progress, write_merged
 from lorafit.recipe.sections import MergeSection
 
 Say = Callable[[str], None]

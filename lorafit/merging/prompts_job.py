@@ -9,7 +9,7 @@ import datasets
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data.prepare import prepare
 from lorafit.errors import LorafitError
-from lorafit.merging.prompts import PromptsJob
+from lorafit.merging.verification_prompts import PromptsJob
 
 COUNT, LENGTH = 64, 64
 

@@ -22,7 +22,7 @@ from lorafit.errors import AdapterError, MachineError
 from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.child_answer import child_answer
-from lorafit.merging.prompts import Prompts
+from lorafit.merging.verification_prompts import Prompts
 from lorafit.merging.verify import verification_job
 from lorafit.merging.verify_job import TYPES
 from lorafit.recipe.sections import MergeSection, QuantizationSection

@@ -28,8 +28,8 @@ from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.child_answer import child_answer
 from lorafit.merging.identity import REPORT
-from lorafit.merging.prompts import Prompts
 from lorafit.merging.reference_process import reference_process
+from lorafit.merging.verification_prompts import Prompts
 from lorafit.merging.verify_job import TYPES, Job
 from lorafit.pulse import Say, unsaid
 from lorafit.storage.files import sha256_of

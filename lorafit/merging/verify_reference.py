@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafit.builders.weight_files import TensorInfo
-from lorafit.merging.sketch import distance, floating_tensors, round_once, sketch, sketches
 from lorafit.merging.verify_job import Difference, Job, load_model, logits, stored_types
+from lorafit.merging.weight_sketches import distance, floating_tensors, round_once, sketch, sketches
 
 VOCABULARY = {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings"}
 """What architectures call the modules with a row for every token."""

@@ -12,8 +12,8 @@ from typing import Any
 from safetensors import safe_open
 
 from lorafit.builders.weight_files import tensor_table
-from lorafit.merging.sketch import distance, floating_tensors, sketch
 from lorafit.merging.verify_job import TYPES, Difference, Job, load_model, logits, stored_types
+from lorafit.merging.weight_sketches import distance, floating_tensors, sketch
 
 LOADING = {
     "missing_keys": "missing, so that transformers starts it at random",

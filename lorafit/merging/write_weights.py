@@ -18,7 +18,7 @@ from torch import Tensor
 from lorafit.builders.weight_files import INDEX, WEIGHTS, TensorInfo
 from lorafit.errors import ModelError
 from lorafit.merging.deltas import ScaleColumns
-from lorafit.merging.plan import TORCH, MergePlan, OutputShard, OutputTensor, Piece
+from lorafit.merging.merge_plan import TORCH, MergePlan, OutputShard, OutputTensor, Piece
 from lorafit.operating_system import flush, flush_data, kernel_copy, read_into
 
 Progress = Callable[[int], None]

@@ -8,11 +8,11 @@ from typing import Any
 
 from lorafit.errors import MachineError, RecipeError
 from lorafit.launching.child import Child, ChildFailed
-from lorafit.planning.answer import Plan
 from lorafit.planning.gpus import Gpu
-from lorafit.planning.variants import changed, written_as
+from lorafit.planning.plan_result import Plan
+from lorafit.planning.recipe_changes import changed, written_as
 from lorafit.recipe import LoadedRecipe, load
-from lorafit.recipe.write import recipe_yaml, write_asked_for
+from lorafit.recipe.recipe_yaml import recipe_yaml, write_asked_for
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Question:
 
 def begin(question: Question) -> Child:
     """A fresh process that answers it meanwhile with a Plan: planning replaces functions of the libraries."""
-    return Child("lorafit.planning.answers:answer", question, environment={"CUDA_VISIBLE_DEVICES": ""})
+    return Child("lorafit.planning.make_plan:answer", question, environment={"CUDA_VISIBLE_DEVICES": ""})
 
 
 def ask(question: Question) -> Plan:
@@ -58,7 +58,7 @@ def measure(question: Question, plan: Plan) -> Plan:
     keys = {"training.gradient_checkpointing": plan.gradient_checkpointing}
     recipe = changed(question.loaded.recipe, keys) or question.loaded.recipe
     asked = replace(question, loaded=replace(question.loaded, recipe=recipe))
-    found = _answer(Child("lorafit.planning.answers:measured", asked))
+    found = _answer(Child("lorafit.planning.make_plan:measured", asked))
     return replace(plan, measured_bytes=found.allocated, measured_seconds=found.seconds)
 
 

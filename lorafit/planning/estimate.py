@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from lorafit.planning.answer import Verdict, surroundings, verdict
-from lorafit.planning.depth import WholeStep, whole_step
+from lorafit.planning.extrapolate_layers import WholeStep, whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.gpus import Gpu
+from lorafit.planning.plan_result import Verdict, surroundings, verdict
 from lorafit.planning.roofline import Duration, duration
 from lorafit.preflight import Machine, bf16_choice, checkpointing_choice, dtype_choice
 from lorafit.recipe import LoadedRecipe, Recipe

@@ -19,12 +19,7 @@ from transformers.integrations.neftune import activate_neftune
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.lora_config import lora_config
-from lorafit.planning.empty_base import empty_base, quantization_state
-from lorafit.planning.fake_model import Layers, materialise
-from lorafit.planning.planned_trainer import planned_trainer
-from lorafit.planning.roofline import Work, WorkObserver
-from lorafit.planning.spread import local, spread_over, watch_spreading
-from lorafit.planning.stand_ins import (
+from lorafit.planning.cuda_emulation import (
     Answers,
     CudaAutocast,
     kernel_temporaries,
@@ -32,6 +27,11 @@ from lorafit.planning.stand_ins import (
     stand_in_for_cuda,
     stand_in_for_values,
 )
+from lorafit.planning.empty_base import empty_base, quantization_state
+from lorafit.planning.fake_fsdp2 import local, spread_over, watch_spreading
+from lorafit.planning.fake_model import Layers, materialise
+from lorafit.planning.planned_trainer import planned_trainer
+from lorafit.planning.roofline import Work, WorkObserver
 from lorafit.planning.storage_tracker import Moment, StorageTracker
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.levers import engage_planned

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from transformers import PreTrainedConfig
 
 from lorafit.builders.lora_config import trains_a_tied_embedding
-from lorafit.planning.answer import Advice
 from lorafit.planning.estimate import Estimate, Estimator
+from lorafit.planning.plan_result import Advice
+from lorafit.planning.recipe_changes import Changes, changed
 from lorafit.planning.targets import target_table
-from lorafit.planning.variants import Changes, changed
 from lorafit.recipe import Recipe
 from lorafit.recipe.rules.run import WITH_SHARDED_WEIGHTS
 

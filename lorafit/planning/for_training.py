@@ -9,9 +9,9 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from lorafit.errors import LorafitError
 from lorafit.launching.child import Child, ChildFailed
-from lorafit.planning.answer import Plan, gib
+from lorafit.planning.ask_planner import Question, begin
 from lorafit.planning.gpus import gpu_of_this_machine
-from lorafit.planning.plan import Question, begin
+from lorafit.planning.plan_result import Plan, gib
 from lorafit.preflight import Choice, Machine, free_gpu_bytes
 from lorafit.recipe import LoadedRecipe
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lorafit.planning.answer import Largest
 from lorafit.planning.estimate import Estimator
-from lorafit.planning.variants import Changes, changed
+from lorafit.planning.plan_result import Largest
+from lorafit.planning.recipe_changes import Changes, changed
 from lorafit.recipe import Recipe
 
 LENGTH_STEP = 256

@@ -13,20 +13,20 @@ from lorafit.builders.auto_class import auto_class
 from lorafit.builders.hub_snapshot import download_command
 from lorafit.builders.model_files import is_on_hub
 from lorafit.errors import MachineError, ModelError, Problem, RecipeError
-from lorafit.planning.advice import advice, fitting
-from lorafit.planning.answer import Disk, Fixed, Plan, RowsOfRun, Speed, line, surroundings
+from lorafit.planning.ask_planner import Question
 from lorafit.planning.cpu import measured as measured_cpu
 from lorafit.planning.cpu import shared
 from lorafit.planning.estimate import Estimate, Estimator, eval_batch, train_batch
+from lorafit.planning.fitting_changes import advice, fitting
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture, known_shape, known_shapes
-from lorafit.planning.largest import largest_that_fit
-from lorafit.planning.plan import Question
+from lorafit.planning.largest_that_fit import largest_that_fit
+from lorafit.planning.limits import notes, refuse_unmodelled
+from lorafit.planning.plan_result import Disk, Fixed, Plan, RowsOfRun, Speed, line, surroundings
 from lorafit.planning.real_step import Measurement, RealRun
+from lorafit.planning.recipe_changes import changed
 from lorafit.planning.roofline import ARITHMETIC, BANDWIDTH, LAUNCH, SHORTEST
-from lorafit.planning.rows import rows_of_run
-from lorafit.planning.unmodelled import notes, refuse_unmodelled
-from lorafit.planning.variants import changed
+from lorafit.planning.rows_of_run import rows_of_run
 from lorafit.preflight import bf16_choice, refuse_what_this_machine_lacks, this_cpu, this_machine
 from lorafit.recipe import Recipe
 from lorafit.recipe.arithmetic import total_steps

@@ -12,11 +12,11 @@ import bitsandbytes as bnb
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lorafit.planning.answer import Measurement
 from lorafit.planning.empty_base import quantization_state
+from lorafit.planning.fake_fsdp2 import local, spread_over
 from lorafit.planning.fake_model import materialise
 from lorafit.planning.fake_step import Batch, FakeRun
-from lorafit.planning.spread import local, spread_over
+from lorafit.planning.plan_result import Measurement
 
 STEPS = 3
 """Of which the last is as every later one: optimizer states and the kernels' workspaces are there."""

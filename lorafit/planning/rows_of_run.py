@@ -10,7 +10,7 @@ from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.data import scan
 from lorafit.data.prepare import prepare
 from lorafit.errors import LorafitError
-from lorafit.planning.answer import RowsOfRun
+from lorafit.planning.plan_result import RowsOfRun
 from lorafit.recipe import Recipe
 
 COUNTED_ON = 500

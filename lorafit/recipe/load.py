@@ -11,11 +11,11 @@ from pydantic import ValidationError
 
 from lorafit.errors import LorafitError, Problem, RecipeError
 from lorafit.recipe import secrets
-from lorafit.recipe.layers import SET, Layer, dotted, read_layers
+from lorafit.recipe.overlays import SET, Layer, dotted, read_layers
+from lorafit.recipe.pydantic_errors import Wrong, in_our_words
 from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.recipe_yaml import recipe_yaml
 from lorafit.recipe.rules import Broken, broken_rules
-from lorafit.recipe.words import Wrong, in_our_words
-from lorafit.recipe.write import recipe_yaml
 from lorafit.recipe.yaml_reader import KeyPath
 
 Error = TypeVar("Error", bound=LorafitError)

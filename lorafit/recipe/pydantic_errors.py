@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lorafit.recipe.example import example
-from lorafit.recipe.fields import field_at, section_in
+from lorafit.recipe.schema_walk import field_at, section_in
 from lorafit.recipe.suggest import GUESSES, nearest, unknown_key
 from lorafit.recipe.yaml_reader import FLOAT, KeyPath
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from lorafit.recipe.fields import section_in
 from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.schema_walk import section_in
 
 
 def recipe_schema() -> dict[str, Any]:

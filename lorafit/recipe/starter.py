@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from lorafit.recipe.load import load
 from lorafit.recipe.paths import looks_local, moved
-from lorafit.recipe.write import dump, write_asked_for
+from lorafit.recipe.recipe_yaml import dump, write_asked_for
 
 Preset = Literal["lora", "qlora", "dora"]
 Goal = Literal["style", "knowledge", "code"]

@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable
 
-from lorafit.recipe.fields import keys_of, places, section_at
 from lorafit.recipe.library_keys import LIBRARY_KEYS, LIBRARY_OBJECT, NOT_FOR_RECIPES
+from lorafit.recipe.schema_walk import keys_of, places, section_at
 from lorafit.recipe.yaml_reader import KeyPath
 from lorafit.tasks import DEFAULT_TASK
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lorafit.doctor.examine import Diagnosis
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 
 
 def doctor_text(diagnosis: Diagnosis) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 
 NAMES = {
     "loss": "loss (nats)",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.write import dump
+from lorafit.recipe.recipe_yaml import dump
 from lorafit.report.seen import rows_seen
 from lorafit.tasks import TASKS, Figure
 

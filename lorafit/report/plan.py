@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from lorafit.planning.answer import PARTS, Plan, gib
-from lorafit.planning.variants import written_as
+from lorafit.planning.plan_result import PARTS, Plan, gib
+from lorafit.planning.recipe_changes import written_as
 
 if TYPE_CHECKING:
-    from lorafit.planning.answer import Advice
+    from lorafit.planning.plan_result import Advice
 
 
 CLAIM_ON_CPU = "a guide to a factor of two (--measure times a real step)"

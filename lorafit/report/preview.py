@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lorafit.data.preview import Preview, RowView, TokenView
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 from lorafit.report.page.html import element, page
 from lorafit.report.page.tokens import legend, token_row
 

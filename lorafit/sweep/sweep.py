@@ -17,14 +17,14 @@ from lorafit.recipe.rules.rank_sweep import SWEEP_RULES
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import make_directory, remove_abandoned
-from lorafit.sweep.largest import cut_to_smaller_ranks
-from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
-from lorafit.sweep.result import SweepResult
+from lorafit.sweep.cut_to_rank import cut_to_smaller_ranks
+from lorafit.sweep.keys import key_of, known, run_of, seeds_of
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS, Decision, Job, Wanted, decide
 from lorafit.sweep.study import Outcome, Study
+from lorafit.sweep.sweep_files import write_sweep
+from lorafit.sweep.sweep_result import SweepResult
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 from lorafit.sweep.tune import Tuned, tuned
-from lorafit.sweep.write import write_sweep
 from lorafit.tasks.sequences import SequenceLosses
 from lorafit.training.checkpoints import remove_committed
 from lorafit.training.inputs import read_inputs

@@ -12,11 +12,11 @@ import torch
 
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.files import write_file
-from lorafit.sweep.largest import SPECTRUM, write_cut_run
-from lorafit.sweep.pieces import key_of, known, run_of, seeds_of
-from lorafit.sweep.result import ModuleSpectrum, RankRow, Spectra, SweepResult
+from lorafit.sweep.cut_to_rank import SPECTRUM, write_cut_run
+from lorafit.sweep.keys import key_of, known, run_of, seeds_of
 from lorafit.sweep.search import END, Decision, Job, Verdict
 from lorafit.sweep.study import Outcome, Study
+from lorafit.sweep.sweep_result import ModuleSpectrum, RankRow, Spectra, SweepResult
 from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import ranks_that_keep
 from lorafit.sweep.tune import Tuned

@@ -14,10 +14,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from lorafit.errors import HealthStop
 from lorafit.recipe import LoadedRecipe
-from lorafit.sweep.pieces import run_of, seeds_of
-from lorafit.sweep.result import LearningRate
+from lorafit.sweep.keys import run_of, seeds_of
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.sweep.study import Study
+from lorafit.sweep.sweep_result import LearningRate
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
 
 FACTOR = 4

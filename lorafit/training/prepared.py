@@ -15,8 +15,8 @@ from lorafit.builders.experts import advise_on_experts
 from lorafit.builders.positions import advise_on_positions, positions
 from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
-from lorafit.planning.answer import Plan
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
+from lorafit.planning.plan_result import Plan
 from lorafit.preflight import (
     Machine,
     bf16_choice,

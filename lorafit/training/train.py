@@ -15,8 +15,8 @@ from lorafit.recipe import LoadedRecipe
 from lorafit.training.ending import ending_is_recorded, shortage_is_said
 from lorafit.training.inputs import Inputs
 from lorafit.training.invariants import remember, verified_adapter
+from lorafit.training.load_model import model_with_adapter
 from lorafit.training.manifest import Manifest, TrainResult, finished_result
-from lorafit.training.model import model_with_adapter
 from lorafit.training.prepared import nothing_left_of, prepare_run
 from lorafit.training.save import initial_adapter, save_adapter
 from lorafit.training.selftest import self_test_once

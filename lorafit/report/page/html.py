@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from lorafit.report.inert import inert
+from lorafit.report.escape_control import inert
 from lorafit.report.page.style import STYLE
 
 

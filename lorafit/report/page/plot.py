@@ -10,9 +10,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from lorafit.report.page.downsample import thinned
 from lorafit.report.page.html import Html, element, joined
 from lorafit.report.page.style import PLOT_STYLE
-from lorafit.report.page.thin import thinned
 from lorafit.report.page.ticks import log_ticks, short, ticks
 
 WIDE, NARROW = 680, 328
