@@ -22,9 +22,10 @@ from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import DiskError
 from lorafit.preflight import bf16_choice, this_machine
 from lorafit.recipe import LoadedRecipe
+from lorafit.storage.no_room import NO_ROOM
 from lorafit.training import checkpoints, disk
 from lorafit.training import load_model as model_module
-from lorafit.training.disk import BESIDES, NO_ROOM, Space, space_needed
+from lorafit.training.disk import BESIDES, Space, space_needed
 
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"lora": {"r": 32}},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import logging
@@ -37,6 +36,7 @@ from lorafit.data.tokens import Limits, TextTokenizer
 from lorafit.errors import DataError, DiskError
 from lorafit.launching.signals import ends_clean
 from lorafit.recipe.sections import DataSection
+from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.stage import remove_abandoned, stage_beside
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def _full_disk_is_said(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        if error.errno not in NO_ROOM:
             raise
         message = f"{error.strerror} while the tokens are written; make room, or set LORAFIT_CACHE to another disk"
         raise DiskError(message, where=str(directory)) from None

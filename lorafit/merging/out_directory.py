@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,9 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorafit.errors import DiskError, RunDirError
+from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.stage import make_directory, remove_abandoned, staged
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 SMALL_FILES = 32 << 20
 """Bytes set aside for tokenizer, settings and file system."""
 
@@ -33,7 +32,7 @@ def out_directory(target: Path, *, needed: int) -> Iterator[Path]:
             yield stage
             refuse_existing(target)  # another process may have been faster
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in NO_ROOM:
             raise
         raise _disk_error(parent, needed, str(error.strerror)) from None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import re
 import shutil
@@ -25,11 +24,10 @@ from lorafit.launching import launch
 from lorafit.planning.empty_base import empty_base
 from lorafit.planning.known_shapes import architecture
 from lorafit.recipe import LoadedRecipe
+from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.run_dir import RunDir
 from lorafit.tasks import TASKS
 from lorafit.training.checkpoints import KEPT_AT_LEAST
-
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 _STATES = {"adamw": 2, "ademamix": 3, "adagrad": 1, "rmsprop": 1, "lion": 1, "sgd": 0}
 """Values that an optimizer keeps for each trained one."""
