@@ -19,7 +19,6 @@ from lorafit.imports import imported_meanwhile, without_collections
 INTERRUPTED = """
 import logging, os, signal, time
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # as the command does before it imports any
-signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
 from lorafit.training import inputs
 def prepare(*_, **__):
     os.kill(os.getpid(), signal.SIGINT)

@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 
 OVERRIDDEN = {
+    "optuna.BaseJournalFileLock": "acquire",
     "jinja2.CodeGenerator": "blockvisit buffer macro_body visit_Assign visit_For visit_With",
     "jinja2.Extension": "parse",
     "torch.Module": "forward",

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from lorafit.storage.files import write_file
+from lorafit.storage.files import cut_torn_line, write_file
 from lorafit.storage.locks import NOT_LOCKABLE
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.run_lock import RunLock
@@ -259,3 +259,12 @@ def test_a_maker_that_fails_leaves_the_stage_of_another_of_the_same_target(tmp_p
             raise ValueError
         remove_abandoned(tmp_path)
     assert (target / "weights").read_text() == "whole"
+
+
+@pytest.mark.parametrize("whole", ["", "a\n", "a\nb\n", "x" * 5000 + "\n"])
+@pytest.mark.parametrize("torn", ["", "half", "h" * 9000])
+def test_half_a_line_at_the_end_is_cut_off(whole: str, torn: str, tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text(whole + torn)
+    cut_torn_line(path)
+    assert path.read_text() == whole

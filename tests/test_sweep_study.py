@@ -53,6 +53,18 @@ def test_work_is_claimed_once_and_done_once(storage: str) -> None:
     assert other.claim("a") is None and one.outcomes().keys() == {"a"}
 
 
+@pytest.mark.parametrize("left", [1, 30, -1])
+def test_half_a_line_of_a_process_that_died_in_it_is_no_line(left: int, storage: str) -> None:
+    Study(storage, "s").claim("a").commit({}, {})  # type: ignore[union-attr]
+    whole = Path(storage).read_bytes()
+    last = whole.splitlines()[-1]
+    Path(storage).write_bytes(whole + last[:left])
+    assert Study(storage, "s").outcomes().keys() == {"a"}
+    Study(storage, "s").claim("b").commit({}, {})  # type: ignore[union-attr]
+    assert Study(storage, "s").outcomes().keys() == {"a", "b"}
+    assert Path(storage).read_bytes().startswith(whole + b"{")
+
+
 def test_work_that_was_given_up_can_be_had(storage: str) -> None:
     study = Study(storage, "s")
     study.claim("a").give_up()  # type: ignore[union-attr]

@@ -43,6 +43,22 @@ def append_line(path: Path, line: str) -> None:
         file.write(f"{line}\n")
 
 
+def cut_torn_line(path: Path) -> None:
+    """Remove what follows the last line feed: half a line, of a writer that died in it. Nobody may write meanwhile."""
+    with path.open("rb+") as file:
+        end = whole = file.seek(0, os.SEEK_END)
+        while whole:
+            start = max(whole - 4096, 0)
+            file.seek(start)
+            found = file.read(whole - start).rfind(b"\n") + 1
+            if found:
+                whole = start + found
+                break
+            whole = start
+        if whole < end:
+            file.truncate(whole)
+
+
 def sha256_of(path: Path) -> str:
     """Hex digest of a file, read a piece at a time."""
     with path.open("rb") as file:

@@ -23,12 +23,13 @@ import numpy as np
 import optuna
 from optuna.exceptions import OptunaError, UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, get_storage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from lorafit.errors import MachineError
+from lorafit.storage.files import cut_torn_line
 from lorafit.storage.lease import BEAT_SECONDS, is_alive, this_host
 from lorafit.tasks.sequences import SequenceLosses
 
@@ -183,6 +184,25 @@ class Claim:
                 return
 
 
+class _WholeLines(JournalFileSymlinkLock):
+    """The lock of a journal's writers. A process that died in a line left half of it: nobody reads that, but the next
+    line would be taken for its end, and no process could read the journal again (optuna 5.0, `read_logs`)."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path)
+        self._path = Path(path)
+
+    def acquire(self) -> bool:
+        is_held = super().acquire()
+        if is_held:
+            try:
+                cut_torn_line(self._path)
+            except BaseException:
+                self.release()
+                raise
+        return is_held
+
+
 def _opened(storage: str, name: str, *, tries: int = 4) -> tuple[BaseStorage, optuna.Study]:
     """Of two processes that make the tables of a new database at the same time, one fails and finds them made."""
     try:
@@ -191,7 +211,7 @@ def _opened(storage: str, name: str, *, tries: int = 4) -> tuple[BaseStorage, op
         else:
             path = Path(storage).absolute()  # the lock file is a link to it
             path.parent.mkdir(parents=True, exist_ok=True)
-            opened = JournalStorage(JournalFileBackend(str(path)))
+            opened = JournalStorage(JournalFileBackend(str(path), lock_obj=_WholeLines(str(path))))
         return opened, optuna.create_study(storage=opened, study_name=name, load_if_exists=True)
     except (OptunaError, SQLAlchemyError):
         if tries == 1:
