@@ -11,7 +11,7 @@ from typing import Any
 
 from lorafit.errors import RunDirError
 from lorafit.storage.files import append_line, read_regular, sha256_of, write_file
-from lorafit.storage.stage import flush, make_directory
+from lorafit.storage.stage import flush, make_directory, remove_abandoned
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class RunDir:
 
         So that the next event begins a line of its own. How many there were.
         """
+        remove_abandoned(self.path)  # of a process that was killed at this, after the lines were whole again
         lines = read_regular(self.events).split(b"\n") if self.events.is_file() else []
         torn = [line for line in lines if line.strip() and not _event(line)]
         if torn or lines[-1:] not in ([], [b""]):
