@@ -298,7 +298,7 @@ import os, signal, sys, time
 from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from random_adapters import merged
-from lorafit.merging import write
+from lorafit.merging import write_weights as write
 rewrite = write._rewrite
 def slowly(*arguments):
     time.sleep(0.02)
