@@ -92,8 +92,8 @@ def test_batches_and_weights_that_do_not_divide_come_out_as_in_one_process(tmp_p
     read = [json.loads((tmp_path / "two" / "fsdp2" / process / "read.json").read_text("utf-8")) for process in "01"]
     assert len(read[0]) == 21 and not read[1], "the first process alone reads the base, and hands it on"
 
-    # A loss that was rounded to bfloat16 on its way out of the model is 2e-3 away. Products that the CPU only emulates in
-    # bfloat16 are summed in another order for another number of rows: 2.3e-4.
+    # A loss that was rounded to bfloat16 on its way out of the model is 2e-3 away. What a CPU emulates in bfloat16
+    # is summed in another order where there are other rows: 2.3e-4.
     close = 1e-5 if cpu_computes_bfloat16() else 5e-4
     before = [metrics(path / "fsdp2 qlora" / "run")[0]["eval_loss"] for path in (tmp_path, tmp_path / "two")]
     assert before[0] == pytest.approx(before[1], abs=close)
