@@ -38,6 +38,7 @@ def main(given: dict[str, Any]) -> None:
                 link.is_over.set()  # no signs of life any more, the connection stays
                 time.sleep(60)
             case "fails":
+                time.sleep(0.5)  # the same
                 raise StopRequested("stopped at 15/20")
             case "waits":
                 link.hear()
