@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
-from together import STEPS, Crash, CrashAfter, train_spread_over
+from forked import Crash, CrashAfter
+from together import STEPS, train_spread_over
 
 
 def main(directory: Path, base: Path) -> None:

@@ -15,11 +15,12 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import FullyShardedDataParallelPlugin
+from forked import Crash, CrashAfter
 from peft import LoraConfig, PeftModel
 from runs import small_recipe
 from tiny import byte_tokenizer
 from torch.distributed.fsdp import StateDictType, fully_shard
-from transformers import AutoModelForCausalLM, TrainerCallback, TrainerState
+from transformers import AutoModelForCausalLM
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.errors import LorafitError
@@ -79,21 +80,6 @@ def step_by_hand(model: PeftModel, *, process: int, processes: int) -> None:
         model(input_ids=share, labels=share).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-class Crash(Exception):
-    """Nothing that anything in lorafit waits for."""
-
-
-class CrashAfter(TrainerCallback):
-    """Ends both processes in the middle of a run."""
-
-    def __init__(self, step: int) -> None:
-        self._step = step
-
-    def on_step_end(self, args: object, state: TrainerState, control: object, **_: object) -> None:
-        if state.global_step == self._step:
-            raise Crash
 
 
 def train_spread_over(
