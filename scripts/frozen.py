@@ -19,15 +19,13 @@ import re
 import signal
 import sys
 import tempfile
-import time
-import traceback
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+TESTS = Path(__file__).parents[1] / "tests"
 TRAINING = {
     "max_length": 64,
     "max_steps": 6,
@@ -115,44 +113,12 @@ def commands() -> list[Command]:
 
 
 def build(directory: Path) -> None:
-    """A base model of one layer with a byte tokenizer, rows, and the recipes."""
-    import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    """A tiny base model, rows, and the recipes."""
+    from tiny import build_base, sums, write_jsonl
 
-    special = ["<|pad|>", "<|im_start|>", "<|im_end|>"]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate([*special, *letters])}, merges=[]))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    inner.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, pad_token=special[0], eos_token=special[2])
-    tokenizer.add_special_tokens({"additional_special_tokens": [special[1]]})
-    tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    )
-    tokenizer.save_pretrained(directory / "base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=264,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=2,
-    )
-    model = LlamaForCausalLM(config)
-    model.generation_config.eos_token_id = 2
-    model.generation_config.pad_token_id = 0
-    model.save_pretrained(directory / "base")
+    build_base(directory / "base")
     for name, first in (("train", 0), ("eval", 100)):
-        rows = [{"prompt": f"What is {i} + 7?", "completion": f"It is {i + 7}."} for i in range(first, first + 24)]
-        (directory / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(directory / f"{name}.jsonl", sums(24, first=first))
     for name, sections in {**RECIPES, **BAD}.items():
         write_recipe(directory, name, sections)
     write_recipe(directory, "sweep", {"rank_sweep": {"ranks": [1, 2, 4], "eps": 0.01}, "training": EVALUATED})
@@ -169,41 +135,6 @@ def write_recipe(directory: Path, name: str, sections: dict[str, Any]) -> None:
     whole |= sections | {"training": TRAINING | sections.get("training", {})}
     whole = {key: section for key, section in whole.items() if section is not None}
     (directory / f"{name}.yaml").write_text(yaml.safe_dump(whole))
-
-
-def forked(command: Command, directory: Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command, in a child of this process, which has imported everything."""
-    outputs = [directory.parent / "stdout", directory.parent / "stderr"]
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        code = 70
-        try:
-            for number, path in enumerate(outputs, start=1):
-                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.chdir(directory)
-            sys.argv = ["lorafit", *command.words]
-            from lorafit.cli import main
-
-            main()
-            code = 0
-        except SystemExit as ended:
-            code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    while command.stopped_at and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
-        time.sleep(0.005)
-        if (directory / command.stopped_at).exists():
-            os.kill(child, signal.SIGTERM)
-            break
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    out, err = (path.read_text() for path in outputs)
-    return code, out, err
 
 
 VOLATILE = re.compile(
@@ -258,25 +189,34 @@ def files_of(directory: Path, leaves: str) -> dict[str, str]:
 
 def record() -> dict[str, Any]:
     """Of every command: code, outputs, files."""
+    from commands import Starter
+
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent) / "work"
+        directory, streams = Path(parent) / "work", Path(parent) / "streams"
         directory.mkdir()
-        os.environ |= {"LORAFIT_CACHE": str(Path(parent) / "cache"), "HF_HUB_OFFLINE": "1", "COLUMNS": "120"}
         build(directory)
+        os.chdir(directory)  # which its commands are given in
+        starter = Starter()
         for command in commands():
-            code, out, err = forked(command, directory)
+            under_way = starter.start(streams, *command.words)
             if command.stopped_at:
+                under_way.until((directory / command.stopped_at).exists)
+                under_way.send(signal.SIGTERM)
+                under_way.ended()
                 continue
+            ended = under_way.ended()
             try:
-                printed: Any = steady(json.loads(out))
+                printed: Any = steady(json.loads(ended.out))
             except ValueError:
-                printed = plain(out, directory).splitlines()
+                printed = plain(ended.out, directory).splitlines()
             printed = json.loads(json.dumps(printed).replace(str(directory), "DIR"))
-            said = [line for line in plain(err, directory).splitlines() if line.startswith(("error", "warning"))]
+            said = [line for line in plain(ended.err, directory).splitlines() if line.startswith(("error", "warning"))]
             files = files_of(directory, command.leaves)
-            found[command.name] = {"code": code, "out": printed, "said": said, "files": files}
-            print(f"{command.name}: {code}, {len(files)} files", file=sys.stderr)
+            found[command.name] = {"code": ended.code, "out": printed, "said": said, "files": files}
+            print(f"{command.name}: {ended.code}, {len(files)} files", file=sys.stderr)
+        starter.close()
+        os.chdir("/")
     return found
 
 
@@ -296,16 +236,9 @@ def main() -> None:
     parser.add_argument("what", choices=["record", "compare"])
     parser.add_argument("file", type=Path)
     arguments = parser.parse_args()
-    warnings.simplefilter("ignore")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    import bitsandbytes
-    import peft
-    import torch
-    import transformers
-    import trl
-
-    assert bitsandbytes and peft and transformers and trl  # read once, for all children
-    torch.set_num_threads(1)
+    arguments.file = arguments.file.absolute()
+    os.environ |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "120", "PYTHONWARNINGS": "ignore"}
+    sys.path.insert(0, str(TESTS))
     now = record()
     if arguments.what == "record":
         arguments.file.write_text(json.dumps(now, indent=1, sort_keys=True) + "\n")
