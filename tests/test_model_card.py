@@ -13,6 +13,7 @@ import yaml
 from runs import logits, reloaded, run, small_recipe
 from transformers import BitsAndBytesConfig
 
+from lorafit import precision
 from lorafit.recipe import Recipe
 from lorafit.report.model_card import model_card, sparkline
 from lorafit.report.seen import rows_seen
@@ -27,6 +28,7 @@ FACTS: dict[str, Any] = {
     "world_size": 2,
     "seed": 1,
     "bf16": True,
+    "compute_dtype": "bfloat16",
     "planned_steps": 40,
     "steps": 30,
     "tokens": 12_345,
@@ -114,7 +116,12 @@ def test_card_and_result_name_the_step_whose_adapter_is_kept(tmp_path: Path, tin
     assert f" epochs; the adapter is that of step {result.adapter_step}, the best" in train_table(result)
 
 
-def test_the_card_loads_the_adapter_as_it_says(tmp_path: Path, tiny_base: Path) -> None:
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the choice of a CPU")
+@pytest.mark.parametrize(("native", "computed"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_the_card_loads_the_adapter_as_it_was_trained(
+    native: bool, computed: torch.dtype, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_computes_bfloat16", lambda: native)
     result, _ = run(small_recipe(tmp_path, tiny_base, quantization={"load_in_4bit": True}))
     text = (Path(result.adapter) / "README.md").read_text(encoding="utf-8")
     source = block(text, "python").replace("path/to/this/adapter", result.adapter)
@@ -124,10 +131,11 @@ def test_the_card_loads_the_adapter_as_it_says(tmp_path: Path, tiny_base: Path) 
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_compute_dtype=computed,
     )
     same = reloaded(result, tiny_base, quantization_config=as_trained, dtype="auto")
     assert torch.equal(logits(loaded["model"].eval()), logits(same))
+    assert loaded["model"].config.quantization_config.bnb_4bit_compute_dtype == computed
     assert loaded["tokenizer"].chat_template
 
 

@@ -112,7 +112,7 @@ def _loading(recipe: Recipe, facts: dict[str, Any]) -> Iterator[str]:
         names += ", BitsAndBytesConfig"
         settings = recipe.quantization.model_dump(mode="json", exclude={"extra"})
         if settings["bnb_4bit_compute_dtype"] == "auto":  # a type of lorafit's: the library wants one by name
-            settings["bnb_4bit_compute_dtype"] = "bfloat16"
+            settings["bnb_4bit_compute_dtype"] = facts["compute_dtype"]
         used = ", ".join(f"{name}={_literal(value)}" for name, value in settings.items() if _is_used(name, settings))
         arguments.append(f"quantization_config=BitsAndBytesConfig({used})")
     listed = "".join(f"    {argument},\n" for argument in arguments)

@@ -19,8 +19,10 @@ from lorafit import __version__
 from lorafit.builders.adapter import adapted_modules
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.data.prepare import PreparedData
+from lorafit.precision import compute_dtype
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe
+from lorafit.recipe.sections import QuantizationSection
 from lorafit.report.model_card import model_card
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
@@ -192,6 +194,7 @@ def run_facts(
         "world_size": PartialState().num_processes,
         "seed": loaded.recipe.training.seed,
         "bf16": trainer.args.bf16,
+        "compute_dtype": _compute_dtype(loaded.recipe.quantization),
         "planned_steps": trainer.steps,
         "base": {
             "name": base_files.name if base_files.revision else None,  # a directory is in recipe.yaml, relative
@@ -208,6 +211,13 @@ def run_facts(
         },
         "modules": [asdict(module) for module in adapted_modules(trainer.model)],
     }
+
+
+def _compute_dtype(quantization: QuantizationSection | None) -> str | None:
+    """The type that 4-bit weights were unpacked to."""
+    if quantization is None or not quantization.load_in_4bit:
+        return None
+    return compute_dtype(quantization.bnb_4bit_compute_dtype)
 
 
 def _relative(files: tuple[str, ...], run: RunDir) -> list[str]:
