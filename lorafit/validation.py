@@ -169,7 +169,7 @@ def _numbers(recipe: Recipe, data: DataScan, processes: int) -> dict[str, Number
     """What follows from the recipe and the rows; steps of packed rows need the tokenizer, those of the Hub the rows."""
     training = recipe.training
     numbers = {"sequences_per_step": sequences_per_step(recipe, processes)}
-    has_counted_rows = not training.packing and not data.skipped_hub
+    has_counted_rows = not training.is_packed and not data.skipped_hub
     if has_counted_rows:
         numbers["steps_per_epoch"] = steps_per_epoch(recipe, data.train_rows, processes=processes)
     if has_counted_rows or training.max_steps is not None:

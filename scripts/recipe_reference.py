@@ -44,12 +44,17 @@ def page() -> str:
     """The Markdown of the whole reference."""
     schema = recipe_schema()
     definitions = schema["$defs"]
-    plain = {name: field for name, field in schema["properties"].items() if not _sections_in(field)}
+    plain = {name: field for name, field in schema["properties"].items() if field and not _sections_in(field)}
     blocks = [OPENING.rstrip(), "## Top of the recipe", *_keys("", plain)]
     shown: dict[str, str] = {}
     for name, field in schema["properties"].items():
         for definition in _sections_in(field):
             blocks += _section(_path(name, field), definition, definitions, shown)
+    for rule in schema.get("allOf", ()):
+        task = rule["if"]["properties"]["task"]["const"]
+        for name, field in rule["then"]["properties"].items():
+            for definition in _sections_in(field):
+                blocks += _section(f"{name} (task: {task})", definition, definitions, shown)
     return "\n\n".join([*blocks, OF_RULES, "\n".join(map(_rule, RULES))]) + "\n"
 
 

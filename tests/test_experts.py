@@ -16,7 +16,7 @@ from transformers import Qwen3MoeConfig
 from lorafit.builders.experts import advise_on_experts
 from lorafit.planning.known_shapes import architecture
 from lorafit.planning.targets import target_table
-from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.recipe import CausalLmRecipe
 from lorafit.recipe.sections import ModelSection
 from lorafit.report.model_card import model_card
 from lorafit.validation import validate
@@ -55,7 +55,7 @@ def test_targets_validate_run_and_card_tell_one_story(mixture: Path, tmp_path: P
 
 
 def test_the_card_offers_no_vllm_for_what_was_adapted_of_experts() -> None:
-    recipe = Recipe.model_validate(
+    recipe = CausalLmRecipe.model_validate(
         {
             "output_dir": "run",
             "model": {"model_name_or_path": "org/base"},
@@ -83,5 +83,5 @@ def test_the_card_offers_no_vllm_for_what_was_adapted_of_experts() -> None:
 )
 def test_what_is_said_of_experts(changes: dict[str, Any], config: dict[str, Any], said: list[str]) -> None:
     written = {"output_dir": "run", "model": {"model_name_or_path": "b"}, "data": {"train": [{"path": "r.jsonl"}]}}
-    recipe = Recipe.model_validate(written | changes)
+    recipe = CausalLmRecipe.model_validate(written | changes)
     assert [advice.key for advice in advise_on_experts(recipe, config)] == said

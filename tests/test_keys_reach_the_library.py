@@ -13,8 +13,8 @@ from lorafit.builders.lora_config import lora_config
 from lorafit.builders.sft_config import sft_config
 from lorafit.errors import Problem
 from lorafit.preflight import Machine, bf16_choice, checkpointing_choice
-from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.sections import AdaLoraSection, LoraSection, TrainingSection
+from lorafit.recipe.recipe import CausalLmRecipe
+from lorafit.recipe.sections import AdaLoraSection, LoraSection, SFTSection
 
 CPU = Machine(device="cpu", name="a CPU", gpus=0, has_bf16=True, memory_bytes=2**34)
 
@@ -52,10 +52,10 @@ TRAINING_FLIPS: dict[str, Any] = {
 }
 
 
-def _recipe(**training: Any) -> Recipe:
+def _recipe(**training: Any) -> CausalLmRecipe:
     settings = {"packing": True, "eval_strategy": "steps", "eval_steps": 10.0} | training
     source = {"path": "/rows.jsonl"}
-    return Recipe.model_validate(
+    return CausalLmRecipe.model_validate(
         {
             "model": {"model_name_or_path": "/base"},
             "data": {"train": [source], "eval": [source]},
@@ -64,7 +64,7 @@ def _recipe(**training: Any) -> Recipe:
     )
 
 
-def _sft(recipe: Recipe, directory: Path) -> dict[str, Any]:
+def _sft(recipe: CausalLmRecipe, directory: Path) -> dict[str, Any]:
     config = sft_config(
         recipe,
         output_dir=directory,
@@ -78,7 +78,7 @@ def _sft(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
 
 def test_every_training_key_has_a_flip() -> None:
-    assert set(TRAINING_FLIPS) == set(TrainingSection.model_fields)
+    assert set(TRAINING_FLIPS) == set(SFTSection.model_fields)
 
 
 @pytest.mark.parametrize("key", TRAINING_FLIPS)
@@ -96,7 +96,7 @@ def test_early_stopping_keeps_the_best_and_the_library_removes_no_checkpoint(tmp
     recipe = _recipe()
     assert _sft(recipe, tmp_path)["save_total_limit"] == "None"
     raw = recipe.model_dump(exclude_unset=True) | {"early_stopping": {"patience": 2}}
-    assert "BEST" in _sft(Recipe.model_validate(raw), tmp_path)["save_strategy"].upper()
+    assert "BEST" in _sft(CausalLmRecipe.model_validate(raw), tmp_path)["save_strategy"].upper()
 
 
 LORA_FLIPS: dict[str, Any] = {

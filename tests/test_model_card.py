@@ -14,7 +14,7 @@ from runs import logits, reloaded, run, small_recipe
 from transformers import BitsAndBytesConfig
 
 from lorafit import precision
-from lorafit.recipe import Recipe
+from lorafit.recipe.recipe import CausalLmRecipe
 from lorafit.report.model_card import model_card, sparkline
 from lorafit.report.seen import rows_seen
 from lorafit.report.tables import train_table
@@ -56,7 +56,7 @@ HISTORY: list[dict[str, Any]] = [{"step": step, "loss": 4.0 - step / 20} for ste
 def card(*, history: list[dict[str, Any]] = HISTORY, **sections: Any) -> str:
     """The card of a made-up run."""
     recipe = {"model": HUB_BASE, "data": {"train": [{"path": "/home/anna/secret-project/rows.jsonl"}]}} | sections
-    return model_card(Recipe.model_validate(recipe), facts=FACTS, history=history)
+    return model_card(CausalLmRecipe.model_validate(recipe), facts=FACTS, history=history)
 
 
 def metadata(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from tiny import build_base
 from lorafit import precision
 from lorafit.builders.base_model import load_base_model
 from lorafit.preflight import Machine, bf16_choice, dtype_choice, product_choice
-from lorafit.recipe import Recipe
+from lorafit.recipe.recipe import CausalLmRecipe
 from lorafit.recipe.sections import ModelSection, QuantizationSection, TrainingSection
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
@@ -23,8 +23,8 @@ NEW_CPU = Machine(device="cpu", name="New CPU", gpus=0, has_bf16=True, memory_by
 T4 = Machine(device="cuda", name="Tesla T4", gpus=1, has_bf16=False, memory_bytes=2**34)
 
 
-def recipe(dtype: str = "auto") -> Recipe:
-    return Recipe.model_validate(
+def recipe(dtype: str = "auto") -> CausalLmRecipe:
+    return CausalLmRecipe.model_validate(
         {"model": {"model_name_or_path": "base", "dtype": dtype}, "data": {"train": [{"path": "rows.jsonl"}]}}
     )
 
@@ -82,10 +82,10 @@ def test_4_bit_products_and_autocast_that_would_be_emulated_come_with_advice() -
     written = {key: recipe().model_dump() for key in ("auto", "float32", "bfloat16", "float16")}
     for dtype, sections in written.items():
         sections["quantization"] = {"load_in_4bit": True, "bnb_4bit_compute_dtype": dtype}
-        chosen = product_choice(Recipe.model_validate(sections), OLD_CPU)
+        chosen = product_choice(CausalLmRecipe.model_validate(sections), OLD_CPU)
         assert (chosen is None) == (dtype in ("auto", "float32"))
         assert chosen is None or (chosen.value == dtype and "Old CPU emulates it" in chosen.reason)
-        assert product_choice(Recipe.model_validate(sections), NEW_CPU) is None
+        assert product_choice(CausalLmRecipe.model_validate(sections), NEW_CPU) is None
     assert "Old CPU emulates it" in bf16_choice(TrainingSection(bf16=True), OLD_CPU).reason
     assert bf16_choice(TrainingSection(bf16=True), NEW_CPU).reason == "training.bf16"
     assert bf16_choice(TrainingSection(bf16=False), OLD_CPU).reason == "training.bf16"

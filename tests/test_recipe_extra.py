@@ -5,18 +5,19 @@ import inspect
 import re
 from typing import get_args, get_type_hints
 
-from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
+from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES, library_keys
 from lorafit.recipe.rules.data import FORMAT_COLUMNS
 from lorafit.recipe.rules.extra import BACKENDS, OPTIM_ARGS, TRAINING_EXTRA
 from lorafit.recipe.rules.schedule import SCHEDULE_ARGUMENTS, phases_in_steps
 from lorafit.recipe.sections import training
+from lorafit.tasks import TASKS
 
 SINCE_TRANSFORMERS_5_23 = {"activation_checkpointing", "activation_checkpointing_kwargs"}
 
 
 def test_the_lists_are_those_of_the_installed_libraries() -> None:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
     from trl import SFTConfig
 
     def init_fields(config: type) -> set[str]:
@@ -27,7 +28,8 @@ def test_the_lists_are_those_of_the_installed_libraries() -> None:
     source = inspect.getsource(PreTrainedModel.from_pretrained)
     popped = set(re.findall(r'kwargs\.pop\("([a-z]\w*)"', source)) | set(re.findall(r'"(attn_\w+)" in kwargs', source))
     assert LIBRARY_KEYS["lora"] == init_fields(LoraConfig)
-    assert LIBRARY_KEYS["training"] == init_fields(SFTConfig) | SINCE_TRANSFORMERS_5_23
+    assert LIBRARY_KEYS["training"] == init_fields(TrainingArguments) | SINCE_TRANSFORMERS_5_23
+    assert TASKS["causal_lm"].arguments.own_keys == init_fields(SFTConfig) - init_fields(TrainingArguments)
     assert LIBRARY_KEYS["quantization"] == inspect.signature(BitsAndBytesConfig).parameters.keys() - {"kwargs"}
     assert LIBRARY_KEYS["model"] >= from_pretrained | popped
     assert len(popped) > 15
@@ -39,7 +41,7 @@ def test_what_lorafit_sets_itself_cannot_be_set_by_extra() -> None:
     import lorafit.builders.sft_config as builder
 
     settings = set(re.findall(r'^ +"(\w+)": ', inspect.getsource(builder.sft_config), re.MULTILINE))
-    own = set(training.TrainingSection.model_fields)
+    own = set(training.SFTSection.model_fields)
     assert len(settings) > 40
     assert settings - own <= NOT_FOR_RECIPES["training"].keys()
 
@@ -65,7 +67,8 @@ def test_values_of_further_arguments_are_of_the_librarys_types() -> None:
         return {part for part in parts if part in (bool, int, float, str)}
 
     types = get_type_hints(SFTConfig)
-    known = LIBRARY_KEYS["training"] - NOT_FOR_RECIPES["training"].keys() - training.TrainingSection.model_fields.keys()
+    taken_by_sft = library_keys(TASKS["causal_lm"])["training"]
+    known = taken_by_sft - NOT_FOR_RECIPES["training"].keys() - training.SFTSection.model_fields.keys()
     assert TRAINING_EXTRA.keys() == known
     assert len(known) > 25
     for name, taken in TRAINING_EXTRA.items():

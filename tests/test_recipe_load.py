@@ -9,7 +9,8 @@ import pytest
 from pydantic import ValidationError
 
 from lorafit.errors import RecipeError
-from lorafit.recipe import Recipe, load
+from lorafit.recipe import load
+from lorafit.recipe.recipe import CausalLmRecipe
 from recipes import SMALLEST, loaded, problems, written
 
 FULL = """\
@@ -263,7 +264,7 @@ def test_every_key_of_the_schema_has_a_docstring() -> None:
 
 def test_a_recipe_made_in_python_is_as_strict() -> None:
     with pytest.raises(ValidationError):
-        Recipe.model_validate(
+        CausalLmRecipe.model_validate(
             {"model": {"model_name_or_path": "gpt2"}, "data": {"train": [{"path": "a", "weight": "1"}]}}
         )
     with pytest.raises(RecipeError):

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from lorafit.recipe import schema_walk, suggest
-from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
+from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES, library_keys
 from lorafit.recipe.suggest import GUESSES, extra_key, nearest, unknown_key
+from lorafit.tasks import DEFAULT_TASK
 from recipes import SMALLEST, problems
 
 
@@ -30,7 +31,7 @@ def test_every_new_name_is_a_key() -> None:
 @pytest.mark.parametrize("section", LIBRARY_KEYS)
 def test_what_is_not_for_recipes_is_a_library_key_that_the_section_lacks(section: str) -> None:
     reasons = NOT_FOR_RECIPES[section]
-    assert reasons.keys() <= LIBRARY_KEYS[section]
+    assert reasons.keys() <= library_keys(DEFAULT_TASK)[section]
     assert not reasons.keys() & set(schema_walk.keys_of(schema_walk.section_at((section,))))
 
 

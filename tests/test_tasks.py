@@ -28,6 +28,8 @@ from lorafit.tasks.trainers import TRAINERS
 
 PACKAGE = Path(__file__).parents[1] / "lorafit"
 ROOM = PACKAGE / "tasks"
+RECIPES = PACKAGE / "recipe" / "recipe.py"
+"""Says which class of `training` goes with each."""
 
 
 def names() -> set[str]:
@@ -38,7 +40,7 @@ def names() -> set[str]:
 
 def own_names(task: Task) -> set[str]:
     """What no other task is called."""
-    return {task.name, task.bases.table, task.figure.name, task.pipeline_tag, task.arguments}
+    return {task.name, task.bases.table, task.figure.name, task.pipeline_tag, task.arguments.name}
 
 
 def sources() -> list[Path]:
@@ -84,7 +86,7 @@ def test_no_name_of_a_task_stands_outside_its_room(trees: dict[Path, ast.AST]) -
         f"{path.relative_to(PACKAGE)}:{line}: {name}"
         for path, tree in trees.items()
         for line, name in mentions(tree)
-        if ROOM not in path.parents
+        if ROOM not in path.parents and (path, name) not in {(RECIPES, task) for task in TASKS}
     ]
     assert said == []
 
@@ -125,7 +127,7 @@ def test_the_names_are_the_libraries_own() -> None:
         assert kind.peft_type in peft.TaskType.__members__
         assert auto_class(kind) is getattr(transformers, kind.auto_class)
     for task in TASKS.values():
-        library, name = task.arguments.split(".")
+        library, name = task.arguments.name.split(".")
         assert hasattr({"trl": trl, "transformers": transformers}[library], name)
         assert hasattr(transformers.models.auto.modeling_auto, task.bases.table)
 

@@ -9,6 +9,7 @@ from typing import Any
 from trl import SFTConfig
 
 from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.sections import SFTSection
 
 _NAMES = {one.name for one in fields(SFTConfig)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
@@ -33,6 +34,7 @@ def sft_config(
     from a checkpoint does not evaluate first.
     """
     training = recipe.training
+    assert isinstance(training, SFTSection)
     keeps_best = training.load_best_model_at_end or recipe.early_stopping is not None
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),

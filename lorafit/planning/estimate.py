@@ -178,5 +178,5 @@ def eval_batch(recipe: Recipe) -> Batch | None:
 
 def _batch(recipe: Recipe, size: int) -> Batch:
     """The worst case: rows of `max_length`, and among several one that is shorter, so that they need a mask."""
-    rows: Rows = "packed" if recipe.training.packing else "padded" if size > 1 else "full"
+    rows: Rows = "packed" if recipe.training.is_packed else "padded" if size > 1 else "full"
     return Batch(rows, size, recipe.training.max_length)

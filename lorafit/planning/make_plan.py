@@ -147,7 +147,7 @@ def planned_steps(recipe: Recipe, rows: RowsOfRun | None, *, count: int) -> int 
         return recipe.training.max_steps
     if rows is None:
         return None
-    if not recipe.training.packing:
+    if not recipe.training.is_packed:
         return total_steps(recipe, rows.rows, processes=count).value
     if rows.tokens_per_row is None:
         return None
@@ -164,7 +164,7 @@ def _seconds(estimate: Estimate | None, steps: int) -> float | None:
 
 def _as_long_as_the_rows(estimator: Estimator, estimate: Estimate, rows: RowsOfRun | None) -> Estimate | None:
     """The same step with batches as long as they are in the mean."""
-    if rows is None or rows.batch_length is None or estimate.recipe.training.packing:
+    if rows is None or rows.batch_length is None or estimate.recipe.training.is_packed:
         return None
     keys = {"training.max_length": round(rows.batch_length), "training.gradient_checkpointing": estimate.checkpointing}
     made = changed(estimate.recipe, keys)

@@ -20,7 +20,7 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe | None:
         for section in sections:
             inside = inside.setdefault(section, {})
         inside[name] = value
-    made = Recipe.model_validate(tree)
+    made = type(recipe).model_validate(tree)
     return None if any(broken_rules(made)) else made
 
 

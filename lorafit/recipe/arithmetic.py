@@ -22,7 +22,7 @@ def sequences_per_step(recipe: Recipe, processes: int) -> Number:
     per_device = recipe.training.per_device_train_batch_size
     accumulated = recipe.training.gradient_accumulation_steps
     shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
-    unit = "packed rows" if recipe.training.packing else "sequences"
+    unit = "packed rows" if recipe.training.is_packed else "sequences"
     return Number(per_device * accumulated * processes, f"{unit} per step = {shares}")
 
 

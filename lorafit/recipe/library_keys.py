@@ -3,14 +3,9 @@
 `tests/test_recipe_extra.py` compares them with the installed libraries.
 """
 
-from lorafit.tasks import DEFAULT_TASK
+from collections.abc import Mapping
 
-LIBRARY_OBJECT = {
-    "model": f"{DEFAULT_TASK.model.auto_class}.from_pretrained",
-    "quantization": "BitsAndBytesConfig",
-    "lora": "peft.LoraConfig",
-    "training": DEFAULT_TASK.arguments,
-}
+from lorafit.tasks import Task
 
 _FROM_PRETRAINED = """
     adapter_kwargs adapter_name allow_all_kernels attn_implementation cache_dir config device_map device_mesh
@@ -34,7 +29,7 @@ _LORA_CONFIG = """
     arrow_config kasa_config ensure_weight_tying
 """
 
-_SFT_CONFIG = """
+_TRAINING_ARGUMENTS = """
     output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
     lr_scheduler_kwargs warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon
     optim_target_modules gradient_accumulation_steps average_tokens_across_devices max_grad_norm label_smoothing_factor
@@ -53,18 +48,32 @@ _SFT_CONFIG = """
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order remove_unused_columns label_names
     train_sampling_strategy length_column_name ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
     ddp_static_graph ddp_backend ddp_timeout fsdp fsdp_config deepspeed debug skip_memory_metrics do_train do_eval
-    do_predict resume_from_checkpoint local_rank model_init_kwargs trust_remote_code router_aux_loss_coef
-    chat_template_path dataset_text_field dataset_kwargs dataset_num_proc eos_token max_length truncation_mode
-    shuffle_dataset packing packing_strategy padding_free pad_to_multiple_of eval_packing completion_only_loss
-    assistant_only_loss loss_type activation_offloading pad_token
+    do_predict resume_from_checkpoint local_rank
 """
 
-LIBRARY_KEYS = {
+LIBRARY_KEYS: Mapping[str, frozenset[str]] = {
     "model": frozenset(_FROM_PRETRAINED.split()),
     "quantization": frozenset(_BITS_AND_BYTES.split()),
     "lora": frozenset(_LORA_CONFIG.split()),
-    "training": frozenset(_SFT_CONFIG.split()),
+    "training": frozenset(_TRAINING_ARGUMENTS.split()),
 }
+"""By section; in `training` what the arguments of every task take."""
+
+
+def library_keys(task: Task) -> dict[str, frozenset[str]]:
+    """By section, for a recipe of this task."""
+    return {**LIBRARY_KEYS, "training": LIBRARY_KEYS["training"] | task.arguments.own_keys}
+
+
+def library_object(section: str, task: Task) -> str:
+    """What becomes of a section, as the libraries call it."""
+    return {
+        "model": f"{task.model.auto_class}.from_pretrained",
+        "quantization": "BitsAndBytesConfig",
+        "lora": "peft.LoraConfig",
+        "training": task.arguments.name,
+    }[section]
+
 
 _HUB = "nothing is pushed to the Hub while training"
 _CHECKPOINTS = "write checkpoints.every and checkpoints.keep"

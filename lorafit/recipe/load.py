@@ -13,7 +13,7 @@ from lorafit.errors import LorafitError, Problem, RecipeError
 from lorafit.recipe import secrets
 from lorafit.recipe.overlays import SET, Layer, dotted, read_layers
 from lorafit.recipe.pydantic_errors import Wrong, in_our_words
-from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.recipe import Recipe, recipe_class
 from lorafit.recipe.recipe_yaml import recipe_yaml
 from lorafit.recipe.rules import Broken, broken_rules
 from lorafit.recipe.yaml_reader import KeyPath
@@ -49,7 +49,7 @@ class LoadedRecipe:
         base = self.recipe.model.model_name_or_path
         if problem.where == base:
             return self.problem("model.model_name_or_path", f"{base}: {problem.message}")
-        is_key = problem.where.startswith(tuple(f"{name}." for name in Recipe.model_fields))
+        is_key = problem.where.startswith(tuple(f"{name}." for name in type(self.recipe).model_fields))
         return self.problem(problem.where, problem.message) if is_key else problem
 
     def yaml(self, *, relative_to: Path) -> str:
@@ -103,7 +103,7 @@ def _checked(tree: dict[str, Any]) -> tuple[Recipe | None, list[Wrong]]:
     wrong: list[Wrong] = []
     for _ in range(3):
         try:
-            return Recipe.model_validate(tree), wrong
+            return recipe_class(tree).model_validate(tree), wrong
         except ValidationError as error:
             found = in_our_words(error, tree)
             wrong += found

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from lorafit.recipe.example import example
+from lorafit.recipe.recipe import Recipe, recipe_class
 from lorafit.recipe.schema_walk import field_at, section_in
 from lorafit.recipe.suggest import GUESSES, nearest, unknown_key
 from lorafit.recipe.yaml_reader import FLOAT, KeyPath
@@ -46,15 +47,16 @@ _TRAPS = {
 def in_our_words(error: ValidationError, tree: dict[str, Any]) -> list[Wrong]:
     """Every wrong key of `tree` with what is wrong with it, once each."""
     found: dict[KeyPath, list[Any]] = {}
+    recipe = recipe_class(tree)
     for detail in error.errors(include_url=False):
         found.setdefault(_key_of(detail["loc"], tree, detail["type"]), []).append(detail)
     above = {key[:length] for key in found for length in range(len(key))}
     leaves = [key for key in found if key not in above]
     foreign = [key for key in leaves if found[key][0]["type"] == "extra_forbidden"]
-    unknown = {key: unknown_key(key, guesses=number < GUESSES) for number, key in enumerate(foreign)}
+    unknown = {key: unknown_key(key, recipe, guesses=number < GUESSES) for number, key in enumerate(foreign)}
     misspelt = {guess for _, guess in unknown.values()}  # not missing, too
     return [
-        Wrong(key, *unknown[key]) if key in unknown else _wrong(key, found[key], tree)
+        Wrong(key, *unknown[key]) if key in unknown else _wrong(key, found[key], tree, recipe)
         for key in leaves
         if key not in misspelt
     ]
@@ -84,7 +86,7 @@ def _key_of(loc: tuple[Any, ...], tree: Any, kind: str) -> KeyPath:
     return tuple(key)
 
 
-def _wrong(key: KeyPath, details: Sequence[Any], tree: dict[str, Any]) -> Wrong:
+def _wrong(key: KeyPath, details: Sequence[Any], tree: dict[str, Any], recipe: type[Recipe]) -> Wrong:
     if details[0]["type"] == "missing":
         return Wrong(key, f"is missing; {_NEEDED.get(key, 'write it')}")
     value: Any = tree
@@ -92,7 +94,7 @@ def _wrong(key: KeyPath, details: Sequence[Any], tree: dict[str, Any]) -> Wrong:
         value = value[step]
     if any(detail["type"] in ("too_short", "string_too_short") for detail in details):
         return Wrong(key, f"{shown(value)} is empty; write at least one")
-    annotation, limits = _type_at(key)
+    annotation, limits = _type_at(key, recipe)
     words = _from_validators(details) or expected(annotation, limits)
     mend = _mend(key, value, annotation)
     return Wrong(
@@ -106,10 +108,12 @@ def _from_validators(details: Iterable[Any]) -> str | None:
     return next((str(detail["ctx"]["error"]) for detail in details if detail["type"] == "value_error"), None)
 
 
-def _type_at(key: KeyPath) -> tuple[Any, Sequence[Any]]:
+def _type_at(key: KeyPath, recipe: type[Recipe]) -> tuple[Any, Sequence[Any]]:
     """Type and limits of the value at a written key, entries of lists and mappings included."""
-    named = max(index + 1 for index in range(len(key)) if field_at(key[: index + 1]) and isinstance(key[index], str))
-    field = field_at(key[:named])
+    named = max(
+        index + 1 for index in range(len(key)) if field_at(key[: index + 1], recipe) and isinstance(key[index], str)
+    )
+    field = field_at(key[:named], recipe)
     assert field is not None
     annotation: Any = field.annotation
     limits: Sequence[Any] = field.metadata

@@ -1,5 +1,8 @@
 """The whole recipe: what one YAML file may say."""
 
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
 from pydantic import Field
 
 from lorafit.recipe.sections import (
@@ -17,11 +20,12 @@ from lorafit.recipe.sections import (
     QuantizationSection,
     RankSweepSection,
     Section,
+    SFTSection,
     SpeedSection,
     TrainingSection,
 )
 from lorafit.recipe.sections.base import Names
-from lorafit.tasks import DEFAULT_TASK, TaskName
+from lorafit.tasks import DEFAULT_TASK, TASKS, Task, TaskName
 
 
 class Recipe(Section):
@@ -29,6 +33,9 @@ class Recipe(Section):
 
     Paths are absolute here: `load` resolves them against the file they were written in.
     """
+
+    TASK: ClassVar[Task]
+    """That whose keys `training` takes."""
 
     output_dir: str | None = Field(default=None, min_length=1)
     """Run directory, relative to where the command is run. null means `runs/<name of the recipe>`."""
@@ -54,3 +61,22 @@ class Recipe(Section):
 
     silence: Names = ()
     """Advice not to print again, by the name each piece of advice ends with."""
+
+
+class CausalLmRecipe(Recipe):
+    """A run of supervised fine-tuning."""
+
+    TASK = TASKS["causal_lm"]
+
+    training: SFTSection = SFTSection()
+
+
+RECIPES: Mapping[TaskName, type[Recipe]] = {one.TASK.name: one for one in (CausalLmRecipe,)}
+"""By what `task` says: it chooses the class of `training`, whose keys are the library's own."""
+
+DEFAULT_RECIPE = RECIPES[DEFAULT_TASK.name]
+
+
+def recipe_class(tree: Mapping[str, Any]) -> type[Recipe]:
+    """That of the task which a recipe names; of the default one where it names none that there is."""
+    return next((RECIPES[name] for name in RECIPES if name == tree.get("task")), DEFAULT_RECIPE)

@@ -6,13 +6,13 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from lorafit.recipe.recipe import Recipe
+from lorafit.recipe.recipe import DEFAULT_RECIPE, Recipe
 from lorafit.recipe.yaml_reader import KeyPath
 
 
-def field_at(key: KeyPath) -> FieldInfo | None:
-    """The field that `key` names; None for unknown keys and for what lies inside a field."""
-    model: type[BaseModel] | None = Recipe
+def field_at(key: KeyPath, recipe: type[Recipe] = DEFAULT_RECIPE) -> FieldInfo | None:
+    """The field that `key` names in a recipe of this class; None for unknown keys and for what lies inside a field."""
+    model: type[BaseModel] | None = recipe
     field = None
     for step in key:
         if isinstance(step, int):
@@ -24,11 +24,11 @@ def field_at(key: KeyPath) -> FieldInfo | None:
     return field
 
 
-def section_at(key: KeyPath) -> type[BaseModel]:
+def section_at(key: KeyPath, recipe: type[Recipe] = DEFAULT_RECIPE) -> type[BaseModel]:
     """The section model that `key` names (`data.train.0` names a source)."""
-    field = field_at(key)
+    field = field_at(key, recipe)
     section = section_in(field.annotation) if field else None
-    return section or Recipe
+    return section or recipe
 
 
 def section_in(annotation: Any) -> type[BaseModel] | None:
@@ -40,13 +40,13 @@ def section_in(annotation: Any) -> type[BaseModel] | None:
 
 def keys_of(section: type[BaseModel]) -> list[str]:
     """The keys that may be written in a section."""
-    return [*section.model_fields, "extends"] if section is Recipe else list(section.model_fields)
+    return [*section.model_fields, "extends"] if issubclass(section, Recipe) else list(section.model_fields)
 
 
-def places() -> list[KeyPath]:
+def places(recipe: type[Recipe] = DEFAULT_RECIPE) -> list[KeyPath]:
     """Every key of the schema with its section; those of a source of rows once, under `data.train`."""
     again = (("data", "eval"), ("eval", "general"))
-    return [place for place in _below((), Recipe) if place[:2] not in again or len(place) == 2]
+    return [place for place in _below((), recipe) if place[:2] not in again or len(place) == 2]
 
 
 def _below(key: KeyPath, section: type[BaseModel]) -> Iterable[KeyPath]:

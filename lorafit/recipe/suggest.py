@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable
 
-from lorafit.recipe.library_keys import LIBRARY_KEYS, LIBRARY_OBJECT, NOT_FOR_RECIPES
-from lorafit.recipe.schema_walk import keys_of, places, section_at
+from lorafit.recipe.library_keys import NOT_FOR_RECIPES, library_keys, library_object
+from lorafit.recipe.recipe import DEFAULT_RECIPE, RECIPES, Recipe
+from lorafit.recipe.schema_walk import field_at, keys_of, places, section_at
 from lorafit.recipe.yaml_reader import KeyPath
 from lorafit.tasks import DEFAULT_TASK
 
@@ -154,46 +155,53 @@ def nearest(word: str, choices: Iterable[str], *, share: int = 3) -> str | None:
     return min(ranked)[2] if ranked else None
 
 
-def unknown_key(key: KeyPath, *, guesses: bool = True) -> tuple[str, KeyPath | None]:
+def unknown_key(
+    key: KeyPath, recipe: type[Recipe] = DEFAULT_RECIPE, *, guesses: bool = True
+) -> tuple[str, KeyPath | None]:
     """What to say about a key the schema does not have, and the key it is taken for where it is a misspelling."""
-    name, section = str(key[-1]), section_at(key[:-1])
+    name, section = str(key[-1]), section_at(key[:-1], recipe)
     here = f"not a key of {_named(key[:-1])}"
     if not guesses:
         return here, None
     if instead := _replacement(name, key):
         return f"{here}; {instead}", None
-    elsewhere = [place for place in places() if place[-1] == name]
+    elsewhere = [place for place in places(recipe) if place[-1] == name]
     if elsewhere:
         return f"{here}; write {' or '.join(_dotted(place) for place in elsewhere)}", None
-    own_first = sorted(LIBRARY_KEYS, key=lambda library: library != key[0])
-    if library := next((library for library in own_first if name in LIBRARY_KEYS[library]), None):
-        return f"{here}; {LIBRARY_OBJECT[library]} knows it: write it under {library}.extra", None
+    known = library_keys(recipe.TASK)
+    own_first = sorted(known, key=lambda library: library != key[0])
+    if library := next((library for library in own_first if name in known[library]), None):
+        return f"{here}; {library_object(library, recipe.TASK)} knows it: write it under {library}.extra", None
+    if others := [other.TASK.name for other in RECIPES.values() if field_at(key, other)]:
+        return f"{here} with task: {recipe.TASK.name}; it is one with task: {' or '.join(others)}", None
     own = keys_of(section)
     if guess := nearest(name, own):
         return f"{here}; did you mean {guess}?", (*key[:-1], guess)
-    if far := nearest(name, {str(place[-1]) for place in places()}):
-        return f"{here}; did you mean {' or '.join(_dotted(place) for place in places() if place[-1] == far)}?", None
+    if far := nearest(name, {str(place[-1]) for place in places(recipe)}):
+        meant = " or ".join(_dotted(place) for place in places(recipe) if place[-1] == far)
+        return f"{here}; did you mean {meant}?", None
     if (renamed := nearest(name, _RENAMED)) and len(name) > 5:
         return f"{here}; {_replacement(renamed, key)}", None
     return f"{here}; its keys are {', '.join(own)}", None
 
 
-def extra_key(section: str, name: str, *, guesses: bool = True) -> str | None:
+def extra_key(section: str, name: str, recipe: type[Recipe] = DEFAULT_RECIPE, *, guesses: bool = True) -> str | None:
     """What is wrong with a key under `extra`; None if the library takes it from there."""
-    own = keys_of(section_at((section,)))
+    own = keys_of(section_at((section,), recipe))
     if name in own:
         return f"{section} has this key itself; write {section}.{name}"
     if name in NOT_FOR_RECIPES[section]:
         return f"not for a recipe; {NOT_FOR_RECIPES[section][name]}"
-    known = LIBRARY_KEYS[section]
+    by_section = library_keys(recipe.TASK)
+    known = by_section[section]
     if name in known:
         return None
-    said = f"{LIBRARY_OBJECT[section]} has no such argument"
+    said = f"{library_object(section, recipe.TASK)} has no such argument"
     if not guesses:
         return said
     if instead := _replacement(name, (section, name)):
         return f"{said}; {instead}"
-    if others := [f"{other}.extra" for other, keys in LIBRARY_KEYS.items() if name in keys]:
+    if others := [f"{other}.extra" for other, keys in by_section.items() if name in keys]:
         return f"{said}; it belongs in {' or '.join(others)}"
     guess = nearest(name, sorted(known - NOT_FOR_RECIPES[section].keys()))
     if guess is None:

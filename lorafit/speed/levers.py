@@ -82,6 +82,6 @@ def _is_asked_for(lever: Lever, recipe: Recipe) -> bool:
     training = recipe.training
     return (
         is_on
-        and (training.packing or not lever.is_for_packed)
+        and (training.is_packed or not lever.is_for_packed)
         and (training.torch_compile or not lever.is_for_compiled)
     )

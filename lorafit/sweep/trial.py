@@ -21,7 +21,7 @@ from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import HealthStop, RecipeError
 from lorafit.launching.signals import StopRequest
-from lorafit.recipe import LoadedRecipe, Recipe
+from lorafit.recipe import LoadedRecipe
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
@@ -64,7 +64,7 @@ def trial_recipe(
     if output_dir is not None:
         raw["output_dir"] = str(output_dir)
         raw["launch"] = {"num_processes": 1}  # other GPUs train other trials
-    return replace(loaded, recipe=Recipe.model_validate(raw))
+    return replace(loaded, recipe=type(recipe).model_validate(raw))
 
 
 class Bench:

@@ -109,7 +109,7 @@ def _what_would_fit(recipe: Recipe, doing: Doing, *, checkpointing: bool) -> tup
             half = size // 2
             same = f"{half} with training.gradient_accumulation_steps: {-(-size * steps // half)}"
             mends.append(f"training.per_device_train_batch_size: {same} (the same batch for the optimizer)")
-        if (size > 1 or training.packing) and recipe.health.on_oom == "stop":
+        if (size > 1 or training.is_packed) and recipe.health.on_oom == "stop":
             mends.append("health.on_oom: halve_batch, which does that by itself")
     mends.append(f"training.max_length: {max(training.max_length // 2, 2)}")
     if recipe.quantization is None:

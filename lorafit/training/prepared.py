@@ -109,7 +109,7 @@ def prepare_run(
     planning = None if is_loaded else PlanOfRun(loaded, machine, state=state)
     with state.main_process_first():  # the others find the rows in the cache
         inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, as_of=start.as_of)
-    if not recipe.training.packing:  # else the trainer, which fills the rows, knows the steps
+    if not recipe.training.is_packed:  # else the trainer, which fills the rows, knows the steps
         refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
     _say_what_was_read(loaded, inputs, say)
     plan = planning.answer(say) if planning else None

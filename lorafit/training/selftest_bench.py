@@ -267,7 +267,7 @@ def _one_step(recipe: Recipe, *, per_pass: int, steps: int) -> Recipe:
         "packing": False,
         # Rows that stand for packed ones: flattened just so, and not filled up with the others. A router's balance is a
         # mean over each micro-batch, and rightly not the same for another division.
-        "extra": extra | {"padding_free": recipe.training.packing, "router_aux_loss_coef": 0.0},
+        "extra": extra | {"padding_free": recipe.training.is_packed, "router_aux_loss_coef": 0.0},
     }
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes), "early_stopping": None})
 

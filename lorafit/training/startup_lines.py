@@ -40,7 +40,7 @@ def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int, say: Say) -> N
     per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
     processes = trainer.accelerator.num_processes
     sequences = per_device * accumulated * processes
-    unit = "packed rows" if training.packing else "sequences"
+    unit = "packed rows" if training.is_packed else "sequences"
     shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
     say(f"{sequences} {unit} per step = {shares}")
     say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")

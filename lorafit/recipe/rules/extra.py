@@ -40,7 +40,7 @@ TRAINING_EXTRA: Mapping[str, Takes] = {
     "pad_to_multiple_of": Takes(int, 1, 10**5, or_null=True, or_text="auto"),
     "activation_offloading": _YES_OR_NO,
 }
-"""Values of what is left of `trl.SFTConfig`; a test compares names and types."""
+"""Values of what is left of the arguments; a test compares names and types."""
 
 OPTIM_ARGS = {
     "sgd": ("momentum", "dampening", "weight_decay", "nesterov"),
@@ -60,7 +60,7 @@ def extra_keys_reach_the_library(recipe: Recipe) -> Iterator[Broken]:
     wrong = 0
     for section, extra in extras.items():
         for key in extra:
-            if message := extra_key(section, key, guesses=wrong < GUESSES):
+            if message := extra_key(section, key, type(recipe), guesses=wrong < GUESSES):
                 wrong += 1
                 yield Broken(f"{section}.extra.{key}", message)
 

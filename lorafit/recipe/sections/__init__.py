@@ -16,7 +16,7 @@ from lorafit.recipe.sections.run import (
     OptimizerSection,
 )
 from lorafit.recipe.sections.speed import SpeedSection
-from lorafit.recipe.sections.training import TrainingSection
+from lorafit.recipe.sections.training import SFTSection, TrainingSection
 
 __all__ = [
     "AdaLoraSection",
@@ -33,6 +33,7 @@ __all__ = [
     "OptimizerSection",
     "QuantizationSection",
     "RankSweepSection",
+    "SFTSection",
     "Section",
     "Source",
     "SpeedSection",

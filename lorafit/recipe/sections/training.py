@@ -1,4 +1,4 @@
-"""`training`: becomes `trl.SFTConfig`."""
+"""`training`: becomes the library's arguments of the task, `trl.SFTConfig` for supervised fine-tuning."""
 
 from typing import Annotated, Any, Literal
 
@@ -44,15 +44,27 @@ Scheduler = Literal[
 ]
 
 
-class TrainingSection(Section):
-    """Lengths, batches, optimizer and schedule."""
+class Lengths(Section):
+    """How long a row may be, which every task asks."""
 
     max_length: int = Field(default=2048, ge=2)
     """Longest sequence in tokens; also the length of a packed row. Activation memory grows linearly with it."""
 
+
+class SFTKeys(Lengths):
+    """What `trl.SFTConfig` has beside the arguments of every trainer. A class apart, so that they stand by the length:
+    pydantic writes the keys of a later base first."""
+
     packing: bool = False
     """Fill rows of `max_length` with whole documents (best fit, none split); no document sees another. Saves the
     padding and makes a step's work even. Default false, TRL's."""
+
+    loss_type: Literal["nll", "dft"] = "nll"
+    """Loss: negative log-likelihood, or dynamic fine-tuning (arXiv 2508.05629)."""
+
+
+class TrainingSection(Lengths):
+    """What the training of every task has: the keys of `transformers.TrainingArguments`."""
 
     num_train_epochs: float = Field(default=1.0, gt=0, le=1e6)
     """Passes over the training rows. Default 1: one epoch is where published LoRA recipes start."""
@@ -139,8 +151,32 @@ class TrainingSection(Section):
     torch_compile: bool = False
     """Compile the model; pays off only in long runs of even shapes."""
 
-    loss_type: Literal["nll", "dft"] = "nll"
-    """Loss: negative log-likelihood, or dynamic fine-tuning (arXiv 2508.05629)."""
+    extra: Extra = {}
+    """Further arguments of the library's class."""
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether a row holds several documents."""
+        return False
+
+    @property
+    def loss(self) -> str:
+        """Which loss of its library is learned by."""
+        return "its own"
+
+
+class SFTSection(TrainingSection, SFTKeys):
+    """Lengths, batches, optimizer and schedule."""
 
     extra: Extra = {}
     """Further arguments of `trl.SFTConfig`."""
+
+    @property
+    def is_packed(self) -> bool:
+        """As `packing` says."""
+        return self.packing
+
+    @property
+    def loss(self) -> str:
+        """As `loss_type` says."""
+        return self.loss_type

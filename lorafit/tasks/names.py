@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -62,16 +63,77 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class LibraryArguments:
+    """The library's class that `training` becomes."""
+
+    name: str
+    own_keys: frozenset[str]
+    """What it takes beside the keys of `transformers.TrainingArguments`."""
+
+
+@dataclass(frozen=True)
 class Task:
     """One thing that can be trained."""
 
     name: TaskName
     model: ModelKind
     bases: BaseModels
-    arguments: str
-    """The library's class whose keys `training` takes."""
+    arguments: LibraryArguments
     figure: Figure
     pipeline_tag: str
     """Of the Hugging Face Hub: what the trained model does."""
     tag: str
     """Of the Hub: how it was trained."""
+
+
+MAX_EXPONENT = 700
+"""exp of more is not a float."""
+
+
+def perplexity(loss: float) -> float:
+    """exp(loss): among how many equally likely tokens the model hesitates."""
+    return math.exp(loss) if loss < MAX_EXPONENT else math.inf
+
+
+TASKS: Mapping[TaskName, Task] = {
+    "causal_lm": Task(
+        name="causal_lm",
+        model=MODEL_KINDS["CAUSAL_LM"],
+        bases=BaseModels(
+            table="MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+            other_class=re.compile(r"For(MaskedLM|SequenceClassification|TokenClassification|QuestionAnswering)$"),
+            wanted=("predicts the next token", "a causal language model"),
+        ),
+        arguments=LibraryArguments(
+            "trl.SFTConfig",
+            frozenset(
+                (
+                    *(
+                        "max_length",
+                        "truncation_mode",
+                        "pad_to_multiple_of",
+                        "packing",
+                        "packing_strategy",
+                        "padding_free",
+                    ),
+                    *("eval_packing", "shuffle_dataset", "dataset_text_field", "dataset_kwargs", "dataset_num_proc"),
+                    *("completion_only_loss", "assistant_only_loss", "loss_type", "router_aux_loss_coef"),
+                    *("chat_template_path", "eos_token", "pad_token", "model_init_kwargs", "trust_remote_code"),
+                    "activation_offloading",
+                )
+            ),
+        ),
+        figure=Figure("perplexity", perplexity),
+        pipeline_tag="text-generation",
+        tag="sft",
+    ),
+}
+"""By what `task` of a recipe says."""
+
+DEFAULT_TASK = TASKS["causal_lm"]
+"""Of a recipe that names none, and of an adapter whose `task_type` is empty."""
+
+
+def model_kind(task_type: object) -> ModelKind:
+    """Of an adapter's `task_type`; of one that lorafit does not know, that of the default task."""
+    return MODEL_KINDS.get(str(task_type), DEFAULT_TASK.model)
