@@ -181,7 +181,7 @@ def test_what_several_processes_train_is_left_to_the_command(
 
 
 def test_one_process_trains_where_it_sees_several_gpus(tmp_path: Path, tiny_base: Path) -> None:
-    # SFTConfig is told of one (builders/sft_config.py).
+    # SFTConfig is told of one (training/arguments.py).
     refuse_several_processes(small_recipe(tmp_path, tiny_base, launch={"num_processes": 1}), gpus=2, command="train")
 
 

@@ -19,7 +19,6 @@ from trl import SFTConfig
 
 import lorafit.packages
 from lorafit.builders.base_model import load_base_model
-from lorafit.builders.sft_config import sft_config
 from lorafit.errors import MachineError
 from lorafit.evaluation import memory
 from lorafit.preflight import Machine, refuse_what_this_machine_lacks
@@ -27,6 +26,7 @@ from lorafit.recipe.sections import ModelSection, QuantizationSection
 from lorafit.speed import varlen_attention
 from lorafit.tasks.causal_lm_trainer import CausalLm
 from lorafit.training import invariants, out_of_memory, smoke, task_trainer
+from lorafit.training.arguments import training_arguments
 from lorafit.training.selftest_bench import tolerances
 from lorafit.training.selftest_only import self_test_only
 from lorafit.training.task_trainer import adapts_separate_experts
@@ -43,7 +43,7 @@ def test_several_gpus_in_sight_of_one_process_are_not_taken_for_data_parallel(
         arguments._n_gpu = 2
 
     monkeypatch.setattr(SFTConfig, "__post_init__", sees_two)
-    arguments = sft_config(
+    arguments = training_arguments(
         small_recipe(tmp_path, tiny_base).recipe,
         output_dir=tmp_path,
         run_name="run",

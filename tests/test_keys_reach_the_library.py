@@ -10,11 +10,11 @@ from tiny import llama_config
 from transformers import AutoModelForCausalLM
 
 from lorafit.builders.lora_config import lora_config
-from lorafit.builders.sft_config import sft_config
 from lorafit.errors import Problem
 from lorafit.preflight import Machine, bf16_choice, checkpointing_choice
 from lorafit.recipe.recipe import CausalLmRecipe
 from lorafit.recipe.sections import AdaLoraSection, LoraSection, SFTSection
+from lorafit.training.arguments import training_arguments
 
 CPU = Machine(device="cpu", name="a CPU", gpus=0, has_bf16=True, memory_bytes=2**34)
 
@@ -65,7 +65,7 @@ def _recipe(**training: Any) -> CausalLmRecipe:
 
 
 def _sft(recipe: CausalLmRecipe, directory: Path) -> dict[str, Any]:
-    config = sft_config(
+    config = training_arguments(
         recipe,
         output_dir=directory,
         run_name="run",

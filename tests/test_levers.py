@@ -13,6 +13,7 @@ import lorafit
 from lorafit.recipe.sections import SpeedSection
 from lorafit.speed import levers
 from lorafit.speed.lever import Lever
+from lorafit.tasks import causal_lm_trainer
 from lorafit.training.train import run_training
 
 STOOD_IN_FOR = {"varlen_attention": {"planning/cuda_emulation.py"}}
@@ -40,7 +41,7 @@ def test_a_new_lever_reaches_the_trainer_of_the_run_and_of_its_self_test(
 
     new = Lever(key="answer_head", name="new lever", why_not=lambda *_: None, engage=engage, goes_on="trainer")
     refused = replace(new, name="other lever", why_not=lambda *_: "the moon is full")
-    monkeypatch.setattr(levers, "LEVERS", (new, refused))
+    monkeypatch.setattr(causal_lm_trainer, "LEVERS", (new, refused))
     said: list[str] = []
     run_training(small_recipe(tmp_path, tiny_base), say=said.append, cache_dir=None)
     assert [line for line in said if "lever" in line] == ["new lever on", "other lever off: the moon is full"]

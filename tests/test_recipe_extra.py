@@ -38,9 +38,11 @@ def test_the_lists_are_those_of_the_installed_libraries() -> None:
 
 
 def test_what_lorafit_sets_itself_cannot_be_set_by_extra() -> None:
-    import lorafit.builders.sft_config as builder
+    from lorafit.tasks.causal_lm_trainer import own_settings
+    from lorafit.training.arguments import training_arguments
 
-    settings = set(re.findall(r'^ +"(\w+)": ', inspect.getsource(builder.sft_config), re.MULTILINE))
+    sources = inspect.getsource(training_arguments) + inspect.getsource(own_settings)
+    settings = set(re.findall(r'^ +"(\w+)": ', sources, re.MULTILINE))
     own = set(training.SFTSection.model_fields)
     assert len(settings) > 40
     assert settings - own <= NOT_FOR_RECIPES["training"].keys()

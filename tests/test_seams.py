@@ -128,7 +128,7 @@ def test_a_hook_that_is_gone_is_named_with_where_we_rely_on_it(monkeypatch: pyte
     assert line.startswith("transformers.Trainer._get_grad_norm is gone: overridden at lorafit/training/")
     monkeypatch.setattr(seams, "has", lambda owner, name: name != "_n_gpu")
     (line,) = private_names_gone()
-    assert line.startswith("TrainingArguments._n_gpu is gone: lorafit/builders/sft_config.py:")
+    assert line.startswith("TrainingArguments._n_gpu is gone: lorafit/training/arguments.py:")
 
 
 def test_an_override_that_no_table_knows_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import math
 import subprocess
 import sys
@@ -21,14 +22,14 @@ from lorafit.builders.auto_class import auto_class
 from lorafit.errors import RecipeError
 from lorafit.planning.empty_base import empty_base
 from lorafit.recipe import load
+from lorafit.recipe.recipe import RECIPES
 from lorafit.recipe.sections import ModelSection
 from lorafit.tasks import DEFAULT_TASK, MODEL_KINDS, TASKS, Task, TaskName, model_kind
-from lorafit.tasks.pages import PAGES
-from lorafit.tasks.trainers import TRAINERS
+from lorafit.tasks.pages import Page, TrainerPage, page, trainer_page
 
 PACKAGE = Path(__file__).parents[1] / "lorafit"
 ROOM = PACKAGE / "tasks"
-RECIPES = PACKAGE / "recipe" / "recipe.py"
+RECIPE = PACKAGE / "recipe" / "recipe.py"
 """Says which class of `training` goes with each."""
 
 
@@ -86,7 +87,7 @@ def test_no_name_of_a_task_stands_outside_its_room(trees: dict[Path, ast.AST]) -
         f"{path.relative_to(PACKAGE)}:{line}: {name}"
         for path, tree in trees.items()
         for line, name in mentions(tree)
-        if ROOM not in path.parents and (path, name) not in {(RECIPES, task) for task in TASKS}
+        if ROOM not in path.parents and (path, name) not in {(RECIPE, task) for task in TASKS}
     ]
     assert said == []
 
@@ -118,8 +119,20 @@ def test_a_task_is_in_few_files(name: TaskName, trees: dict[Path, ast.AST]) -> N
 
 def test_every_task_that_a_recipe_may_name_is_in_the_table() -> None:
     assert list(TASKS) == list(get_args(TaskName)) == [task.name for task in TASKS.values()]
-    assert list(PAGES) == list(TRAINERS) == list(TASKS)
+    assert list(RECIPES) == list(TASKS)
     assert all(MODEL_KINDS[task.model.peft_type] is task.model for task in TASKS.values())
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_pages_of_a_task_hold_what_every_task_has(name: TaskName) -> None:
+    for protocol, module in ((Page, page(name)), (TrainerPage, trainer_page(name))):
+        functions = {key: value for key, value in vars(protocol).items() if inspect.isfunction(value) and key[0] != "_"}
+        assert functions
+        for key, function in functions.items():
+            of_all = list(inspect.signature(function).parameters.values())[1:]
+            of_this = inspect.signature(getattr(module, key)).parameters
+            assert [(one.name, one.kind) for one in of_all] == [(one.name, one.kind) for one in of_this.values()], key
+        assert all(hasattr(module, key) for key in protocol.__annotations__)
 
 
 def test_the_names_are_the_libraries_own() -> None:
@@ -167,4 +180,4 @@ def test_the_kind_of_model_decides_the_class_that_is_built_and_the_bases_that_ar
 
 def test_a_guess_holds_every_token_for_equally_likely(tiny_base: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(tiny_base)
-    assert PAGES[DEFAULT_TASK.name].guessing(config) == math.log(config.vocab_size)
+    assert page(DEFAULT_TASK.name).guessing(config) == math.log(config.vocab_size)

@@ -172,7 +172,7 @@ def test_without_bfloat16_autocast_the_adapter_of_a_quantised_base_is_trained_in
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
     from trl import SFTConfig, SFTTrainer
 
-    from lorafit.builders.sft_config import CHECKPOINTING
+    from lorafit.training.arguments import CHECKPOINTING
     from lorafit.training.trainer.peft_steps import PeftSteps
 
     class WithPeft(PeftSteps, SFTTrainer):

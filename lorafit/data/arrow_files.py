@@ -26,6 +26,9 @@ SCHEMA = pyarrow.schema(
         "line": pyarrow.int64(),
     }
 )
+PLACE = ("file", "line")
+"""Columns that say where a row came from; the others are what a model is given."""
+
 SEQUENCES_PER_BATCH = 10_000
 TOKENS_PER_BATCH = 1 << 20
 
@@ -49,7 +52,7 @@ class TableCounts:
         ends = np.cumsum(lengths, dtype=np.int64)
         _count(self.lengths, lengths)
         _count(self.trained, before[ends] - before[ends - lengths])
-        file, line = (batch.column(name).to_numpy() for name in ("file", "line"))
+        file, line = (batch.column(name).to_numpy() for name in PLACE)
         begins = (file[1:] != file[:-1]) | (line[1:] != line[:-1])
         self.rows += int(begins.sum()) + ((file[0], line[0]) != self._last)
         self._last = (file[-1], line[-1])

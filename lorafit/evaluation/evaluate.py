@@ -31,7 +31,7 @@ from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 from lorafit.storage.files import read_regular, write_file
 from lorafit.tasks import TASKS, Task
-from lorafit.tasks.pages import PAGES
+from lorafit.tasks.pages import page
 from lorafit.tasks.sequences import SequenceLosses
 
 Say = Callable[[str], None]
@@ -243,7 +243,7 @@ def _losses(
 ) -> SequenceLosses:
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     batch_tokens = scoring_tokens(inner)
-    losses = PAGES[material.task.name].held_out(
+    losses = page(material.task.name).held_out(
         model,
         rows.table,
         pad_token_id=material.pad_token_id,

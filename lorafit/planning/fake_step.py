@@ -36,6 +36,7 @@ from lorafit.planning.storage_tracker import Moment, StorageTracker
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.levers import engage_planned
 from lorafit.tasks import TASKS
+from lorafit.tasks.pages import trainer_page
 
 Rows = Literal["full", "padded", "packed"]
 """`full`: all rows are as long as the longest, no mask; `padded`: one is shorter; `packed`: documents in one row."""
@@ -97,7 +98,7 @@ class FakeRun:
         self._stand_in()
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         config, token_ids = _with_added_tokens(config, len(self._recipe.model.add_tokens))
-        task = TASKS[self._recipe.task]
+        task, self._page = TASKS[self._recipe.task], trainer_page(self._recipe.task)
         base = empty_base(self._recipe.model, self._recipe.quantization, config=config, task=task)
         # Where an adapter starts changes none of its sizes, and is computed from weights that are not here.
         lora = self._recipe.lora.model_copy(
@@ -126,7 +127,7 @@ class FakeRun:
         self._trainer = planned_trainer(self._recipe, model, bf16=bf16, checkpointing=checkpointing, device=device)
         self.trained_bytes = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
         """Of the adapter in the whole depth, in the type it is trained in, before it is spread."""
-        engage_planned(model, self._recipe, on_cuda=on_cuda, in_16_bits=bf16)
+        engage_planned(model, self._recipe, levers=self._page.LEVERS, on_cuda=on_cuda, in_16_bits=bf16)
         # FSDP2 casts by its own policy, without autocast.
         prepare = self._trainer.accelerator.prepare_model
         self._whole = self._model = model if spread > 1 else prepare(model, device_placement=False)
@@ -263,7 +264,7 @@ class FakeRun:
         tracker.place("evaluation", "activations")
         self._model.eval()
         with torch.no_grad(), self._trainer.compute_loss_context_manager():
-            self._model(**self._inputs(batch), use_cache=False, fused_lm_head=True)
+            self._page.score(self._model, self._inputs(batch))
 
 
 class _Places:

@@ -1,35 +1,21 @@
-"""The trainer of a run that is only planned: its optimizer and its loss, without what watches and saves a run."""
+"""The trainer of a recipe that is planned, without rows and without a directory of its own."""
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import PreTrainedTokenizerFast
-from trl import SFTTrainer
 
-from lorafit.builders.sft_config import sft_config
 from lorafit.recipe import Recipe
 from lorafit.storage.stage import scratch
-from lorafit.training.trainer.peft_steps import PeftSteps, train_in_float32
+from lorafit.tasks.pages import trainer_page
+from lorafit.training.arguments import training_arguments
+from lorafit.training.trainer.peft_steps import train_in_float32
+from lorafit.training.trainer.planned import Planned
 
 
-class PlannedTrainer(PeftSteps, SFTTrainer):
-    """What a step of the run's own trainer computes, around a model that is nowhere yet."""
-
-    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
-        """Left on meta."""
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Anew, whatever was there."""
-        self.optimizer = None
-        return super().create_optimizer(model)
-
-
-def planned_trainer(
-    recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool, device: str
-) -> PlannedTrainer:
+def planned_trainer(recipe: Recipe, model: nn.Module, *, bf16: bool, checkpointing: bool, device: str) -> Planned:
     """The trainer of a recipe, for rows that are not read. What only watches or saves a run is left out."""
     alone = recipe.model_copy(
         update={
@@ -47,7 +33,7 @@ def planned_trainer(
         }
     )
     with scratch() as directory:
-        arguments = sft_config(
+        arguments = training_arguments(
             alone,
             output_dir=directory,
             run_name="plan",
@@ -58,7 +44,7 @@ def planned_trainer(
             evaluates_first=False,
         )
         rows = {"input_ids": [[1, 1]], "labels": [[1, 1]]}
-        trainer = PlannedTrainer(
+        trainer = trainer_page(recipe.task).PLANNED(
             loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
             model=model,
             args=arguments,

@@ -40,14 +40,16 @@ class Engaged:
         return next((lever for lever in self.levers if lever.attention == name), None)
 
 
-def engage_all(model: PeftModel, recipe: Recipe, *, is_whole: bool, dtype: torch.dtype) -> Engaged:
+def engage_all(
+    model: PeftModel, recipe: Recipe, *, levers: tuple[Lever, ...], is_whole: bool, dtype: torch.dtype
+) -> Engaged:
     """Pull the levers that the recipe allows and this model takes; those of the trainer are put on when it is there.
 
     `dtype` is what products are computed in; `is_whole` is false where FSDP or ZeRO spread the weights over processes,
     whose own hooks the levers would pass by.
     """
     base, engaged, lines = model.get_base_model(), [], []
-    asked = [lever for lever in LEVERS if _is_asked_for(lever, recipe)]
+    asked = [lever for lever in levers if _is_asked_for(lever, recipe)]
     passed_by = [lever for lever in asked if not lever.is_for_compiled]
     if is_whole and not recipe.training.torch_compile:
         passed_by = []
@@ -67,12 +69,14 @@ def engage_all(model: PeftModel, recipe: Recipe, *, is_whole: bool, dtype: torch
     return Engaged(tuple(engaged), tuple(lines))
 
 
-def engage_planned(model: PeftModel, recipe: Recipe, *, on_cuda: bool, in_16_bits: bool) -> None:
+def engage_planned(
+    model: PeftModel, recipe: Recipe, *, levers: tuple[Lever, ...], on_cuda: bool, in_16_bits: bool
+) -> None:
     """Those that change what a step takes, on a model that is nowhere yet."""
     if recipe.training.torch_compile or recipe.launch.strategy != "ddp":
         return
     base = model.get_base_model()
-    for lever in LEVERS:
+    for lever in levers:
         if _is_asked_for(lever, recipe) and lever.is_planned and lever.is_planned(base, on_cuda, in_16_bits):
             lever.engage(base)
 

@@ -26,7 +26,7 @@ from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.tasks import TASKS
-from lorafit.tasks.pages import PAGES
+from lorafit.tasks.pages import page
 from lorafit.tasks.sequences import SequenceLosses
 from lorafit.training.inputs import Inputs
 from lorafit.training.out_of_memory import peak_memory_bytes
@@ -110,7 +110,7 @@ class Bench:
     def losses_of(self, model: torch.nn.Module) -> SequenceLosses:
         """On the held-out rows."""
         assert self.inputs.data.eval is not None
-        held_out = PAGES[self._recipe.task].held_out
+        held_out = page(self._recipe.task).held_out
         return held_out(model, self.inputs.data.eval, pad_token_id=self.inputs.tokenizer.pad_token_id)
 
     @contextmanager

@@ -3,13 +3,66 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
-from trl import SFTTrainer
+from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from lorafit.recipe import Recipe
+from lorafit.recipe.sections import SFTSection, TrainingSection
+from lorafit.speed import levers
+from lorafit.training.trainer.planned import Planned
 from lorafit.training.trainer.run_trainer import RunTrainer
+
+ARGUMENTS = SFTConfig
+LEVERS = levers.LEVERS
+"""All that there are: they were made for it."""
+
+
+def own_settings(recipe: Recipe) -> dict[str, Any]:
+    """The rows are cut and counted by our own preparation; a length here would make TRL pass over them twice more."""
+    training = recipe.training
+    assert isinstance(training, SFTSection)
+    return {
+        "loss_type": training.loss_type,
+        "packing": training.packing,
+        "max_length": training.max_length if training.packing else None,
+        "eval_packing": False,
+        "trust_remote_code": recipe.model.trust_remote_code,
+    }
+
+
+def collator(pad_token_id: int) -> Any:
+    """TRL's."""
+    return DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
+
+
+def score(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """TRL's own call: log-probabilities of the labels, without the logits of all tokens."""
+    return model(**inputs, use_cache=False, fused_lm_head=True)
+
+
+def scores_of_tokens(scored: Any) -> torch.Tensor:
+    """Log-probability of each token after the first of each row."""
+    return scored.log_probs[scored.label_mask.bool()]
+
+
+def short_rows(rows: datasets.Dataset, lengths: Sequence[int]) -> list[dict[str, Any]]:
+    """The last tokens of training rows."""
+    chosen = rows.select_columns("input_ids")
+    ends = [chosen[number % len(chosen)]["input_ids"][-length:] for number, length in enumerate(lengths)]
+    return [{"input_ids": tokens, "labels": tokens} for tokens in ends]
+
+
+def unpacked(training: TrainingSection) -> dict[str, Any]:
+    """Rows that stand for packed ones are flattened just so, and not filled up with the others. A router's balance is a
+    mean over each micro-batch, and rightly not the same for another division."""
+    flattened = {"padding_free": training.is_packed, "router_aux_loss_coef": 0.0}
+    return {"packing": False, "extra": training.extra | flattened}
 
 
 class CausalLm(RunTrainer, SFTTrainer):
@@ -49,7 +102,7 @@ class CausalLm(RunTrainer, SFTTrainer):
         """Negative log-likelihood and trained tokens of each document, gathered without the rows that pad a batch."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
-            outputs = self.called(model)(**inputs, use_cache=False, fused_lm_head=True)
+            outputs = score(self.called(model), inputs)
         sums = torch.stack([-outputs.log_probs, outputs.label_mask.to(outputs.log_probs.dtype)], dim=-1)
         if "seq_idx" in inputs:
             # One flattened row: the sums of each document, by the document its target token belongs to.
@@ -68,3 +121,10 @@ class CausalLm(RunTrainer, SFTTrainer):
 
     def _send_telemetry(self) -> None:
         """None: what a user trains is theirs."""
+
+
+class PlannedCausalLm(Planned, SFTTrainer):
+    """What a step of it takes."""
+
+
+TRAINER, PLANNED = CausalLm, PlannedCausalLm

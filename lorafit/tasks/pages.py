@@ -1,24 +1,33 @@
-"""How the models of each task are measured, by its name: the same few functions on the page of each.
+"""The two pages of each task: how its models are measured, and how they are trained.
 
-Beside what is trained with, in `trainers.py`: a model is measured without TRL.
+A task has the module of its name (`causal_lm`), and beside it that of its trainer (`causal_lm_trainer`): a model is
+measured without TRL. Both hold the same few names for every task, which stand here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
-
-import datasets
-from torch import nn
-from transformers import PreTrainedConfig
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from lorafit.pulse import Counted
-from lorafit.tasks import TaskName, causal_lm
-from lorafit.tasks.sequences import SequenceLosses
+from lorafit.tasks import TaskName
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import Tensor, nn
+    from transformers import PreTrainedConfig, TrainingArguments
+
+    from lorafit.recipe import Recipe
+    from lorafit.recipe.sections import TrainingSection
+    from lorafit.speed.lever import Lever
+    from lorafit.tasks.sequences import SequenceLosses
+    from lorafit.training.trainer.planned import Planned
+    from lorafit.training.trainer.run_trainer import RunTrainer
 
 
 class Page(Protocol):
-    """What the module of a task has."""
+    """How models of a task are measured."""
 
     def held_out(
         self,
@@ -35,4 +44,46 @@ class Page(Protocol):
         """The loss of a guess by a model of this size that has learned nothing."""
 
 
-PAGES: Mapping[TaskName, Page] = {"causal_lm": causal_lm}
+class TrainerPage(Protocol):
+    """How models of a task are trained."""
+
+    TRAINER: type[RunTrainer]
+    """A trainer of TRL's or transformers', with our hooks."""
+
+    PLANNED: type[Planned]
+    """The same trainer around a model that is nowhere yet."""
+
+    ARGUMENTS: type[TrainingArguments]
+    """What `training` becomes."""
+
+    LEVERS: tuple[Lever, ...]
+    """What may make it faster."""
+
+    def own_settings(self, recipe: Recipe) -> dict[str, Any]:
+        """What ARGUMENTS takes beside what every trainer's do."""
+
+    def collator(self, pad_token_id: int) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]:
+        """Rows to a batch, outside of a trainer."""
+
+    def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """What the model makes of a batch when it is measured, called as the trainer calls it."""
+
+    def short_rows(self, rows: datasets.Dataset, lengths: Sequence[int]) -> list[dict[str, Any]]:
+        """For the self-test: rows of at most so many tokens, one of each length, all of whose tokens are trained."""
+
+    def scores_of_tokens(self, scored: Any) -> Tensor:
+        """For the self-test: all that `score` says of the trained tokens, in the order of the rows, wherever they lie
+        in the batch."""
+
+    def unpacked(self, training: TrainingSection) -> dict[str, Any]:
+        """For the self-test: what changes in it for rows that are taken as they are, each a micro-batch's."""
+
+
+def page(task: TaskName) -> Page:
+    """How the models of a task are measured."""
+    return cast(Page, import_module(f"{__package__}.{task}"))
+
+
+def trainer_page(task: TaskName) -> TrainerPage:
+    """How they are trained."""
+    return cast(TrainerPage, import_module(f"{__package__}.{task}_trainer"))

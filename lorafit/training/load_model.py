@@ -12,16 +12,17 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.base_model import load_base_model
 from lorafit.builders.lora_config import lora_config
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.builders.unread_base import hold_trained, layout_of, unread_base
+from lorafit.data.arrow_files import PLACE
 from lorafit.launching import launch
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.tasks import TASKS
+from lorafit.tasks.pages import trainer_page
 from lorafit.training.invariants import refuse_wrong_trainable_set
 from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.startup_lines import Say, say_adapter
@@ -68,13 +69,14 @@ def _attached(
         token_ids=base_files.trained_token_ids,
         task=TASKS[recipe.task],
     )
-    collate = DataCollatorForLanguageModeling(pad_token_id=pad_token_id)
+    collate = trainer_page(recipe.task).collator(pad_token_id)
     size = recipe.training.per_device_train_batch_size
+    columns = [name for name in rows.column_names if name not in PLACE]
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, min(64, len(rows)), size):
             batch = rows.select(range(start, min(start + size, len(rows))))
-            yield collate([{"input_ids": row["input_ids"], "labels": row["labels"]} for row in batch])
+            yield collate([{name: row[name] for name in columns} for row in batch])
 
     model = attach_adapter(
         base,

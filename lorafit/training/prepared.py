@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer
-from trl import SFTConfig
+from transformers import Trainer, TrainingArguments
 
 from lorafit.builders.experts import advise_on_experts
 from lorafit.builders.positions import advise_on_positions, positions
-from lorafit.builders.sft_config import sft_config
 from lorafit.errors import LorafitError
 from lorafit.planning.for_training import PlanOfRun, measured_beside, planned_checkpointing
 from lorafit.planning.plan_result import Plan
@@ -30,6 +28,7 @@ from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.recipe.advice import advise
 from lorafit.recipe.arithmetic import total_steps
 from lorafit.storage.run_dir import RunDir
+from lorafit.training.arguments import training_arguments
 from lorafit.training.disk import Space, refuse_too_little_space, space_needed
 from lorafit.training.fingerprint import fingerprint, model_fingerprint
 from lorafit.training.inputs import Inputs, read_inputs, refuse_before_reading, refuse_what_outlasts
@@ -60,9 +59,9 @@ class Prepared:
 
     space: Space
 
-    def arguments(self) -> SFTConfig:
+    def arguments(self) -> TrainingArguments:
         """The library's own, with what was chosen."""
-        return sft_config(
+        return training_arguments(
             self.loaded.recipe,
             output_dir=self.run.checkpoints,
             run_name=self.run.path.name,

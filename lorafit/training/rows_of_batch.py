@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from lorafit.data.arrow_files import PLACE
 from lorafit.data.prepare import PreparedData
 
 
@@ -31,7 +32,7 @@ class RowFinder:
             for number, ids in enumerate(wanted):
                 for row in np.flatnonzero(lengths == len(ids)):
                     if np.array_equal(values[starts[row] : starts[row] + len(ids)], ids):
-                        file, line = (batch.column(name)[int(row)].as_py() for name in ("file", "line"))
+                        file, line = (batch.column(name)[int(row)].as_py() for name in PLACE)
                         found[number] = f"{self._data.files[file]}:{line}"
         return found
 

@@ -24,13 +24,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from lorafit.builders.sft_config import sft_config
 from lorafit.launching.signals import StopRequest
 from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
 from lorafit.storage.run_dir import RunDir
-from lorafit.tasks.trainers import TRAINERS
+from lorafit.tasks.pages import TrainerPage, trainer_page
+from lorafit.training.arguments import training_arguments
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.restore_model import unchanged
 from lorafit.training.trainer.run_trainer import RunTrainer
@@ -101,7 +101,8 @@ class Bench:
     ) -> None:
         self._model, self._loaded, self._tokenizer, self._scratch = model, loaded, tokenizer, scratch
         self._bf16, self._checkpointing, self._engaged = bf16, checkpointing, engaged
-        self._rows = _short_rows(rows, model)
+        self._page = trainer_page(loaded.recipe.task)
+        self._rows = self._page.short_rows(rows, _lengths(model))
         self._tolerances = tolerances(loaded.recipe, dtype=model.dtype, bf16=bf16)
 
     def checks(self) -> Iterator[Check]:
@@ -112,14 +113,22 @@ class Bench:
         self._model.eval()
         trainer = four_by_four.trainer
         rows = self._rows[:4]
-        alone = torch.cat([_log_probs(trainer, _alone(row)) for row in rows])
-        together = _log_probs(trainer, trainer.data_collator(rows))
+        alone = torch.cat([self._scores(trainer, _alone(row)) for row in rows])
+        together = self._scores(trainer, trainer.data_collator(rows))
         yield self._packing(alone, together) if trainer.padding_free else self._padding(alone, together)
         with self._model.disable_adapter():
-            switched_off = _log_probs(trainer, trainer.data_collator(rows))
+            switched_off = self._scores(trainer, trainer.data_collator(rows))
         with _taken_out(self._model):
-            base = _log_probs(trainer, trainer.data_collator(rows))
+            base = self._scores(trainer, trainer.data_collator(rows))
         yield self._adapter_off(base, switched_off)
+
+    @torch.no_grad()
+    def _scores(self, trainer: RunTrainer, batch: dict[str, Any]) -> torch.Tensor:
+        """Of each token that is trained, in the order of the rows, wherever they lie."""
+        inputs = trainer._prepare_inputs(batch)
+        with trainer.accelerator.autocast():
+            scored = self._page.score(trainer.model, inputs)
+        return self._page.scores_of_tokens(scored).double().cpu()
 
     def _accumulation(self, one_by_one: _Step, four_by_four: _Step) -> Check:
         difference = one_by_one.distance(four_by_four)
@@ -172,8 +181,8 @@ class Bench:
 
     def _step(self, *, per_pass: int, loss_scale: float | None) -> _Step:
         """Through the trainer's own loop."""
-        arguments = sft_config(
-            _one_step(self._loaded.recipe, per_pass=per_pass, steps=len(self._rows) // per_pass),
+        arguments = training_arguments(
+            _one_step(self._loaded.recipe, self._page, per_pass=per_pass, steps=len(self._rows) // per_pass),
             output_dir=self._scratch,
             run_name="selftest",
             bf16=self._bf16,
@@ -185,7 +194,7 @@ class Bench:
         health = HealthWatch(
             self._loaded.recipe, RunDir(self._scratch), say=lambda line: None, rows_of_batch=lambda batch: []
         )
-        step.trainer = TRAINERS[self._loaded.recipe.task](
+        step.trainer = self._page.TRAINER(
             stop=StopRequest(),
             loraplus_lr_ratio=None,
             engaged=self._engaged.uncompiled(),
@@ -240,7 +249,7 @@ def _square(tensor: torch.Tensor) -> float:
     return float(tensor.double().square().sum())
 
 
-def _one_step(recipe: Recipe, *, per_pass: int, steps: int) -> Recipe:
+def _one_step(recipe: Recipe, page: TrainerPage, *, per_pass: int, steps: int) -> Recipe:
     """The recipe's training without all that does not decide what a forward and backward pass compute."""
     extra = {
         key: value
@@ -264,37 +273,23 @@ def _one_step(recipe: Recipe, *, per_pass: int, steps: int) -> Recipe:
         "torch_compile": False,
         "dataloader_num_workers": 0,
         "train_sampling_strategy": "sequential",
-        "packing": False,
-        # Rows that stand for packed ones: flattened just so, and not filled up with the others. A router's balance is a
-        # mean over each micro-batch, and rightly not the same for another division.
-        "extra": extra | {"padding_free": recipe.training.is_packed, "router_aux_loss_coef": 0.0},
+        "extra": extra,
     }
-    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes), "early_stopping": None})
+    training = recipe.training.model_copy(update=changes)
+    training = training.model_copy(update=page.unpacked(training))
+    return recipe.model_copy(update={"training": training, "early_stopping": None})
 
 
-def _short_rows(training: Dataset, model: nn.Module) -> list[dict[str, list[int]]]:
-    """The last tokens of eight training rows, all of them trained on: every one is compared."""
+def _lengths(model: nn.Module) -> list[int]:
+    """Of the eight rows."""
     parameters = sum(parameter.numel() for parameter in model.parameters())
     share = FEW if parameters > 1e8 and not torch.cuda.is_available() else 1.0
-    chosen, rows = training.select_columns("input_ids"), []
-    for number, longest in enumerate(LENGTHS):
-        tokens = chosen[number % len(chosen)]["input_ids"][-max(int(longest * share), 2) :]
-        rows.append({"input_ids": tokens, "labels": tokens})
-    return rows
+    return [max(int(longest * share), 2) for longest in LENGTHS]
 
 
 def _alone(row: dict[str, list[int]]) -> dict[str, torch.Tensor]:
     """One row as the model takes it without padding, packing, mask or positions: nothing there can be wrong."""
     return {name: torch.tensor([values]) for name, values in row.items()}
-
-
-@torch.no_grad()
-def _log_probs(trainer: RunTrainer, batch: dict[str, Any]) -> torch.Tensor:
-    """Log-probability of each token after the first of each row, in the order of the rows, wherever they lie."""
-    inputs = trainer._prepare_inputs(batch)
-    with trainer.accelerator.autocast():
-        outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-    return outputs.log_probs[outputs.label_mask.bool()].double().cpu()
 
 
 def _distance(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback
-from trl import SFTConfig
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from lorafit.builders.adapter import set_total_steps
 from lorafit.data.prepare import PreparedData
@@ -20,7 +19,7 @@ from lorafit.recipe.arithmetic import warm_up
 from lorafit.recipe.rules.schedule import WITHOUT_WARM_UP, phases_in_steps
 from lorafit.speed.levers import engage_all
 from lorafit.storage.run_dir import RunDir
-from lorafit.tasks.trainers import TRAINERS
+from lorafit.tasks.pages import trainer_page
 from lorafit.training.callbacks import CheckpointInterval, EarlyStopping, MetricsFile, RankAllocation, Updates
 from lorafit.training.health.watch import HealthWatch
 from lorafit.training.inputs import refuse_what_outlasts
@@ -41,7 +40,7 @@ def planned_steps(trainer: Trainer) -> int:
 
 def task_trainer(
     model: PeftModel,
-    arguments: SFTConfig,
+    arguments: TrainingArguments,
     *,
     loaded: LoadedRecipe,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,11 +52,13 @@ def task_trainer(
 ) -> RunTrainer:
     """The trainer of a run, ready for its first step. Raises RecipeError and MachineError."""
     recipe, run = loaded.recipe, RunDir(loaded.output_dir())
+    page = trainer_page(recipe.task)
     arguments.ddp_find_unused_parameters = adapts_separate_experts(model)
     mixed_precision = "bf16" if arguments.bf16 else "fp16" if arguments.fp16 else "no"
     engaged = engage_all(
         model,
         recipe,
+        levers=page.LEVERS,
         is_whole=launch.sharding_asked_for() == "data parallel",
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
     )
@@ -65,7 +66,7 @@ def task_trainer(
     health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
     halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
     own = [*_callbacks(recipe, metrics, progress=progress), updates, health, *([halving] if halving else [])]
-    trainer = TRAINERS[recipe.task](
+    trainer = page.TRAINER(
         stop=stop,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         engaged=engaged,

@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorafit.errors import HealthStop, VerificationError
 from lorafit.recipe import Recipe
 from lorafit.storage.run_dir import RunDir
-from lorafit.tasks.pages import PAGES
+from lorafit.tasks.pages import page
 from lorafit.training.health.causes import Setting
 from lorafit.training.health.history import WINDOW, Evaluation, History, Point
 from lorafit.training.health.rules import RULES, Finding, Movement, Weights, not_finite, zero_b
@@ -181,7 +181,7 @@ def setting_of(recipe: Recipe, model: Any, *, total_steps: int) -> Setting:
         use_rslora=lora.use_rslora,
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         max_grad_norm=training.max_grad_norm,
-        guessing=math.inf if adalora is not None else PAGES[recipe.task].guessing(model.config),
+        guessing=math.inf if adalora is not None else page(recipe.task).guessing(model.config),
         is_float16=training.fp16 or any(parameter.dtype == torch.float16 for parameter in model.parameters()),
         is_shuffled=training.train_sampling_strategy != "sequential",
     )

@@ -1,4 +1,4 @@
-"""`training` (and what surrounds it) in, `trl.SFTConfig` out."""
+"""`training` (and what surrounds it) in, the arguments of the task's trainer out."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from trl import SFTConfig
+from transformers import TrainingArguments
 
 from lorafit.recipe.recipe import Recipe
-from lorafit.recipe.sections import SFTSection
+from lorafit.tasks.pages import trainer_page
 
-_NAMES = {one.name for one in fields(SFTConfig)}
+_NAMES = {one.name for one in fields(TrainingArguments)}
 CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in _NAMES else "gradient_checkpointing"
 """The first since transformers 5.23, which warns of the second; to be written out where that is the oldest."""
 
 
-def sft_config(
+def training_arguments(
     recipe: Recipe,
     *,
     output_dir: Path,
@@ -26,15 +26,14 @@ def sft_config(
     use_cpu: bool,
     has_eval_rows: bool,
     evaluates_first: bool = True,
-) -> SFTConfig:
-    """The `SFTConfig` of a run whose rows are already tokens and labels.
+) -> TrainingArguments:
+    """The arguments of a run whose rows are already what its model takes.
 
     `output_dir` is where checkpoints go. Checkpoints themselves are asked for by a callback (a share of the run or a
     time is no `save_steps`), so `save_strategy` is `no`, or `best` when the best adapter is kept. A run that goes on
     from a checkpoint does not evaluate first.
     """
-    training = recipe.training
-    assert isinstance(training, SFTSection)
+    training, page = recipe.training, trainer_page(recipe.task)
     keeps_best = training.load_best_model_at_end or recipe.early_stopping is not None
     settings: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -62,14 +61,9 @@ def sft_config(
         "dataloader_num_workers": training.dataloader_num_workers,
         "train_sampling_strategy": training.train_sampling_strategy,
         "torch_compile": training.torch_compile,
-        "loss_type": training.loss_type,
-        "packing": training.packing,
-        # The rows are cut and counted by our own preparation; a length here would make TRL pass over them twice more.
-        "max_length": training.max_length if training.packing else None,
         "eval_strategy": training.eval_strategy if has_eval_rows else "no",
         "eval_steps": training.eval_steps,
         "eval_on_start": has_eval_rows and evaluates_first,
-        "eval_packing": False,
         "save_strategy": "best" if keeps_best else "no",
         "save_total_limit": None,  # older checkpoints are removed by their own rules, see training/checkpoints.py
         "load_best_model_at_end": keeps_best,
@@ -85,9 +79,8 @@ def sft_config(
         "ddp_find_unused_parameters": False,
         "push_to_hub": False,
         "hub_private_repo": True,
-        "trust_remote_code": recipe.model.trust_remote_code,
     }
-    arguments = SFTConfig(**(settings | training.extra))
-    # A process without a launcher takes all GPUs that it sees, for nn.DataParallel, which SFTTrainer refuses.
+    arguments = page.ARGUMENTS(**(settings | page.own_settings(recipe) | training.extra))
+    # A process without a launcher takes all GPUs that it sees, for nn.DataParallel, which TRL's trainers refuse.
     arguments._n_gpu = min(arguments.n_gpu, 1)
     return arguments
