@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 from lorafit.evaluation.eval_result import LEVEL, comparison
 from lorafit.evaluation.eval_rows import Rows
 from lorafit.evaluation.intervals import paired_difference
-from lorafit.evaluation.scores import loss_scores
+from lorafit.tasks.causal_lm import scores as scores_of
 from lorafit.tasks.sequences import SequenceLosses, sequence_losses
 
 VOCABULARY, LENGTH = 64, 24
@@ -58,7 +58,7 @@ def flagged(trials: int, *, sequences: int, size: float, seed: int = 0) -> Flagg
         of_base = SequenceLosses(base.nll[chosen], base.tokens[chosen], base.correct[chosen])
         adapter = sequence_losses(model, texts, pad_token_id=0, batch_tokens=2**15)
         rows = Rows(texts, ("",) * sequences, np.full(sequences, LENGTH), (), ())
-        scores = {name: loss_scores(one, rows) for name, one in (("base", of_base), ("adapter", adapter))}
+        scores = {name: scores_of(one, rows.text_bytes) for name, one in (("base", of_base), ("adapter", adapter))}
         differences = comparison("", scores).difference
         intervals = [paired_difference(of_base, adapter, level=level, resamples=4000) for level in (0.99, 0.95)]
         found.append(

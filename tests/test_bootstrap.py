@@ -12,9 +12,9 @@ from lorafit.evaluation.intervals import (
     _student_quantile,
     bootstrap,
     paired_difference,
-    ratio,
     standard_error,
 )
+from lorafit.tasks.score import ratio
 from lorafit.tasks.sequences import SequenceLosses
 
 

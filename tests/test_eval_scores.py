@@ -9,7 +9,9 @@ from sacrebleu import CHRF, corpus_bleu
 from lorafit.errors import DataError
 from lorafit.evaluation.eval_result import SMALLEST, comparison, verdict
 from lorafit.evaluation.eval_rows import Question, Rows
-from lorafit.evaluation.scores import Score, compare, confusion, is_json, loss_scores, rouge_l, text_scores
+from lorafit.evaluation.scores import compare, confusion, is_json, rouge_l, text_scores
+from lorafit.tasks.causal_lm import scores as scores_of
+from lorafit.tasks.score import Score
 from lorafit.tasks.sequences import SequenceLosses
 
 ALL = ("exact_match", "rouge_l", "bleu", "chrf", "json_valid")
@@ -110,7 +112,7 @@ def test_the_verdict_says_how_much_and_how_sure() -> None:
     random = np.random.default_rng(0)
     base = losses(20 + random.standard_normal(400))
     better = losses(base.nll - 3.1 + random.standard_normal(400))
-    scores = {name: loss_scores(one, rows_of(400)) for name, one in (("base", base), ("adapter", better))}
+    scores = {name: scores_of(one, rows_of(400).text_bytes) for name, one in (("base", base), ("adapter", better))}
     found = comparison("rows.jsonl", scores)
     assert found.difference["loss"].verdict == "better"
     assert found.difference["loss"].mean == pytest.approx(-0.31, abs=0.01)
@@ -127,12 +129,12 @@ def test_the_verdict_says_how_much_and_how_sure() -> None:
 
 
 def test_equal_models_have_no_difference_and_one_sequence_tells_none() -> None:
-    base = loss_scores(losses(np.linspace(10, 30, 50)), rows_of(50))
+    base = scores_of(losses(np.linspace(10, 30, 50)), rows_of(50).text_bytes)
     found = comparison("rows.jsonl", {"base": base, "adapter": base})
     assert all((one.mean, one.low, one.high) == (0, 0, 0) for one in found.difference.values())
     assert verdict(found).startswith("no difference: adapter less base +0.000 nats [0.000, 0.000], 50 sequences")
-    one = {"base": loss_scores(losses(np.array([20.0])), rows_of(1)),
-           "adapter": loss_scores(losses(np.array([10.0])), rows_of(1))}  # fmt: skip
+    one = {"base": scores_of(losses(np.array([20.0])), rows_of(1).text_bytes),
+           "adapter": scores_of(losses(np.array([10.0])), rows_of(1).text_bytes)}  # fmt: skip
     alone = comparison("rows.jsonl", one)
     assert (alone.difference["loss"].low, alone.difference["loss"].verdict) == (None, "no difference")
     assert verdict(alone) == "adapter and base cannot be told apart by 1 sequence: -1.000 nats there"
@@ -140,7 +142,10 @@ def test_equal_models_have_no_difference_and_one_sequence_tells_none() -> None:
 
 def test_a_difference_in_the_last_digits_is_none_however_sure() -> None:
     nll = np.linspace(10, 30, 50)
-    scores = {"base": loss_scores(losses(nll), rows_of(50)), "adapter": loss_scores(losses(nll + 1e-5), rows_of(50))}
+    scores = {
+        "base": scores_of(losses(nll), rows_of(50).text_bytes),
+        "adapter": scores_of(losses(nll + 1e-5), rows_of(50).text_bytes),
+    }
     found = comparison("rows.jsonl", scores).difference["loss"]
     assert found.low is not None and 0 < found.low < SMALLEST
     assert found.verdict == "no difference"

@@ -14,6 +14,7 @@ from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, pr
 from lorafit.errors import StopRequested
 from lorafit.imports import without_collections
 from lorafit.launching import launch
+from lorafit.tasks import TASKS
 
 
 @app.command()
@@ -77,4 +78,4 @@ def rank_sweep(
             loaded, storage=storage, say=speaker(quiet=quiet), cache_dir=cache_directory(), new_stop=new_stop
         )
     if not is_worker:
-        print_result(asdict(result), as_json=as_json, text=sweep_table(result))
+        print_result(asdict(result), as_json=as_json, text=sweep_table(result, task=TASKS[loaded.recipe.task]))

@@ -8,7 +8,9 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from lorafit.evaluation.intervals import Interval
-from lorafit.evaluation.scores import Score, compare
+from lorafit.evaluation.scores import compare
+from lorafit.tasks import DEFAULT_TASK, Task
+from lorafit.tasks.score import Score
 
 LEVEL = 0.99
 """Confidence of every interval. Not 0.95: an evaluation shows a dozen of them, and one in twenty would be wrong."""
@@ -67,6 +69,7 @@ class EvalResult:
     """Sequences per second: `scored` for losses, `answered` for generation."""
     peak_memory_bytes: int
     seconds: float
+    task: Task = DEFAULT_TASK
 
     def is_worse(self) -> tuple[str, ...]:
         """What of the adapter, or of the merged model, is worse than the base with confidence; not on general text."""
@@ -149,7 +152,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def verdict(held_out: Comparison) -> str:
+def verdict(held_out: Comparison, *, unit: str = DEFAULT_TASK.unit) -> str:
     """One plain sentence on the adapter: `adapter better by 0.31 nats [0.28, 0.34], 400 sequences`."""
     count = f"{held_out.sequences:,} sequence{'s' * (held_out.sequences != 1)}"
     found = held_out.difference.get("loss")
@@ -158,8 +161,9 @@ def verdict(held_out: Comparison) -> str:
     if found.mean is None:
         return f"adapter and base cannot be compared: the loss is not finite, {count}"
     if found.low is None or found.high is None:
-        return f"adapter and base cannot be told apart by {count}: {found.mean:+.3f} nats there"
+        return f"adapter and base cannot be told apart by {count}: {found.mean:+.3f} {unit} there"
     if found.verdict == "no difference":
-        return f"no difference: adapter less base {found.mean:+.3f} nats [{found.low:.3f}, {found.high:.3f}], {count}"
+        interval = f"[{found.low:.3f}, {found.high:.3f}]"
+        return f"no difference: adapter less base {found.mean:+.3f} {unit} {interval}, {count}"
     low, high = sorted((abs(found.low), abs(found.high)))
-    return f"adapter {found.verdict} by {abs(found.mean):.3f} nats [{low:.3f}, {high:.3f}], {count}"
+    return f"adapter {found.verdict} by {abs(found.mean):.3f} {unit} [{low:.3f}, {high:.3f}], {count}"

@@ -25,13 +25,14 @@ from lorafit.evaluation.generate import answers, own_texts
 from lorafit.evaluation.harness import Harness
 from lorafit.evaluation.memory import scoring_tokens
 from lorafit.evaluation.models import models
-from lorafit.evaluation.scores import Score, confusion, loss_scores, text_scores
+from lorafit.evaluation.scores import confusion, text_scores
 from lorafit.evaluation.subject import Subject, read_subject
 from lorafit.pulse import Counting, counting_unseen
 from lorafit.recipe.sections import GenerateSection
 from lorafit.storage.files import read_regular, write_file
 from lorafit.tasks import TASKS, Task
 from lorafit.tasks.pages import page
+from lorafit.tasks.score import Score
 from lorafit.tasks.sequences import SequenceLosses
 
 Say = Callable[[str], None]
@@ -282,7 +283,7 @@ def _result(
 ) -> EvalResult:
     held_out = comparison(
         ", ".join(material.rows.files),
-        {name: loss_scores(one.losses, material.rows, task=material.task) for name, one in measured.items()},
+        {name: _scores(one.losses, material.rows, material) for name, one in measured.items()},
     )
     generate = material.generate
     written = None
@@ -303,18 +304,23 @@ def _result(
         tasks=_tasks(measured),
         details={name: _details(one, material) for name, one in measured.items()} if generate else {},
         samples=_samples(material, measured),
-        verdict=verdict(held_out),
+        verdict=verdict(held_out, unit=material.task.unit),
+        task=material.task,
         speed=_rates(measured["adapter"], material),
         peak_memory_bytes=_peak_memory_bytes(),
         seconds=round(seconds, 2),
     )
 
 
+def _scores(losses: SequenceLosses, rows: Rows, material: _Material) -> dict[str, Score]:
+    return page(material.task.name).scores(losses, rows.text_bytes)
+
+
 def _general(material: _Material, measured: Mapping[str, _Measured]) -> Comparison | None:
     if material.general is None:
         return None
     scores = {
-        name: loss_scores(one.general, material.general, task=material.task)
+        name: _scores(one.general, material.general, material)
         for name, one in measured.items()
         if one.general is not None
     }

@@ -13,8 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit.errors import MachineError, RecipeError
-from lorafit.evaluation.intervals import ratio
-from lorafit.evaluation.scores import Score
+from lorafit.tasks.score import Score, ratio
 
 BATCH = 8
 """Requests of one forward pass. The harness orders them by length itself."""

@@ -8,18 +8,14 @@ far the figure moves.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-import numpy.typing as npt
 
+from lorafit.tasks.score import Floats, Statistic, ratio
 from lorafit.tasks.sequences import SequenceLosses
-
-Floats = npt.NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
-"""Sums over sequences [R, K] to the figure [R] they make."""
 
 DRAWS_AT_ONCE = 2**22
 """Sequences drawn at a time: 32 MiB."""
@@ -58,11 +54,6 @@ def standard_error(a: SequenceLosses, b: SequenceLosses) -> float:
 def _refuse_other_sequences(a: SequenceLosses, b: SequenceLosses) -> None:
     if not np.array_equal(a.tokens, b.tokens):
         raise ValueError("the losses are of other sequences: nothing to pair")
-
-
-def ratio(sums: Floats) -> Floats:
-    """First column by second; 0 where there is nothing to divide by."""
-    return sums[:, 0] / np.maximum(sums[:, 1], 1e-300)
 
 
 def bootstrap(

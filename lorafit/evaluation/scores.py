@@ -1,40 +1,22 @@
-"""Figures of a model, each a function of sums over sequences: so all of them have paired intervals alike."""
+"""The figures of what models wrote, and how those of two models differ."""
 
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
 from sacrebleu import BLEU, CHRF
 
 from lorafit.errors import DataError
-from lorafit.evaluation.eval_rows import Question, Rows
-from lorafit.evaluation.intervals import Floats, Interval, Statistic, bootstrap, ratio
-from lorafit.tasks import DEFAULT_TASK, Task
-from lorafit.tasks.sequences import SequenceLosses
+from lorafit.evaluation.eval_rows import Question
+from lorafit.evaluation.intervals import Interval, bootstrap
+from lorafit.tasks.score import Floats, Score, ratio
 
 MOST_LABELS = 50
 """Answers that still count as labels; of each there must be two rows in the mean."""
-
-
-@dataclass(frozen=True)
-class Score:
-    """One figure of one model."""
-
-    values: Floats
-    """[S, K], of which the sums make the figure."""
-    figure: Statistic
-    higher_is_better: bool
-
-    @property
-    def value(self) -> float:
-        """Of all sequences."""
-        return float(self.figure(self.values.sum(axis=0, keepdims=True))[0])
 
 
 def compare(one: Score, other: Score, *, level: float) -> Interval:
@@ -47,19 +29,6 @@ def compare(one: Score, other: Score, *, level: float) -> Interval:
         lambda sums: one.figure(sums[:, width:]) - one.figure(sums[:, :width]),
         level=level,
     )
-
-
-def loss_scores(losses: SequenceLosses, rows: Rows, *, task: Task = DEFAULT_TASK) -> dict[str, Score]:
-    """Loss in nats per trained token, its figure, bits per byte of the trained text, and token accuracy."""
-    per_token = np.stack([losses.nll, losses.tokens], axis=1)
-    per_byte = np.stack([losses.nll / math.log(2), rows.text_bytes], axis=1)
-    correct = np.stack([losses.correct, losses.tokens], axis=1).astype(np.float64)
-    return {
-        "loss": Score(per_token, ratio, False),
-        task.figure.name: Score(per_token, lambda sums: np.exp(np.minimum(ratio(sums), 700)), False),
-        "bits_per_byte": Score(per_byte, ratio, False),
-        "token_accuracy": Score(correct, ratio, True),
-    }
 
 
 def text_scores(

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from lorafit.report.escape_control import inert
+from lorafit.tasks import Task
 
 NAMES = {
-    "loss": "loss (nats)",
     "bits_per_byte": "bits per byte",
     "token_accuracy": "token accuracy",
     "exact_match": "exact match",
@@ -20,17 +20,22 @@ NAMES = {
 }
 
 
+def figure_name(name: str, task: Task) -> str:
+    """What a figure is called, for people."""
+    return f"{name} ({task.unit})" if name == "loss" else NAMES.get(name, name)
+
+
 def eval_table(result: Any, *, samples: int = 0) -> str:
     """The verdict, a table of every figure, what was lost on general text; `samples` answers side by side. `result` is
     an `EvalResult`."""
     lines = [inert(result.verdict), ""]
-    lines += _comparison_lines("held-out rows", result.held_out)
+    lines += _comparison_lines("held-out rows", result.held_out, result.task)
     if result.answers is not None:
-        lines += ["", *_comparison_lines("generated answers", result.answers)]
+        lines += ["", *_comparison_lines("generated answers", result.answers, result.task)]
     if result.general is not None:
-        lines += ["", *_comparison_lines("general text", result.general)]
+        lines += ["", *_comparison_lines("general text", result.general, result.task)]
     for name, task in result.tasks.items():
-        lines += ["", *_comparison_lines(f"task {name}", task)]
+        lines += ["", *_comparison_lines(f"task {name}", task, result.task)]
     for model, details in result.details.items():
         if "confusion" in details:
             lines += ["", *_confusion_lines(model, details["confusion"])]
@@ -42,7 +47,7 @@ def eval_table(result: Any, *, samples: int = 0) -> str:
     return "\n".join(lines)
 
 
-def _comparison_lines(title: str, comparison: Any) -> Iterator[str]:
+def _comparison_lines(title: str, comparison: Any, task: Task) -> Iterator[str]:
     models = [model for model in ("base", "adapter", "merged") if model in comparison.figures]
     yield f"{title}: {inert(comparison.source)}, {comparison.sequences:,} sequences"
     rows = [("", *models, "adapter less base" if "base" in models else "")]
@@ -51,7 +56,7 @@ def _comparison_lines(title: str, comparison: Any) -> Iterator[str]:
     for name in comparison.figures[models[0]]:
         figures = [_figure(comparison.figures[model][name]) for model in models]
         told = [_told(found[name]) for found in (comparison.difference, comparison.merged_difference) if name in found]
-        rows.append((inert(NAMES.get(name, name)), *figures, *told))
+        rows.append((inert(figure_name(name, task)), *figures, *told))
     widths = [max(len(row[column]) for row in rows if column < len(row)) for column in range(max(map(len, rows)))]
     for row in rows:
         cells = [

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lorafit.tasks import DEFAULT_TASK, Task
+
 HEAD = ("rank", "loss", "worse by", "[95 %]", "eps", "decided", "parameters", "adapter", "memory", "time", "tokens")
 
 
-def sweep_table(result: Any) -> str:
+def sweep_table(result: Any, *, task: Task = DEFAULT_TASK) -> str:
     """The ranks as a table, and what follows from it. `result` is a `SweepResult`."""
     rows = [HEAD, *(_row(row) for row in result.trials)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
@@ -19,7 +21,7 @@ def sweep_table(result: Any) -> str:
             for name, cell, width in zip(HEAD, row, widths, strict=True)
         ]
         lines.append(f"{mark} {'  '.join(cells)}".rstrip())
-    return "\n".join([*lines, "", *_facts(result)])
+    return "\n".join([*lines, "", *_facts(result, task)])
 
 
 def _row(row: Any) -> tuple[str, ...]:
@@ -47,7 +49,7 @@ def _decided(row: Any) -> str:
     return f"{verdict}: {row.decided_by}"
 
 
-def _facts(result: Any) -> list[str]:
+def _facts(result: Any, task: Task) -> list[str]:
     if result.is_monotone:
         said = f"rank {result.chosen_rank} is the smallest that is as good as rank {result.reference_rank}"
     else:
@@ -56,8 +58,12 @@ def _facts(result: Any) -> list[str]:
             f"smallest that is as good as the best, rank {result.reference_rank}"
         )
     share = result.tokens_trained / max(1, result.tokens_exhaustive)
+    within = f"{result.eps:.4f} {task.unit} a {task.counted}"
     rows = [
-        ("answer", f"{said}, within {result.eps:.4f} nats a token ({result.eval_sequences:,} held-out sequences)"),
+        (
+            "answer",
+            f"{said}, within {within} ({result.eval_sequences:,} held-out sequences)",
+        ),
         (
             "trained",
             f"{result.tokens_trained:,} tokens, {share:.2f} of the {result.tokens_exhaustive:,} of all "

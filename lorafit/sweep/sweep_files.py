@@ -20,6 +20,7 @@ from lorafit.sweep.sweep_result import ModuleSpectrum, RankRow, Spectra, SweepRe
 from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import ranks_that_keep
 from lorafit.sweep.tune import Tuned
+from lorafit.tasks import TASKS
 
 RESULT, BEST, SPECTRA = "sweep.json", "best.yaml", "spectrum.json"
 
@@ -178,10 +179,11 @@ def _best_yaml(loaded: LoadedRecipe, result: SweepResult, *, out: Path) -> str:
         learning_rate=result.learning_rate,
         output_dir=None,
     )
-    row = next(row for row in result.trials if row.rank == result.chosen_rank)
+    row, task = next(row for row in result.trials if row.rank == result.chosen_rank), TASKS[loaded.recipe.task]
+    within = f"{result.eps:.4f} {task.unit} a {task.counted}"
     head = [
         f"# Rank {result.chosen_rank}: the smallest of {', '.join(str(row.rank) for row in result.trials)} that is as",
-        f"# good as rank {result.reference_rank} within {result.eps:.4f} nats a token ({row.decided_by}).",
+        f"# good as rank {result.reference_rank} within {within} ({row.decided_by}).",
         *(
             [
                 f"# The adapter in {Path(result.adapter or '').name} was cut from rank {result.trials[-1].rank}. "

@@ -79,11 +79,22 @@ class Task:
     model: ModelKind
     bases: BaseModels
     arguments: LibraryArguments
+    unit: str
+    """Of the loss."""
+    counted: str
+    """What the loss is a mean over."""
     figure: Figure
+    guess: str
+    """What guessing costs, in words."""
     pipeline_tag: str
     """Of the Hugging Face Hub: what the trained model does."""
     tag: str
     """Of the Hub: how it was trained."""
+
+    @property
+    def loss_unit(self) -> str:
+        """Of the loss as a mean: `nats per token`."""
+        return f"{self.unit} per {self.counted}"
 
 
 MAX_EXPONENT = 700
@@ -123,7 +134,10 @@ TASKS: Mapping[TaskName, Task] = {
                 )
             ),
         ),
+        unit="nats",
+        counted="token",
         figure=Figure("perplexity", perplexity),
+        guess="ln of the vocabulary",
         pipeline_tag="text-generation",
         tag="sft",
     ),

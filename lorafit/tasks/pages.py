@@ -15,12 +15,15 @@ from lorafit.tasks import TaskName
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
+    import numpy.typing as npt
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, TrainingArguments
 
     from lorafit.recipe import Recipe
     from lorafit.recipe.sections import TrainingSection
     from lorafit.speed.lever import Lever
+    from lorafit.tasks.score import Score
     from lorafit.tasks.sequences import SequenceLosses
     from lorafit.training.trainer.planned import Planned
     from lorafit.training.trainer.run_trainer import RunTrainer
@@ -39,6 +42,9 @@ class Page(Protocol):
         counted: Counted = ...,
     ) -> SequenceLosses:
         """Sums of what a model makes of each held-out row: what `eval`, the sweep and reports have in common."""
+
+    def scores(self, losses: SequenceLosses, text_bytes: npt.NDArray[np.int64]) -> dict[str, Score]:
+        """The figures that they make, the loss first; `text_bytes` [S] are those of what is trained of each row."""
 
     def guessing(self, config: PreTrainedConfig) -> float:
         """The loss of a guess by a model of this size that has learned nothing."""

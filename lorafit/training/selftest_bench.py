@@ -29,6 +29,7 @@ from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks import TASKS
 from lorafit.tasks.pages import TrainerPage, trainer_page
 from lorafit.training.arguments import training_arguments
 from lorafit.training.health.watch import HealthWatch
@@ -101,7 +102,8 @@ class Bench:
     ) -> None:
         self._model, self._loaded, self._tokenizer, self._scratch = model, loaded, tokenizer, scratch
         self._bf16, self._checkpointing, self._engaged = bf16, checkpointing, engaged
-        self._page = trainer_page(loaded.recipe.task)
+        task = TASKS[loaded.recipe.task]
+        self._page, self._unit = trainer_page(task.name), f"{task.unit} a {task.counted}"
         self._rows = self._page.short_rows(rows, _lengths(model))
         self._tolerances = tolerances(loaded.recipe, dtype=model.dtype, bf16=bf16)
 
@@ -143,7 +145,7 @@ class Bench:
         difference, attention = _distance(alone, together), self._attention()
         lever = self._engaged.of_attention(attention)
         failure = (
-            f"a packed document is not computed as it is alone, {difference:.2g} nats a token apart (at most "
+            f"a packed document is not computed as it is alone, {difference:.2g} {self._unit} apart (at most "
             f"{self._tolerances[0]:.2g}): with {attention} attention it sees its neighbours; write false"
         )
         other = "model.attn_implementation: sdpa" if lever is None else f"speed.{lever.key}: false"
@@ -152,7 +154,7 @@ class Bench:
     def _padding(self, alone: torch.Tensor, together: torch.Tensor) -> Check:
         difference, attention = _distance(alone, together), self._attention()
         failure = (
-            f"a padded row is not computed as it is alone, {difference:.2g} nats a token apart (at most "
+            f"a padded row is not computed as it is alone, {difference:.2g} {self._unit} apart (at most "
             f"{self._tolerances[0]:.2g}): {attention} sees the padding or counts it as positions; write sdpa or eager, "
             "or training.packing: true"
         )
@@ -161,7 +163,7 @@ class Bench:
     def _adapter_off(self, base: torch.Tensor, switched_off: torch.Tensor) -> Check:
         difference, kind = _distance(base, switched_off), self._model.peft_config["default"].peft_type.value
         failure = (
-            f"switched off, the {kind} adapter still moves the model by {difference:.2g} nats a token (at most "
+            f"switched off, the {kind} adapter still moves the model by {difference:.2g} {self._unit} (at most "
             f"{self._tolerances[0]:.2g}), so nothing can be compared with the base; leave out lora.extra and the "
             "variant of LoRA, or change the version of peft"
         )

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import LorafitError, Problem, RunDirError
+from lorafit.errors import LorafitError, Problem, RecipeError, RunDirError
 from lorafit.launching.child import Child, ChildFailed
+from lorafit.recipe.yaml_reader import parse
 from lorafit.storage.files import read_regular
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks import DEFAULT_TASK, TASKS, Task
 
 MERGE_REPORT = "merge_report.json"
 """As `merging/` names it, beside the weights of a merged model."""
@@ -38,6 +41,15 @@ class Contents:
     recipe: str
     notes: tuple[str, ...]
     """What could not be read and may be missed."""
+
+    @cached_property
+    def task(self) -> Task:
+        """That of the recipe; the default one where there is no recipe to read."""
+        try:
+            name = parse(self.recipe, name="recipe").value["task"]
+        except (RecipeError, LookupError, TypeError):
+            return DEFAULT_TASK
+        return next((task for task in TASKS.values() if task.name == name), DEFAULT_TASK)
 
     @property
     def is_sweep(self) -> bool:

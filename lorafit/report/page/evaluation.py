@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lorafit.report.evaluation import NAMES
+from lorafit.report.evaluation import figure_name
 from lorafit.report.page.contents import Facts
 from lorafit.report.page.html import Html, element, facts, is_number, joined, number, section, table
 from lorafit.report.page.run import duration, gibibytes
+from lorafit.tasks import Task
 
 MODELS = ("base", "adapter", "merged")
 MOST_SAMPLES = 20
@@ -19,7 +20,7 @@ MOST_LABELS = 20
 DASH = Html("–")
 
 
-def evaluation(found: Facts) -> Html:
+def evaluation(found: Facts, task: Task) -> Html:
     """Verdict, figures of each model, differences with their intervals, what was lost, samples side by side."""
     if not found:
         return Html("")
@@ -29,9 +30,9 @@ def evaluation(found: Facts) -> Html:
         "Evaluation",
         element("p", element("strong", str(found.get("verdict", "")), css="quote")),
         element("p", *_measured_on(found), css="quiet"),
-        _comparison(figures, found),
-        *(_under("On general text", general) if isinstance(general, dict) else ()),
-        *(part for name, task in (found.get("tasks") or {}).items() for part in _under(f"Task {name}", task)),
+        _comparison(figures, found, task),
+        *(_under("On general text", general, task) if isinstance(general, dict) else ()),
+        *(part for name, of in (found.get("tasks") or {}).items() for part in _under(f"Task {name}", of, task)),
         *(part for model, about in figures.items() for part in _confusion(model, about.get("confusion"))),
         *_samples(found.get("samples") or ()),
         _cost(found),
@@ -46,13 +47,13 @@ def _measured_on(found: Facts) -> Iterator[str]:
         yield from ("; intervals hold in ", number(found["level"], ".0%"), " of evaluations")
 
 
-def _under(title: str, comparison: Facts) -> Iterator[Html]:
+def _under(title: str, comparison: Facts, task: Task) -> Iterator[Html]:
     yield element("h3", title, css="quote")
     yield element("p", *_measured_on(comparison), css="quiet")
-    yield _comparison(comparison.get("figures") or {}, comparison)
+    yield _comparison(comparison.get("figures") or {}, comparison, task)
 
 
-def _comparison(figures: dict[str, Facts], found: Facts) -> Html:
+def _comparison(figures: dict[str, Facts], found: Facts, task: Task) -> Html:
     """A row for each figure: how adapter and merged model differ from the base, and every model's own."""
     models = [model for model in MODELS if model in figures]
     pairs = [("adapter less base", found.get("difference")), ("merged less base", found.get("merged_difference"))]
@@ -60,7 +61,7 @@ def _comparison(figures: dict[str, Facts], found: Facts) -> Html:
     names = [name for name in (figures[models[0]] if models else ()) if _is_figure(figures, name)]
     rows = [
         [
-            element("span", NAMES.get(name, name), css="quote"),
+            element("span", figure_name(name, task), css="quote"),
             *(_difference(differences.get(name)) for _, differences in told),
             *(_value(figures[model].get(name)) for model in models),
         ]

@@ -87,7 +87,7 @@ def curve_plots(contents: Contents) -> list[Plot]:
     steps = tuple(float(entry["step"]) for entry in contents.metrics)
     stopped = tuple(float(event["step"]) for event in contents.events if event.get("action"))[:MOST_EVENTS]
     kinds: tuple[tuple[str, str, str, tuple[tuple[str, str], ...]], ...] = (
-        ("loss", "Loss", "nats per token", (("train", "loss"), ("held-out", "eval_loss"))),
+        ("loss", "Loss", contents.task.loss_unit, (("train", "loss"), ("held-out", "eval_loss"))),
         ("grad_norm", "Gradient norm", "norm over all trained parameters", (("norm", "grad_norm"),)),
         ("learning_rate", "Learning rate", "step size of the optimizer", (("lr", "lr"),)),
         ("throughput", "Throughput", "tokens per second", (("tokens/s", "tokens_per_second"),)),

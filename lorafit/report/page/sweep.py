@@ -22,7 +22,11 @@ def sweep_plots(contents: Contents) -> list[Plot]:
     """Loss and difference against rank, the tokens that each rank cost, the singular values of the update."""
     trials = [trial for trial in contents.sweep.get("trials", ()) if is_number(trial.get("rank"))]
     ranks = tuple(float(trial["rank"]) for trial in trials)
-    plots = [*_losses(contents.sweep, trials, ranks), *_differences(contents.sweep, trials, ranks)]
+    unit = contents.task.loss_unit
+    plots = [
+        *_losses(contents.sweep, trials, ranks, unit=unit),
+        *_differences(contents.sweep, trials, ranks, unit=unit),
+    ]
     spent = [(float(trial["rank"]), float(trial["tokens"])) for trial in trials if is_number(trial.get("tokens"))]
     if spent:
         described = "Tokens trained at each rank: " + ", ".join(f"{rank:.0f}: {tokens:,.0f}" for rank, tokens in spent)
@@ -61,7 +65,7 @@ def _against_rank(
     )
 
 
-def _losses(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...]) -> Iterator[Plot]:
+def _losses(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...], *, unit: str) -> Iterator[Plot]:
     """Of what was trained to the end: losses after a share of the steps do not compare with them."""
     whole = [trial for trial in trials if trial.get("share") == 1 and is_number(trial.get("loss"))]
     kinds = (("trained", "direct"), ("cut", "truncated"))
@@ -75,10 +79,8 @@ def _losses(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...]) -> 
     reference = next((trial["loss"] for trial in whole if trial["rank"] == sweep.get("reference_rank")), None)
     band = (reference, reference + sweep["eps"]) if reference is not None and is_number(sweep.get("eps")) else None
     told = ", ".join(f"{trial['rank']}: {trial['loss']:.4f}" for trial in whole)
-    described = f"Held-out loss in nats per token by rank, with intervals. {told}"
-    yield _against_rank(
-        "rank_loss", "Held-out loss", described, "nats per token", tuple(series), ranks, band=band, height=270
-    )
+    described = f"Held-out loss in {unit} by rank, with intervals. {told}"
+    yield _against_rank("rank_loss", "Held-out loss", described, unit, tuple(series), ranks, band=band, height=270)
 
 
 def _interval(trial: Facts, value: float) -> Interval:
@@ -88,7 +90,7 @@ def _interval(trial: Facts, value: float) -> Interval:
     )
 
 
-def _differences(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...]) -> Iterator[Plot]:
+def _differences(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...], *, unit: str) -> Iterator[Plot]:
     """Of all that were compared, also those that were given up early."""
     compared = [trial for trial in trials if isinstance(trial.get("difference"), dict)]
     series = []
@@ -101,13 +103,13 @@ def _differences(sweep: Facts, trials: Sequence[Facts], ranks: tuple[float, ...]
             series.append(Series(label, intervals=dots))
     if series and is_number(sweep.get("eps")):
         told = ", ".join(f"{trial['rank']}: {trial['difference']['mean']:+.4f}" for trial in compared)
-        described = f"Nats per token by which a rank is worse than the reference, with intervals. {told}"
+        described = f"{unit.capitalize()} by which a rank is worse than the reference, with intervals. {told}"
         title = "Worse than the reference by"
         yield _against_rank(
             "rank_difference",
             title,
             described,
-            "nats per token",
+            unit,
             tuple(series),
             ranks,
             band=(0.0, sweep["eps"]),
@@ -147,7 +149,7 @@ def sweep(contents: Contents, plots: Sequence[Plot]) -> Html:
     if found.get("reference_rank") is not None:
         tiles[0] = (*tiles[0][:2], joined(["as rank ", number(found["reference_rank"])]))
     if is_number(found.get("eps")):
-        tiles.append(("May be worse by", number(found["eps"], ".4g"), "nats per token"))
+        tiles.append(("May be worse by", number(found["eps"], ".4g"), contents.task.loss_unit))
     if is_number(found.get("tokens_trained")) and is_number(found.get("tokens_exhaustive")):
         aside = joined(["of ", number(found["tokens_exhaustive"]), " for all"])
         tiles.append(("Tokens trained", number(found["tokens_trained"]), aside))

@@ -69,7 +69,7 @@ def report_page(contents: Contents, examples: Examples, plots: list[Plot]) -> st
         run.summary(contents),
         *(element("p", note, css="quiet") for note in contents.notes),
         sweep.sweep(contents, of_sweep),
-        evaluation(contents.evaluation),
+        evaluation(contents.evaluation, contents.task),
         run.training(contents, curves),
         run.health(contents),
         run.data(contents, examples),

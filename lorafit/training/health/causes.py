@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lorafit.tasks import DEFAULT_TASK
+
 USUAL_RATE = 2e-4
 HIGHEST_RATE = 5e-3
 """Above it no LoRA run is known to be steady; the same bound that the recipe's advice has."""
@@ -31,9 +33,11 @@ class Setting:
     loraplus_lr_ratio: float | None
     max_grad_norm: float
     guessing: float
-    """Loss of guessing, ln of the vocabulary; infinite where the loss holds more than that (AdaLoRA's penalty)."""
+    """Loss of guessing; infinite where the loss holds more than that (AdaLoRA's penalty)."""
     is_float16: bool
     is_shuffled: bool
+    guess: str = DEFAULT_TASK.guess
+    """What guessing costs, in words."""
 
     @property
     def scale(self) -> float:

@@ -67,7 +67,7 @@ def divergence(history: History, setting: Setting) -> Finding | None:
     newest = losses[-SUSTAINED:]
     figures = {"loss": round(median(newest), 4)}
     if min(losses[0], *newest) > 2 * setting.guessing and len(losses) <= WINDOW:
-        what = f"the loss began at {losses[0]:.3g}, guessing costs {setting.guessing:.3g} (ln of the vocabulary)"
+        what = f"the loss began at {losses[0]:.3g}, guessing costs {setting.guessing:.3g} ({setting.guess})"
         return Finding("on_divergence", what, wrong_scale(), figures | {"guessing": round(setting.guessing, 4)})
     earlier = losses[:-SUSTAINED]
     if not earlier:

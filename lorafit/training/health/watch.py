@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from lorafit.errors import HealthStop, VerificationError
 from lorafit.recipe import Recipe
 from lorafit.storage.run_dir import RunDir
+from lorafit.tasks import TASKS
 from lorafit.tasks.pages import page
 from lorafit.training.health.causes import Setting
 from lorafit.training.health.history import WINDOW, Evaluation, History, Point
@@ -182,6 +183,7 @@ def setting_of(recipe: Recipe, model: Any, *, total_steps: int) -> Setting:
         loraplus_lr_ratio=recipe.optimizer.loraplus_lr_ratio,
         max_grad_norm=training.max_grad_norm,
         guessing=math.inf if adalora is not None else page(recipe.task).guessing(model.config),
+        guess=TASKS[recipe.task].guess,
         is_float16=training.fp16 or any(parameter.dtype == torch.float16 for parameter in model.parameters()),
         is_shuffled=training.train_sampling_strategy != "sequential",
     )
