@@ -3,6 +3,8 @@
     wanted                              Linux               where that is missing
     ---------------------------------   -----------------   -----------------------------------------------
     a process ends with its parent      prctl               a thread of it looks every second
+    a copy of a process computes        fork                a new process: libraries of macOS die in a copy, and
+                                                            drivers of GPUs do not know it
     cores that this process may use     sched_getaffinity   all cores
     peak memory begins anew             /proc               the peak stays that of the whole process
     name of the processor               /proc               its architecture
@@ -35,6 +37,7 @@ from pathlib import Path
 import psutil
 
 PROC = Path("/proc")
+AMD_DRIVER = Path("/dev/kfd")
 PARENT_SECONDS = 1.0
 """Between two looks at whether the parent is still there."""
 
@@ -68,6 +71,11 @@ def _end_after(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_SECONDS)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def can_copy_processes() -> bool:
+    """Whether a copy of a process computes as that does."""
+    return sys.platform != "darwin" and not has_nvidia_driver() and not AMD_DRIVER.exists()
 
 
 def usable_cores() -> int:

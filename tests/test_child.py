@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import import_module
@@ -21,7 +23,9 @@ from reports import write_run
 from runs import small_recipe
 
 import lorafit
+from lorafit import operating_system
 from lorafit.errors import DataError, MachineError, Problem, VerificationError
+from lorafit.launching import fork
 from lorafit.launching.child import Child, ChildFailed
 from lorafit.merging.child_answer import child_answer
 from lorafit.planning import ask_planner as planning
@@ -45,6 +49,8 @@ def count(many):
     time.sleep(60)
 def variables():
     return dict(os.environ)
+def has_imported():
+    return imported
 """
 PARENT = """
 import sys, tempfile
@@ -54,6 +60,39 @@ from lorafit.launching.signals import ends_clean
 launch.end_with_launcher()
 with ends_clean(), tempfile.TemporaryDirectory(dir=sys.argv[1]):
     Child("work:sleep", sys.argv[2]).answer()
+"""
+PARENT_OF_COPY = PARENT.replace(
+    'Child("work:sleep", sys.argv[2]).answer()',
+    'child = Child("work:sleep", waits=True, copied=True)\n    child.call(sys.argv[2])\n    child.answer()',
+)
+COPIES = """
+import json, os, sys, time
+import work
+from lorafit.errors import DataError
+from lorafit.launching.child import Child, ChildFailed
+work.imported = "once"
+os.environ["ACCELERATE_USE_FSDP"] = "true"
+def found(function, *arguments, seconds=None):
+    child = Child(f"work:{function}", waits=True, copied=True)
+    child.call(*arguments)
+    try:
+        return child.answer(seconds=seconds)
+    except (ChildFailed, DataError, TimeoutError) as error:
+        return f"{type(error).__name__}: {error}"
+with Child("work:add", waits=True, copied=True) as unused:
+    pid = unused._process.pid
+print("printed before", end="")
+print(json.dumps({
+    "unused": unused._process.returncode,
+    "sum": found("add", "a" * 300_000, "b")[-2:],
+    "shared": found("has_imported"),
+    "refused": found("refuse", "is empty"),
+    "failed": found("fail"),
+    "died": found("die"),
+    "late": found("sleep", "started", seconds=0.2),
+    "counted": found("count", 0, seconds=0.5),
+    "variables": "ACCELERATE_USE_FSDP" in found("variables"),
+}))
 """
 
 
@@ -88,9 +127,10 @@ def ends(pid: int) -> bool:
     return not is_alive(pid)
 
 
+@pytest.mark.parametrize("source", [PARENT, PARENT_OF_COPY], ids=["new", "copy"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-def test_a_child_ends_with_its_parent(tmp_path: Path, number: signal.Signals) -> None:
-    parent, child = parent_of_sleeper(tmp_path)
+def test_a_child_ends_with_its_parent(tmp_path: Path, number: signal.Signals, source: str) -> None:
+    parent, child = parent_of_sleeper(tmp_path, source)
     assert is_alive(child)
     parent.send_signal(number)
     parent.wait(timeout=30)
@@ -106,8 +146,9 @@ def test_a_child_ends_with_its_parent_where_the_kernel_does_not_see_to_it(tmp_pa
     assert ends(child)
 
 
-def test_a_request_to_stop_is_for_the_one_who_waits(tmp_path: Path) -> None:
-    parent, child = parent_of_sleeper(tmp_path)
+@pytest.mark.parametrize("source", [PARENT, PARENT_OF_COPY], ids=["new", "copy"])
+def test_a_request_to_stop_is_for_the_one_who_waits(tmp_path: Path, source: str) -> None:
+    parent, child = parent_of_sleeper(tmp_path, source)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a terminal and a scheduler send it to all
         os.kill(child, number)
     time.sleep(0.2)
@@ -137,6 +178,53 @@ def test_a_child_that_ended_before_it_was_called_says_why() -> None:
         child.call(1)
         with pytest.raises(ChildFailed, match="has no attribute 'nothing'"):
             child.answer()
+
+
+def test_a_copy_of_a_process_answers_and_fails_as_a_new_one_does(tmp_path: Path) -> None:
+    """What it has imported is there, and what a launcher has left in the environment is not."""
+    path = f"{tmp_path}:{Path(__file__).parent.parent}"
+    command = [sys.executable, "-W", "error", "-c", COPIES]
+    environment = {name: text for name, text in os.environ.items() if name != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        command, env=environment | {"PYTHONPATH": path}, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    printed, found = done.stdout[:14], json.loads(done.stdout[14:])
+    assert printed == "printed before"
+    assert found.pop("failed").splitlines()[-1] == "ValueError: no such layer"
+    assert found.pop("died").startswith("ChildFailed: ")
+    assert found == {
+        "unused": -signal.SIGKILL,
+        "sum": "ab",
+        "shared": "once",
+        "refused": "DataError: rows.jsonl:3: is empty\nrows.jsonl:4: is empty",
+        "late": "TimeoutError: ",
+        "counted": "TimeoutError: ",
+        "variables": False,
+    }
+
+
+def test_a_copy_is_made_only_of_a_process_that_has_computed_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(operating_system, "PROC", tmp_path)
+    monkeypatch.setattr(operating_system, "AMD_DRIVER", tmp_path / "kfd")
+    monkeypatch.setattr(threading, "active_count", lambda: 1)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert fork.is_safe()
+    with monkeypatch.context() as more:
+        more.setattr(threading, "active_count", lambda: 2)
+        assert not fork.is_safe()
+    with monkeypatch.context() as more:
+        more.setitem(sys.modules, "torch", fork)
+        assert not fork.is_safe()
+    for driver in (tmp_path / "kfd", tmp_path / "driver/nvidia/version"):
+        driver.parent.mkdir(parents=True, exist_ok=True)
+        driver.touch()
+        assert not fork.is_safe()
+        driver.unlink()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not fork.is_safe()
 
 
 def test_an_error_of_the_users_goes_through_with_all_its_problems() -> None:

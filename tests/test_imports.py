@@ -14,7 +14,7 @@ import pytest
 from commands import ENVIRONMENT
 from runs import small_recipe
 
-from lorafit.imports import imported_meanwhile, without_collections
+from lorafit.imports import imported_meanwhile, quick_imports
 
 INTERRUPTED = """
 import logging, os, signal, time
@@ -81,7 +81,7 @@ def test_a_module_is_whole_when_the_block_ends_however_it_ends(tmp_path: Path, m
 
 
 def test_collections_go_on_after_the_imports_and_pass_over_what_they_made() -> None:
-    with pytest.raises(ImportError), without_collections():
+    with pytest.raises(ImportError), quick_imports():
         assert not gc.isenabled()
         raise ImportError
     assert gc.isenabled()

@@ -56,6 +56,32 @@ def test_the_targets_of_a_dense_model_are_listed_without_peft(tmp_path: Path, ti
     assert "torch" in loaded and not {*loaded} & {"peft", "trl", "datasets", "bitsandbytes"}
 
 
+def test_a_command_imports_no_library_that_it_does_not_need(tmp_path: Path) -> None:
+    """One after the other, each with what those before it have imported."""
+    compiler = "torch._inductor.compile_fx"
+    needless = {
+        "lorafit.doctor.examine": ("torch", "transformers", "numpy"),
+        "lorafit.planning.targets": ("peft", "bitsandbytes", "tokenizers", "datasets", "pandas", "optuna", compiler),
+        "lorafit.merging.verify_written": ("peft", "bitsandbytes", "tokenizers", "datasets", "pandas", compiler),
+        "lorafit.merging.merge": ("trl", "datasets", "pandas", "optuna", "sacrebleu", "scipy", compiler),
+        "lorafit.evaluation.evaluate": ("trl", "optuna", "sqlalchemy", "scipy", "transformers.trainer", compiler),
+        "lorafit.planning.make_plan": ("optuna", "sqlalchemy", "scipy", compiler),
+    }
+    source = f"""
+import os, sys
+from importlib import import_module
+from lorafit.imports import quick_imports
+found = {{}}
+for module, needless in {needless}.items():
+    with quick_imports():
+        import_module(module)
+    found[module] = sorted(set(needless) & set(sys.modules))
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+print({{module: names for module, names in found.items() if names}}, file=sys.stderr)
+"""
+    assert heavy_modules(tmp_path, source) == "{}"
+
+
 def test_the_command_line_imports_nothing_heavy(tmp_path: Path) -> None:
     source = RUN.replace("code = _exit_code(sys.argv[1:])", "code = 0")
     assert heavy_modules(tmp_path, source) == "[]"

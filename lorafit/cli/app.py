@@ -120,19 +120,22 @@ def _bar(what: str, total: int) -> Counted:
     return counted
 
 
-def quiet_libraries(*, debug: bool) -> None:
+def quiet_libraries(*, debug: bool, reads_rows: bool = True) -> None:
     """Keep the libraries' own notices and bars off the terminal; `--debug` shows them.
 
-    What they warn of and matters is checked by lorafit itself, which then says so in its own words.
+    What they warn of and matters is checked by lorafit itself, which then says so in its own words. `reads_rows`: with
+    datasets, which a command that reads none does without.
     """
     if debug:
         return
     warnings.filterwarnings("ignore", category=FutureWarning)
     for library in ("transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "torch.distributed"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    from datasets.utils.logging import disable_progress_bar as hide_datasets_bars
+    if reads_rows:
+        from datasets.utils.logging import disable_progress_bar as hide_datasets_bars
+
+        hide_datasets_bars()
     from transformers.utils import logging as transformers_logging
 
-    hide_datasets_bars()
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # importing it resets the level set above

@@ -9,7 +9,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, counting, print_result, quiet_libraries, speaker
 from lorafit.errors import VerificationError
-from lorafit.imports import without_collections
+from lorafit.imports import quick_imports
 
 
 @app.command(name="eval")
@@ -43,7 +43,7 @@ def evaluate(
 ) -> None:
     """Compare base, adapter and merged model on held-out rows, with confidence intervals."""
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
-        with without_collections():
+        with quick_imports():
             quiet_libraries(debug=debug)
             from lorafit.data.cache import cache_directory
             from lorafit.evaluation.evaluate import evaluate as evaluated

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import typer
 
 from lorafit.cli.app import AsJson, Debug, Quiet, app, counting, print_result, quiet_libraries, speaker
-from lorafit.imports import without_collections
-from lorafit.merging.reference_process import reference_process
+from lorafit.imports import quick_imports
+from lorafit.merging.processes import processes
 
 
 @app.command()
@@ -40,9 +40,10 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge an adapter into its base: a standalone model that plain transformers loads."""
-    with reference_process() if verify is not False else nullcontext() as reference:  # imports while this one does
-        with without_collections():
-            quiet_libraries(debug=debug)
+    with quick_imports():
+        quiet_libraries(debug=debug, reads_rows=False)
+    with processes() if verify is not False else nullcontext() as those_that_verify:  # import while this one does
+        with quick_imports():
             from lorafit.data.cache import cache_directory
             from lorafit.merging.merge import merge as merge_adapter
             from lorafit.report.merge import merge_table
@@ -58,7 +59,7 @@ def merge(
             say=speaker(quiet=quiet),
             progress=partial(counting(quiet=quiet), "merge: bytes written"),
             cache_dir=cache_directory(),
-            reference=reference,
+            processes=those_that_verify,
         )
     print_result(asdict(result), as_json=as_json, text=merge_table(result))
 
@@ -89,7 +90,7 @@ def combine(
     debug: Debug = False,
 ) -> None:
     """Make one adapter of several of the same base."""
-    with without_collections():
+    with quick_imports():
         quiet_libraries(debug=debug)
         from lorafit.data.cache import cache_directory
         from lorafit.merging.combine import combine as combine_adapters

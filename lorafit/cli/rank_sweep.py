@@ -12,7 +12,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import StopRequested
-from lorafit.imports import without_collections
+from lorafit.imports import quick_imports
 from lorafit.launching import launch
 from lorafit.tasks import TASKS
 
@@ -57,7 +57,7 @@ def rank_sweep(
     overrides = [f"{key}={str(value).lower() if value is True else value}" for key, value in chosen.items() if value]
     loaded = load(recipe, overrides=[*(set_ or ()), *overrides])
     with contextlib.redirect_stdout(sys.stderr):  # stdout holds the result alone; some libraries print there
-        with without_collections():
+        with quick_imports():
             quiet_libraries(debug=debug)
             from lorafit.data.cache import cache_directory
             from lorafit.preflight import this_machine

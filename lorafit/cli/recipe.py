@@ -10,7 +10,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import RecipeError
-from lorafit.imports import without_collections
+from lorafit.imports import quick_imports
 
 
 @app.command()
@@ -21,7 +21,7 @@ def targets(
     debug: Debug = False,
 ) -> None:
     """List the modules of a model that lora.target_modules may name, with shapes, counts and adapter size."""
-    with without_collections():
+    with quick_imports():
         from transformers.utils import logging as transformers_logging
 
         if not debug:

@@ -13,7 +13,7 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
 from lorafit.errors import LorafitError, RecipeError
-from lorafit.imports import without_collections
+from lorafit.imports import quick_imports
 from lorafit.launching import launch
 from lorafit.storage.stage import scratch
 
@@ -133,7 +133,7 @@ def train(
             is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
             rank = launch.rank() if launch.is_worker() else None
             with held(RunDir(loaded.output_dir()), rank=rank, say=say) if is_ours else nullcontext():
-                with without_collections():
+                with quick_imports():
                     quiet_libraries(debug=debug)
                     from lorafit.preflight import this_machine
                     from lorafit.training.several_machines import met_by_recipe
@@ -185,7 +185,7 @@ def _train(
     loaded: "LoadedRecipe", stop: "StopRequest", *, begin: "Begin", quiet: bool, place: "Place", link: "Link | None"
 ) -> "TrainResult | None":
     """Train in this process, or first become the launcher of those that train; None where another machine has it."""
-    with without_collections():
+    with quick_imports():
         from lorafit.data.cache import cache_directory
 
     inputs = None
@@ -193,7 +193,7 @@ def _train(
         inputs, is_over = _before_training(loaded, begin=begin, quiet=quiet, place=place, link=link)
         if is_over:
             return None
-    with without_collections():
+    with quick_imports():
         from lorafit.training.processes import leave_processes
         from lorafit.training.train import train as train_adapter
 
@@ -216,7 +216,7 @@ def _before_training(
     loaded: "LoadedRecipe", *, begin: "Begin", quiet: bool, place: "Place", link: "Link | None"
 ) -> "tuple[Inputs | None, bool]":
     """What this process has read for its run, which does not return where others train it; whether all is said."""
-    with without_collections():
+    with quick_imports():
         from lorafit.data.cache import cache_directory
         from lorafit.preflight import refuse_what_this_machine_lacks, this_machine
         from lorafit.training.inputs import read_inputs, refuse_before_reading

@@ -20,16 +20,18 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import IO, Any
 
 from lorafit import pulse
 from lorafit.errors import LorafitError, Problem
-from lorafit.imports import without_collections
+from lorafit.imports import quick_imports
 from lorafit.launching import launch
+from lorafit.launching.fork import Fork
 from lorafit.launching.signals import REQUESTS
 from lorafit.pulse import Say, duration, unsaid
 
@@ -81,20 +83,32 @@ class Child:
     """A process that was started and works meanwhile."""
 
     def __init__(
-        self, work: str, *arguments: object, environment: Mapping[str, str] | None = None, waits: bool = False
+        self,
+        work: str,
+        *arguments: object,
+        environment: Mapping[str, str] | None = None,
+        waits: bool = False,
+        copied: bool = False,
     ) -> None:
         """`work` is the `module:function` to call with these; `environment` comes on top of this process's own.
 
-        One that `waits` imports the module meanwhile, and is told by `call` what to call the function with.
+        One that `waits` imports the module meanwhile, and is told by `call` what to call the function with. For one
+        that is `copied` the module is imported here, and it is a copy of this process: where `fork.is_safe` says so.
         """
         self._work = work
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - a pipe would fill up while nobody reads it
+        alone = launch.environment_alone() | dict(environment or {})
+        self._process: subprocess.Popen[bytes] | Fork
+        if copied:
+            _function(work)
+            self._process = Fork(partial(_serve_alone, work, alone), errors=self._errors)
+            return
         with tempfile.TemporaryFile() as asked:
             pickle.dump(arguments, asked)
             asked.seek(0)
             self._process = started(
                 ["-P", "-c", _MAIN, work],  # -P: no library is taken from the directory that the user is in
-                environment=launch.environment_alone() | dict(environment or {}),
+                environment=alone,
                 stdin=subprocess.PIPE if waits else asked,
                 stdout=subprocess.PIPE,
                 stderr=self._errors,
@@ -154,7 +168,7 @@ class Child:
                 self._process.wait()
             self._errors.seek(0)
             errors = self._errors.read().decode("utf-8", "replace")
-        return Ended(tuple(_messages(said)), errors, self._process.returncode, is_late)
+        return Ended(tuple(_messages(said)), errors, self._process.wait(), is_late)
 
     def _name(self) -> str:
         return self._work.partition(":")[0].rpartition(".")[2].replace("_", " ")
@@ -205,13 +219,22 @@ def main() -> None:
     launch.end_with_launcher()
     results = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print does not get between the answers
+    _serve(sys.argv[1], sys.stdin.buffer, results)
+
+
+def _serve_alone(work: str, environment: Mapping[str, str], asked: IO[bytes], results: IO[bytes]) -> None:
+    """Be the process, with the variables of a new one."""
+    os.environ.clear()
+    os.environ.update(environment)
+    _serve(work, asked, results)
+
+
+def _serve(work: str, asked: IO[bytes], results: IO[bytes]) -> None:
     warnings.filterwarnings("ignore")
     logging.disable(logging.ERROR)
-    module, _, name = sys.argv[1].partition(":")
-    with without_collections():
-        work = getattr(import_module(module), name)
+    function = _function(work)
     try:
-        answer = work(*pickle.load(sys.stdin.buffer))
+        answer = function(*pickle.load(asked))
         if isinstance(answer, Iterator):
             for part in answer:
                 pickle.dump(part, results)
@@ -222,3 +245,10 @@ def main() -> None:
         outcome = Refused(type(error), error.problems)
     pickle.dump(outcome, results)
     results.close()
+
+
+def _function(work: str) -> Callable[..., Any]:
+    module, _, name = work.partition(":")
+    with quick_imports():
+        function: Callable[..., Any] = getattr(import_module(module), name)
+    return function

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     Concatenate,
     MergeModulelist,
@@ -22,6 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from lorafit.builders.weight_files import TensorInfo
+
+get_checkpoint_conversion_mapping("llama")  # compiles the rules of all: once, also for copies of this process
 
 
 @dataclass(frozen=True)

@@ -21,12 +21,12 @@ from lorafit.builders.model_files import (
     stop_token_ids,
 )
 from lorafit.errors import ModelError, Problem, RecipeError
-from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter, read_adapter, refuse_moved_base
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge_plan import plan_merge
 from lorafit.merging.out_directory import out_directory, refuse_existing
 from lorafit.merging.peft_merge import merge_with_peft
+from lorafit.merging.processes import Processes
 from lorafit.merging.quantized_base import (
     BaseDifference,
     quantization_of,
@@ -78,13 +78,13 @@ def merge(
     say: Say,
     progress: Callable[[int], Progress],
     cache_dir: Path | None,
-    reference: Child | None = None,
+    processes: Processes | None = None,
 ) -> MergeResult:
     """Merge the adapter of a run, or a plain PEFT adapter, into its base: a model that plain transformers loads.
 
     None for `dtype`, `onto` and `verify` is what the run's recipe says. `progress` is given the number of bytes to
-    come, and takes the bytes that were written. `reference` is a `reference_process`, begun before this module was
-    imported; it has ended when this returns. Raises AdapterError, ModelError and RunDirError before anything is
+    come, and takes the bytes that were written. `processes` were begun before this module was imported, and
+    have ended when this returns. Raises AdapterError, ModelError and RunDirError before anything is
     written; VerificationError and DiskError leave nothing behind.
     """
     started = time.monotonic()
@@ -102,7 +102,8 @@ def merge(
         verification_device(base_files)  # refused before anything is written
     compares = quantization is not None and (verify or onto == "auto")
     if verify or compares:
-        with prompts_meanwhile(adapter, original, cache_dir=cache_dir) as chosen:
+        process = None if processes is None else processes.prompts
+        with prompts_meanwhile(adapter, original, cache_dir=cache_dir, process=process) as chosen:
             plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
             prompts = chosen()
     else:
@@ -140,7 +141,7 @@ def merge(
                 onto=onto,
                 dtype=dtype,
                 prompts=prompts,
-                reference=reference,
+                processes=processes,
                 say=say,
             )
             if report.advice is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.launching.child import Child
 from lorafit.merging.child_answer import child_answer
+from lorafit.merging.processes import prompts_process
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.sections import ModelSection
 
@@ -41,12 +42,11 @@ class PromptsJob:
 
 @contextmanager
 def prompts_meanwhile(
-    adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None
+    adapter: Adapter, base_files: BaseModelFiles, *, cache_dir: Path | None, process: Child | None = None
 ) -> Iterator[Callable[[], Prompts]]:
     """64 sequences of at most 64 tokens: held-out rows of the run, then its training rows, then random tokens.
 
-    Read while the block runs, and handed out to who asks, in a process of its own: preparing rows may take more memory
-    than merging.
+    Read while the block runs, and handed out to who asks, by `process`, a `prompts_process`.
     """
     directory = adapter.directory if adapter.run_dir is None else adapter.run_dir.path
     recipe = None if adapter.recipe is None else adapter.recipe.recipe
@@ -56,7 +56,8 @@ def prompts_meanwhile(
         ids, source = child_answer(child, what="the prompts could not be read", where=directory)
         return Prompts(tuple(map(tuple, ids)), source)
 
-    with Child("lorafit.merging.prompts_job:choose", job) as child:
+    with process or prompts_process() as child:
+        child.call(job)
         yield found
 
 

@@ -24,11 +24,10 @@ import torch
 from lorafit import operating_system
 from lorafit.builders.model_files import BaseModelFiles
 from lorafit.errors import MachineError, VerificationError
-from lorafit.launching.child import Child
 from lorafit.merging.adapter_files import Adapter
 from lorafit.merging.child_answer import child_answer
 from lorafit.merging.identity import REPORT
-from lorafit.merging.reference_process import reference_process
+from lorafit.merging.processes import Processes, reference_process, written_process
 from lorafit.merging.verification_prompts import Prompts
 from lorafit.merging.verify_job import TYPES, Job
 from lorafit.pulse import Say, unsaid
@@ -129,12 +128,12 @@ def verify(
     onto: str,
     dtype: str | None,
     prompts: Prompts,
-    reference: Child | None = None,
+    processes: Processes | None = None,
     say: Say = unsaid,
 ) -> MergeReport:
     """Compare the model in `written` with base + adapter, and leave merge_report.json in it.
 
-    `reference` is a process of `reference_process` that waits. `dtype` is the type that was asked for, None for each
+    `processes` are those of `merging.processes` that wait. `dtype` is the type that was asked for, None for each
     tensor's own. Raises VerificationError naming what is wrong.
     """
     with scratch() as work:
@@ -142,8 +141,8 @@ def verify(
         where = adapter.directory
         # The second imports while the first works, and loads no model before that has ended: their memory is not added.
         with (
-            reference or reference_process() as first,
-            Child("lorafit.merging.verify_written:compare", waits=True) as second,
+            processes.reference if processes else reference_process() as first,
+            processes.written if processes else written_process() as second,
         ):
             first.call(job)
             facts = child_answer(first, what="base and adapter could not be loaded to verify", where=where, say=say)
