@@ -19,10 +19,11 @@ from trl.trainer.utils import FusedCausalLMOutput
 from lorafit.builders.adapter import HeadWithTrainedRows
 from lorafit.speed.lever import Lever
 
-TILE_ELEMENTS = 2**23
-"""Logits at a time: 32 MB of float32. Fastest of 2**17 to 2**26 at vocabularies of 4,096 and 32,000."""
+TILE_ELEMENTS = 2**24
+"""Logits at a time: 64 MB of float32. Of 128 to 2,048 rows at vocabularies of 4,096 and 32,000, more than `MOST_ROWS`
+gain 2 % at most, and fewer lose up to 14 %."""
 
-MOST_ROWS = 256
+MOST_ROWS = 512
 
 
 class AnswerLoss(torch.autograd.Function):
@@ -43,7 +44,7 @@ class AnswerLoss(torch.autograd.Function):
         weight, trained = weight.to(dtype), rows.to(dtype)
         count = hidden.shape[0]
         nll = torch.empty(count, dtype=torch.float32, device=hidden.device)
-        entropy, is_top1 = torch.empty_like(nll), torch.empty_like(nll, dtype=torch.bool)
+        entropy, is_top1 = torch.empty_like(nll), torch.zeros_like(nll, dtype=torch.bool)
         wants_gradient = ctx.needs_input_grad[0]
         gradient = torch.empty_like(hidden, dtype=dtype) if wants_gradient else None
         of_ids = torch.empty(count, len(ids), dtype=dtype, device=hidden.device)
@@ -54,16 +55,15 @@ class AnswerLoss(torch.autograd.Function):
             states = hidden[tile].to(dtype)
             logits = (states @ weight.T).float()
             logits[:, ids] = (states @ trained.T).float()
-            highest, likeliest = logits.max(dim=1, keepdim=True)
-            is_top1[tile] = (likeliest == target)[:, 0]
-            logits -= highest
-            of_target = logits.gather(1, target)[:, 0]
-            probabilities = logits.exp()
-            total = probabilities.sum(dim=1)
-            nll[tile] = total.log() - of_target
-            entropy[tile] = total.log() - torch.linalg.vecdot(probabilities, logits) / total
+            highest, of_target = logits.amax(dim=1, keepdim=True), logits.gather(1, target)
+            # The likeliest token is the first of those that are level; to find it takes as long as all probabilities.
+            level = (of_target == highest)[:, 0].nonzero()[:, 0]
+            is_top1[start + level] = logits[level].argmax(dim=1) == target[level, 0]
+            probabilities = logits.softmax(dim=1)
+            log_total = -probabilities.amax(dim=1).log()  # beside the highest
+            nll[tile] = (highest - of_target)[:, 0] + log_total
+            entropy[tile] = highest[:, 0] + log_total - torch.linalg.vecdot(probabilities, logits)
             if gradient is not None:
-                probabilities /= total[:, None]
                 probabilities.scatter_add_(1, target, probabilities.new_full(target.shape, -1.0))
                 of_ids[tile] = probabilities[:, ids]
                 probabilities[:, ids] = 0
