@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from lorafit.speed.lever import BY_POSITION, Lever
+from lorafit.speed.trial import trial, why_differs
 
 NAME = "lorafit_varlen"
 
@@ -99,15 +100,17 @@ def _document_by_document(
     is_short = query.shape[2] < SHORT * (len(bounds) - 1)
     if is_short:
         query, key, value = query.float(), key.float(), value.float()
-    documents = []
+    lengths, documents = [end - start for start, end in pairwise(bounds)], []
+    # The gradient of a split is one tensor; that of a slice is one as long as the row for each document.
+    of_each = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     with torch.autocast("cpu", enabled=False) if is_short else nullcontext():
-        for start, end in pairwise(bounds):
-            own, mask = slice(start, end), _window(end - start, sliding_window)
+        for length, (own_query, own_key, own_value) in zip(lengths, of_each, strict=True):
+            mask = _window(length, sliding_window)
             documents.append(
                 scaled_dot_product_attention(
-                    query[:, :, own],
-                    key[:, :, own],
-                    value[:, :, own],
+                    own_query,
+                    own_key,
+                    own_value,
                     attn_mask=mask,
                     is_causal=mask is None,
                     scale=scaling,
@@ -155,13 +158,9 @@ def why_not(model: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
         return f"the model has layers of {strange[0]}"
     if model.device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         return f"flash attention has no {str(dtype).removeprefix('torch.')}"
-    usual = _trial(model, dtype)
+    usual = trial(model, dtype)
     model.set_attn_implementation(NAME)
-    try:
-        ours = _trial(model, dtype)
-        reason = _difference(usual, ours, dtype=dtype)
-    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-        reason = f"the trial ended with {type(error).__name__}: {str(error).splitlines()[0]}"
+    reason = why_differs(model, usual, dtype=dtype)
     model.set_attn_implementation("sdpa")
     return reason
 
@@ -177,47 +176,6 @@ def is_planned(model: PreTrainedModel, on_cuda: bool, in_16_bits: bool) -> bool:
     config = model.config.get_text_config()
     is_usual = set(getattr(config, "layer_types", None) or ()) <= BY_POSITION
     return on_cuda and in_16_bits and is_usual and config._attn_implementation == "sdpa"
-
-
-def _trial(model: PreTrainedModel, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Last states [1, 24, hidden] and the gradient of the inputs [1, 24, hidden], in float32."""
-    lengths = torch.tensor([5, 11, 8])
-    bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(model.device)
-    table = model.get_input_embeddings().weight
-    chance = torch.Generator().manual_seed(0)
-    shape = (1, int(lengths.sum()), model.config.get_text_config().hidden_size)
-    inputs = (torch.randn(shape, generator=chance) * table.detach().float().std().cpu()).to(model.device, table.dtype)
-    direction = torch.randn(shape, generator=chance).to(model.device)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.enable_grad(), torch.autocast(model.device.type, dtype, enabled=dtype != torch.float32):
-            inputs.requires_grad_()
-            states = model.base_model(
-                inputs_embeds=inputs,
-                position_ids=torch.cat([torch.arange(length) for length in lengths.tolist()])[None].to(model.device),
-                cu_seq_lens_q=bounds,
-                cu_seq_lens_k=bounds,
-                max_length_q=int(lengths.max()),
-                max_length_k=int(lengths.max()),
-                use_cache=False,
-            ).last_hidden_state.float()
-        (gradient,) = torch.autograd.grad((states * direction).sum(), inputs)
-    finally:
-        model.train(was_training)
-    return states.detach(), gradient.float()
-
-
-def _difference(
-    usual: tuple[torch.Tensor, torch.Tensor], ours: tuple[torch.Tensor, torch.Tensor], *, dtype: torch.dtype
-) -> str | None:
-    """What differs by more than rounding through all layers gives: documents that see each other differ by about 1."""
-    allowed = 1e-3 if dtype == torch.float32 else 0.05
-    for what, expected, got in zip(("states", "gradients"), usual, ours, strict=True):
-        apart = ((got - expected).norm() / expected.norm()).item()
-        if not apart <= allowed:
-            return f"its {what} differ by {apart:.2g}"
-    return None
 
 
 LEVER = Lever(
