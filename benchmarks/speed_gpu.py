@@ -28,6 +28,7 @@ from typing import Any
 
 from made_with import made_with
 from own_process import NoAnswer, end_by_exception, output_of
+
 from speed import BASE_TOKENIZER, LORA, train_with_lorafit, train_with_trl, write_rows
 
 FOUR_BITS = {

@@ -30,6 +30,7 @@ import time
 from pathlib import Path
 
 import psutil
+
 from speed import LORA, MAX_LENGTH, write_base, write_rows
 from speed import TRAINING as STEPS
 

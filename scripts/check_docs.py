@@ -50,13 +50,13 @@ NOT_HERE = {
     "pip": "needs the network",
     "pytest": "is the test suite",
     "scripts/check": "is the test suite",
-    "accelerate": "needs several GPUs; tests/test_two_processes.py launches so on a CPU",
-    "srun": "needs SLURM; tests/test_two_machines.py gives its variables",
+    "accelerate": "needs several GPUs; tests/training/test_two_processes.py launches so on a CPU",
+    "srun": "needs SLURM; tests/launching/test_two_machines.py gives its variables",
     "bash": "needs a GPU",
     "python": "takes minutes, or a test does the same",
     "git": "changes the repository",
 }
-SEVERAL_MACHINES = "needs several machines; tests/test_two_machines.py runs two on one"
+SEVERAL_MACHINES = "needs several machines; tests/launching/test_two_machines.py runs two on one"
 SMALLEST = "model: {model_name_or_path: openai-community/gpt2}\ndata: {train: [{path: train.jsonl}]}\n"
 WRONG_ON_PURPOSE = "# bad.yaml\n"
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -38,7 +38,7 @@ KINDS = {"w": "write", "f": "flush", "r": "rename", "m": "directory", "u": "remo
 def preload_deaths() -> None:
     """Become this script again with the library that counts calls."""
     built = Path(tempfile.mkdtemp(prefix="lorafit-crash-")) / "deaths.so"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, TESTS / "deaths.c", "-ldl"], check=True)
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", built, TESTS / "support/deaths.c", "-ldl"], check=True)
     os.environ |= {"LD_PRELOAD": str(built), SHIM: str(built)}
     os.execv(sys.executable, [sys.executable, *sys.argv])
 
@@ -63,7 +63,7 @@ class Crashes:
     """All of them, on one base model in one directory."""
 
     def __init__(self, directory: Path) -> None:
-        import forked
+        from support import forked
 
         self.forked = forked
         self.directory = directory
@@ -155,7 +155,7 @@ class Crashes:
 
     def writers(self, limit: int | None) -> Iterator[Trial]:
         """Each command that writes, dying in each of its calls that change something, then called again."""
-        from writers import WRITERS, Deaths, made
+        from support.writers import WRITERS, Deaths, made
 
         root = self.directory / "writers"
         root.mkdir()

@@ -114,7 +114,7 @@ def commands() -> list[Command]:
 
 def build(directory: Path) -> None:
     """A tiny base model, rows, and the recipes."""
-    from tiny import build_base, sums, write_jsonl
+    from support.tiny import build_base, sums, write_jsonl
 
     build_base(directory / "base")
     for name, first in (("train", 0), ("eval", 100)):
@@ -189,7 +189,7 @@ def files_of(directory: Path, leaves: str) -> dict[str, str]:
 
 def record() -> dict[str, Any]:
     """Of every command: code, outputs, files."""
-    from commands import Starter
+    from support.commands import Starter
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as parent:

@@ -62,11 +62,11 @@ export ON=${TINY:+cpu}
 kernels="attention or fused or hash or log_probabilities"
 
 part env 90 "$PYTHON" -m lorafit doctor
-beside kernels 150 "${tests[@]}" -m gpu tests/test_on_gpu.py -k "$kernels"
+beside kernels 150 "${tests[@]}" -m gpu tests/house/test_on_gpu.py -k "$kernels"
 beside lora 170 bash -c "$QUICKSTART" "$WORK/lora" recipes/quickstart.yaml "${steps[@]}"
 beside qlora 170 bash -c "$QUICKSTART" "$WORK/qlora" recipes/quickstart-qlora.yaml "${steps[@]}" "${packed[@]}"
-beside tests 170 "${tests[@]}" -m gpu tests/test_on_gpu.py -k "not ($kernels)"
-beside suite 170 "${tests[@]}" -m 'not slow and not gpu' tests/test_speed.py tests/test_selftest.py tests/test_out_of_memory.py
+beside tests 170 "${tests[@]}" -m gpu tests/house/test_on_gpu.py -k "not ($kernels)"
+beside suite 170 "${tests[@]}" -m 'not slow and not gpu' tests/speed/test_speed.py tests/training/test_selftest.py tests/training/test_out_of_memory.py
 wait
 # Timed, so alone. Their own budgets end them before their time here does.
 part speed 280 "$PYTHON" benchmarks/speed_gpu.py --budget $speed_budget "${device[@]}" --out "$OUT/speed.json"

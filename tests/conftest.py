@@ -7,6 +7,8 @@ import os
 os.environ.update(
     HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false", WANDB_MODE="offline"
 )
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers that each use every core are many times slower than one after another
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import signal
 import socket
@@ -40,6 +42,6 @@ def offline() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A two-layer Llama in float32."""
-    from tiny import build_base
+    from support.tiny import build_base
 
     return build_base(tmp_path_factory.mktemp("base"))

@@ -1,6 +1,6 @@
 """What the library objects behind the sections take, as frozen lists: the recipe is checked without importing them.
 
-`tests/test_recipe_extra.py` compares them with the installed libraries.
+`tests/recipe/test_extra.py` compares them with the installed libraries.
 """
 
 from collections.abc import Mapping
