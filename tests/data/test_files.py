@@ -124,7 +124,7 @@ def test_a_limit_reads_no_more_than_it_says_across_files(tmp_path: Path) -> None
         ),
         (
             "a.jsonl",
-            gzip.compress(b"{}"),
+            gzip.compress(b"{}", mtime=0),
             "a.jsonl: is compressed with gzip but not named so; rename it to end in .gz",
         ),
         (
@@ -134,7 +134,7 @@ def test_a_limit_reads_no_more_than_it_says_across_files(tmp_path: Path) -> None
         ),
         (
             "a.jsonl.gz",
-            gzip.compress(b"{}" * 99)[:-9],
+            gzip.compress(b"{}" * 99, mtime=0)[:-9],
             "a.jsonl.gz: is not a whole gzip file (Compressed file ended before the end-of-stream marker was reached); "
             "compress or download it again",
         ),

@@ -100,7 +100,7 @@ def parquet_bytes(rows: list[dict[str, Any]]) -> bytes:
     [
         ("a.jsonl", json_lines(PAIR, PAIR).encode()),
         ("a.json", json.dumps([PAIR, PAIR]).encode()),
-        ("a.jsonl.gz", gzip.compress(json_lines(PAIR, PAIR).encode())),
+        ("a.jsonl.gz", gzip.compress(json_lines(PAIR, PAIR).encode(), mtime=0)),
         ("a.csv", b"prompt,completion\na,b\nc,d\n"),
         ("a.parquet", parquet_bytes([PAIR, PAIR])),
     ],

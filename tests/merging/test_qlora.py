@@ -27,6 +27,8 @@ from support.merge_cases import random_adapter
 from support.runs import QUICK, logits, run, small_recipe
 from support.tiny import build_base
 
+pytestmark = pytest.mark.xdist_group("merging qlora")  # its fixtures cost too much to be made by each worker
+
 NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 
 

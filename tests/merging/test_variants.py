@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, PretrainedConfig
 from support.random_adapters import adapted, by_peft, difference, logits, merged, random_adapter, weights
 from support.tiny import build_base, llama_config
 
+pytestmark = pytest.mark.xdist_group("merging variants")  # its fixtures cost too much to be made by each worker
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "scale that is no power of two": {"lora_alpha": 7, "r": 3},

@@ -24,6 +24,8 @@ from lorafit.recipe.sections import ModelSection
 from support.merge_cases import Case, case, copied, rewrite, verdict
 from support.runs import run, small_recipe
 
+pytestmark = pytest.mark.xdist_group("merging verify")  # its fixtures cost too much to be made by each worker
+
 
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Case:

@@ -12,6 +12,8 @@ import pytest
 
 from support import SUPPORT
 
+pytestmark = pytest.mark.xdist_group("planning memory")  # its fixtures cost too much to be made by each worker
+
 PROBE = SUPPORT / "plan_probe.py"
 
 

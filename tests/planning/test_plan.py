@@ -30,6 +30,8 @@ from lorafit.recipe import load
 from support.recipes import loaded, written
 from support.tiny import build_base, llama_config, write_jsonl
 
+pytestmark = pytest.mark.xdist_group("planning plan")  # its fixtures cost too much to be made by each worker
+
 GIB = 2**30
 RECIPE = "model: {model_name_or_path: ./base}\ndata: {train: [{path: rows.jsonl}]}\ntraining: {max_length: 512}\n"
 

@@ -39,6 +39,8 @@ from support import forked
 from support.forked import Child
 from support.tiny import sums, write_jsonl
 
+pytestmark = pytest.mark.xdist_group("sweep sweep")  # its fixtures cost too much to be made by each worker
+
 RANKS = [1, 2, 4]
 
 

@@ -20,6 +20,8 @@ from lorafit.training.train import run_training
 from support.forked import EVALUATED, Child, Crash, CrashAfter, base_model, recipe
 from support.runs import cache_of
 
+pytestmark = pytest.mark.xdist_group("training other_processes")  # its fixtures cost too much to be made by each worker
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -15,6 +15,10 @@ from safetensors.torch import load_file
 
 from support import ROOT, SUPPORT
 
+pytestmark = pytest.mark.xdist_group(
+    "training out_of_memory_of_two"
+)  # its fixtures cost too much to be made by each worker
+
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> tuple[Path, dict[str, Any]]:

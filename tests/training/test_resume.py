@@ -23,6 +23,8 @@ from lorafit.training.train import run_training, train
 from support.forked import EVALUATED, Crash, CrashAfter, adapter_hash, base_model, recipe
 from support.tiny import byte_tokenizer, sums, write_jsonl
 
+pytestmark = pytest.mark.xdist_group("training resume")  # its fixtures cost too much to be made by each worker
+
 
 def crash(loaded: LoadedRecipe, *, after: int) -> LoadedRecipe:
     """A run that ends in the middle of a step, with the checkpoints it has until then."""

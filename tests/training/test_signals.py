@@ -16,6 +16,8 @@ from support.commands import Command, Starter
 from support.runs import small_recipe
 from support.tiny import sums, write_jsonl
 
+pytestmark = pytest.mark.xdist_group("training signals")  # its fixtures cost too much to be made by each worker
+
 ENDLESS = {"max_steps": 10**6}
 ADAPTER = "adapter/adapter_model.safetensors"
 NAMES = [number.name for number in REQUESTS]
