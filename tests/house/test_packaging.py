@@ -177,7 +177,7 @@ def test_ci_runs_the_check_line_in_a_fresh_environment(tmp_path: Path, pip_fails
     code, (made, _, *calls) = called(ROOT / ".ci/run", environment=speaking_programs(tmp_path, pip_fails=pip_fails))
     fresh = made.removeprefix(f"python in {ROOT}: -m venv ")
     assert calls[0] == f"pip in {ROOT}: install -c constraints.txt -e .[dev]"
-    checks = ["ruff in {}: format --check .", "ruff in {}: check .", "mypy in {}: ", "pytest in {}: "]
+    checks = ["ruff in {}: format --check .", "ruff in {}: check .", "mypy in {}: ", "pytest in {}: -n 2"]
     assert calls[1:] == ([] if pip_fails else [check.format(ROOT) for check in checks])
     assert code == (7 if pip_fails else 0)
     assert fresh.startswith(str(tmp_path)) and not Path(fresh).exists()
@@ -189,9 +189,9 @@ def test_the_oldest_set_is_tested_in_an_environment_that_is_kept(tmp_path: Path)
     environment = speaking_programs(tmp_path)
     install = f"pip in {tmp_path}: install -c constraints-oldest.txt -e .[test]"
     first = called(script, "--oldest", environment=environment)
-    assert first == (0, [f"python in {tmp_path}: -m venv .venv-oldest", install, f"pytest in {tmp_path}: "])
+    assert first == (0, [f"python in {tmp_path}: -m venv .venv-oldest", install, f"pytest in {tmp_path}: -n 2"])
     again = called(script, "--oldest", "-k", "merge", environment=environment)
-    assert again == (0, [install, f"pytest in {tmp_path}: -k merge"])
+    assert again == (0, [install, f"pytest in {tmp_path}: -n 2 -k merge"])
 
 
 def test_the_workflow_checks_every_python_with_both_sets() -> None:
