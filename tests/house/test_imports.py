@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from lorafit.imports import imported_meanwhile, quick_imports
+from support.commands import ENVIRONMENT
+from support.runs import small_recipe
 
 INTERRUPTED = """
 import logging, os, signal, time

@@ -114,7 +114,7 @@ def manifest(steps: int, text: str) -> dict[str, Any]:
         "world_size": 2,
         "seed": 42,
         "bf16": True,
-            "planned_steps": steps,
+        "planned_steps": steps,
         "base": {"name": f"Qwen/Qwen3-0.6B {text}", "commit": "abc", "fingerprint": "626397326d", "tensors": 29},
         "data": {"fingerprint": "0f98a6d78f", **audit.as_dict(), "files": list(audit.files)},
         "modules": [

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny import sums, write_jsonl
 
 import lorafit
+from support.tiny import sums, write_jsonl
 
 PACKAGE = Path(lorafit.__file__).parent
 ADDED = {
