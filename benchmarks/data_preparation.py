@@ -59,6 +59,7 @@ def own_arguments(tokenizer: PreTrainedTokenizerBase, data: Path) -> dict[str, A
     section = DataSection(train=(Source(path=str(data), format="prompt_completion", columns=columns),))
     return {
         "section": section,
+        "task": "causal_lm",
         "tokenizer": tokenizer,
         "max_length": MAX_LENGTH,
         "seed": 0,

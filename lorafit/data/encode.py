@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from lorafit.data.arrow_files import TableWriter
 from lorafit.data.audit import Audit, side_audit
-from lorafit.data.findings import refuse_too_many_lost, where
+from lorafit.data.findings import Findings, refuse_too_many_lost, where
 from lorafit.data.listing import Side
 from lorafit.data.progress import watched
 from lorafit.data.render import Renderer
+from lorafit.data.rows import Row
 from lorafit.data.scan import DataScan
-from lorafit.data.tokens import Limits, TextTokenizer
-from lorafit.data.turns import Rendered
+from lorafit.data.tokens import Limits, Sequence, TextTokenizer
 from lorafit.errors import DataError, Problem
 from lorafit.recipe.sections import DataSection
 
@@ -32,9 +33,25 @@ class Encoded:
     """The start of a hash of what the model sees, whatever wrote it."""
 
 
-def encode(
+class Encode(Protocol):
+    """A task's own: rows -> what its model is given."""
+
+    def __call__(
+        self,
+        rows: Iterable[tuple[Side, Row]],
+        renderer: Renderer,
+        *,
+        tokenizer: TextTokenizer,
+        limits: Limits,
+        findings: Mapping[Side, Findings],
+    ) -> Iterator[tuple[Side, Sequence]]:
+        """The sequences that can be trained on, in order, each with its side; what is wrong with others is counted."""
+
+
+def write_tables(
     scanned: DataScan,
     section: DataSection,
+    encode: Encode,
     renderer: Renderer,
     text_tokenizer: TextTokenizer,
     limits: Limits,
@@ -60,8 +77,10 @@ def encode(
                 into / f"{side}.arrow", weights=times, source_of_file=_source_of_file(scanned), seed=seed
             )
             writers[side] = open_tables.enter_context(table)
-        rendered = _rendered(scanned, renderer, show_progress=show_progress)
-        for side, sequence in text_tokenizer.sequences(rendered, limits, scanned.findings):
+        total = sum(source.rows for source in scanned.sources)
+        all_rows = watched(scanned.rows(), "tokens", is_shown=show_progress, total=total)
+        sequences = encode(all_rows, renderer, tokenizer=text_tokenizer, limits=limits, findings=scanned.findings)
+        for side, sequence in sequences:
             writers[side].add(sequence)
             longest = max(longest, len(sequence.input_ids))
     _refuse_errors(scanned, limits, longest)
@@ -85,13 +104,6 @@ def _audit(scanned: DataScan, writers: dict[Side, TableWriter]) -> Audit:
         for side, writer in writers.items()
     }
     return Audit(audits["train"], audits.get("eval"), found["train"], found["eval"], scanned.files)
-
-
-def _rendered(scanned: DataScan, renderer: Renderer, *, show_progress: bool) -> Iterator[tuple[Side, Rendered]]:
-    total = sum(source.rows for source in scanned.sources)
-    for side, row in watched(scanned.rows(), "tokens", is_shown=show_progress, total=total):
-        for rendered in renderer.render(row, scanned.findings[side]):
-            yield side, rendered
 
 
 def _source_of_file(scanned: DataScan) -> list[int]:

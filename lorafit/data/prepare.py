@@ -25,7 +25,7 @@ import lorafit
 from lorafit.data import cache
 from lorafit.data.audit import Audit
 from lorafit.data.digest import DATE, TOKENS, digests
-from lorafit.data.encode import encode
+from lorafit.data.encode import write_tables
 from lorafit.data.hub import HubTables
 from lorafit.data.listing import identities, listing
 from lorafit.data.prompts import Prompt, as_json, from_json
@@ -38,6 +38,8 @@ from lorafit.launching.signals import ends_clean
 from lorafit.recipe.sections import DataSection
 from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.stage import remove_abandoned, stage_beside
+from lorafit.tasks import DEFAULT_TASK, TaskName
+from lorafit.tasks.pages import rows_page
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +72,7 @@ class PreparedData:
 def prepare(
     section: DataSection,
     *,
+    task: TaskName,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
@@ -80,7 +83,7 @@ def prepare(
     is_held_out: bool = False,
     show_progress: bool = False,
 ) -> PreparedData:
-    """Tokens and labels of every row. `vocab_size` is the number of rows of the embedding.
+    """What `task` makes of every row. `vocab_size` is the number of rows of the embedding.
 
     `is_held_out` says that all of them are measured on, none trained, whatever their files are called.
     A template that writes the date makes other tokens every day; those of the day `as_of` are taken, if still there.
@@ -97,7 +100,7 @@ def prepare(
         hub, sources = HubTables(), listing(section, is_held_out=is_held_out, downloads=downloads)
         before = identities(sources)
         now = digests(sources, section, hub=hub, cache_dir=cache_dir)
-        facts = _facts(section, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
+        facts = _facts(section, task, now, tokenizer, text_tokenizer, renderer, limits, seed=seed)
         then = facts | {"date": as_of}
         if cache_dir and as_of and facts["date"] and cache.load(cache_dir, _hash(then)):
             facts = then
@@ -110,8 +113,16 @@ def prepare(
         stage = _new_entry(cache_dir, known.fingerprint, made)
         into = stage or _aside("lorafit-tokens", None, made)
         with _full_disk_is_said(cache_dir if stage and cache_dir else into.parent):
-            encoded = encode(
-                scanned, section, renderer, text_tokenizer, limits, into=into, seed=seed, show_progress=show_progress
+            encoded = write_tables(
+                scanned,
+                section,
+                rows_page(task).encode,
+                renderer,
+                text_tokenizer,
+                limits,
+                into=into,
+                seed=seed,
+                show_progress=show_progress,
             )
             after = identities(sources)
             if any(after[number] != before[number] for number in after.keys() - scanned.reading.digests.keys()):
@@ -199,6 +210,7 @@ def _hash(facts: Any) -> str:
 
 def _facts(
     section: DataSection,
+    task: TaskName,
     data: tuple[str, ...],
     tokenizer: PreTrainedTokenizerBase,
     text_tokenizer: TextTokenizer,
@@ -227,4 +239,5 @@ def _facts(
         "special_tokens": tokenizer.special_tokens_map,
         "limits": (limits.max_length, sorted(limits.stop_token_ids), limits.vocab_size),
         "seed": seed if draws else None,
+        **({} if task == DEFAULT_TASK.name else {"task": task}),
     }

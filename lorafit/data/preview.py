@@ -80,6 +80,7 @@ def prepared_preview(
     added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in recipe.model.add_tokens]
     data = prepare(
         recipe.data,
+        task=recipe.task,
         tokenizer=tokenizer,
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,

@@ -90,6 +90,7 @@ class RowReader:
     def _prepared(self, section: DataSection, *, is_held_out: bool = False) -> PreparedData:
         return prepare(
             section,
+            task=self._recipe.task,
             tokenizer=self._tokenizer,
             max_length=self._recipe.training.max_length,
             seed=self._recipe.training.seed,

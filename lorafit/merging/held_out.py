@@ -69,6 +69,7 @@ def _eval_rows(
         return []
     data = prepare(
         recipe.data,
+        task=recipe.task,
         tokenizer=load_tokenizer(adapter.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,

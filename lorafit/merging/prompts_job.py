@@ -45,6 +45,7 @@ def _rows(job: PromptsJob) -> dict[str, datasets.Dataset]:
         return {}
     data = prepare(
         recipe.data,
+        task=recipe.task,
         tokenizer=load_tokenizer(job.base, stop_token=recipe.data.stop_token),
         max_length=recipe.training.max_length,
         seed=recipe.training.seed,

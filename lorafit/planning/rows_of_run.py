@@ -53,6 +53,7 @@ def _lengths(recipe: Recipe) -> list[int]:
         tokenizer = load_tokenizer(section)
         rows = prepare(
             data,
+            task=recipe.task,
             tokenizer=tokenizer,
             max_length=recipe.training.max_length,
             seed=recipe.training.seed,

@@ -1,7 +1,8 @@
-"""The two pages of each task: how its models are measured, and how they are trained.
+"""The pages of each task: what its models are given, how they are measured, and how they are trained.
 
-A task has the module of its name (`causal_lm`), and beside it that of its trainer (`causal_lm_trainer`): a model is
-measured without TRL. Both hold the same few names for every task, which stand here.
+A task has the module of its name (`causal_lm`), and beside it that of its rows (`causal_lm_rows`), which are read
+without torch, and of its trainer (`causal_lm_trainer`), since a model is measured without TRL. Each holds the same few
+names for every task, which stand here.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedConfig, TrainingArguments
 
+    from lorafit.data.encode import Encode
     from lorafit.recipe import Recipe
     from lorafit.recipe.sections import TrainingSection
     from lorafit.speed.lever import Lever
@@ -27,6 +29,13 @@ if TYPE_CHECKING:
     from lorafit.tasks.sequences import SequenceLosses
     from lorafit.training.trainer.planned import Planned
     from lorafit.training.trainer.run_trainer import RunTrainer
+
+
+class RowsPage(Protocol):
+    """What models of a task are given."""
+
+    encode: Encode
+    """Rows to sequences, with the checks of what is wrong with them."""
 
 
 class Page(Protocol):
@@ -83,6 +92,11 @@ class TrainerPage(Protocol):
 
     def unpacked(self, training: TrainingSection) -> dict[str, Any]:
         """For the self-test: what changes in it for rows that are taken as they are, each a micro-batch's."""
+
+
+def rows_page(task: TaskName) -> RowsPage:
+    """What the models of a task are given."""
+    return cast(RowsPage, import_module(f"{__package__}.{task}_rows"))
 
 
 def page(task: TaskName) -> Page:

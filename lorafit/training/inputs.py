@@ -64,6 +64,7 @@ def read_inputs(
         with nullcontext() if meanwhile is None else imported_meanwhile(meanwhile):
             data = prepare(
                 recipe.data,
+                task=recipe.task,
                 tokenizer=tokenizer,
                 max_length=recipe.training.max_length,
                 seed=recipe.training.seed,

@@ -191,13 +191,13 @@ def test_files_that_change_between_the_passes_are_noticed(
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
     write(sums(5))
-    encode = preparing.encode
+    write_tables = preparing.write_tables
 
     def changed(*arguments: object, **names: object) -> object:
         write(sums(5, first=50))
-        return encode(*arguments, **names)  # type: ignore[arg-type]
+        return write_tables(*arguments, **names)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(preparing, "encode", changed)
+    monkeypatch.setattr(preparing, "write_tables", changed)
     with pytest.raises(DataError, match="the files changed while they were read"):
         prepared(section(path), word_tokenizer(CHATML), cache_dir=tmp_path / "cache")
     assert made_in(tmp_path / "cache") == []

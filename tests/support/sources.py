@@ -81,6 +81,7 @@ def prepared(
     """`prepare` with everything else as it mostly is."""
     return prepare(
         data,
+        task="causal_lm",
         tokenizer=tokenizer,
         max_length=max_length,
         seed=0,

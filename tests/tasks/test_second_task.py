@@ -20,6 +20,7 @@ from support.tiny import sums, write_jsonl
 PACKAGE = Path(lorafit.__file__).parent
 ADDED = {
     "toy_lm.py": "tasks/toy_lm.py",
+    "toy_lm_rows.py": "tasks/toy_lm_rows.py",
     "toy_lm_trainer.py": "tasks/toy_lm_trainer.py",
     "toy.py": "recipe/sections/toy.py",
 }
@@ -105,11 +106,13 @@ def test_a_second_task_is_at_most_six_files() -> None:
     assert len(ADDED) + len(CHANGED) <= MOST_FILES
 
 
-def test_it_trains_with_its_own_trainer_and_levers_and_passes_the_self_test(found: dict[str, Any]) -> None:
+def test_it_trains_its_own_rows_with_its_own_trainer_and_levers_and_passes_the_self_test(found: dict[str, Any]) -> None:
     assert found["recipe"] == "ToyRecipe"
     trained = found["trained"]
     assert trained["outcome"] == "finished" and trained["steps"] == 3
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
+    (data,) = (line for line in found["said"] if line.startswith("data: "))
+    assert "100 % trained" in data and data.count("100 % trained") == 2
     assert any(line.startswith("fused LoRA on") for line in found["said"])
     assert not any(line.startswith("loss of answers alone") for line in found["said"])
     assert any(line.startswith("self-test passed") for line in found["said"])

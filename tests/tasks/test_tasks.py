@@ -19,13 +19,14 @@ import trl
 
 from lorafit.builders.architectures import task_problems
 from lorafit.builders.auto_class import auto_class
+from lorafit.data.encode import Encode
 from lorafit.errors import RecipeError
 from lorafit.planning.empty_base import empty_base
 from lorafit.recipe import load
 from lorafit.recipe.recipe import RECIPES
 from lorafit.recipe.sections import ModelSection
 from lorafit.tasks import DEFAULT_TASK, MODEL_KINDS, TASKS, Task, TaskName, model_kind
-from lorafit.tasks.pages import Page, TrainerPage, page, trainer_page
+from lorafit.tasks.pages import Page, RowsPage, TrainerPage, page, rows_page, trainer_page
 from support import ROOT
 
 PACKAGE = ROOT / "lorafit"
@@ -134,6 +135,10 @@ def test_the_pages_of_a_task_hold_what_every_task_has(name: TaskName) -> None:
             of_this = inspect.signature(getattr(module, key)).parameters
             assert [(one.name, one.kind) for one in of_all] == [(one.name, one.kind) for one in of_this.values()], key
         assert all(hasattr(module, key) for key in protocol.__annotations__)
+    assert [*RowsPage.__annotations__] == ["encode"]
+    wanted = list(inspect.signature(Encode.__call__).parameters.values())[1:]
+    encode = inspect.signature(rows_page(name).encode)
+    assert [(one.name, one.kind) for one in wanted] == [(one.name, one.kind) for one in encode.parameters.values()]
 
 
 def test_the_names_are_the_libraries_own() -> None:
