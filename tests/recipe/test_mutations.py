@@ -140,7 +140,7 @@ RECIPES: list[dict[str, Any]] = [
         "optimizer": {"loraplus_lr_ratio": 16.0},
         "checkpoints": {"every": "10min", "keep": 3},
         "health": {"on_nan": "warn"},
-        "speed": {"fused_lora": False, "answer_head": False},
+        "speed": {"fused_lora": False, "answer_head": False, "last_layer": False},
         "silence": ["alpha"],
         "eval": {
             "compare_base": True,

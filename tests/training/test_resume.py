@@ -107,7 +107,7 @@ STAYS = {
     *("training.eval_steps", "training.load_best_model_at_end", "training.seed"),
     *("training.train_sampling_strategy", "training.torch_compile", "training.loss_type", "training.extra"),
     *("optimizer.loraplus_lr_ratio", "early_stopping.patience", "early_stopping.min_delta"),
-    *("speed.varlen_attention", "speed.fused_lora", "speed.answer_head", "speed.fixed_length"),
+    *("speed.varlen_attention", "speed.fused_lora", "speed.answer_head", "speed.last_layer", "speed.fixed_length"),
 }
 """Every key that a run cannot go on with changed. A new key of the schema belongs here, or into `MAY_CHANGE`."""
 

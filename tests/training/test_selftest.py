@@ -34,7 +34,7 @@ from lorafit.training.train import Trained, run_training
 from support.runs import small_recipe
 
 PACKED = {"packing": True, "max_length": 96}
-PLAIN_PATH = {"varlen_attention": False, "fused_lora": False, "answer_head": False}
+PLAIN_PATH = {"varlen_attention": False, "fused_lora": False, "answer_head": False, "last_layer": False}
 NOISY = {"lora": {"r": 4, "lora_dropout": 0.3}, "training": {"neftune_noise_alpha": 5.0}}
 
 

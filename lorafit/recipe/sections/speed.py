@@ -19,6 +19,11 @@ class SpeedSection(Section):
     """The loss of the trained positions alone, its gradient taken tile by tile. On CPUs; on CUDA TRL's own head does
     this."""
 
+    last_layer: bool = True
+    """The last layer for the trained positions alone, but for its keys and values: of others nothing reaches the loss.
+    On CPUs, in training, on models whose last layer has `mlp`, `q_proj` or `o_proj`; states and gradients are compared
+    with those of the whole layer before it is used."""
+
     fixed_length: bool = True
     """Packed rows of one length under `training.torch_compile`, so that the model is compiled once: each micro-batch is
     filled up to `per_device_train_batch_size` x `max_length` with padding that is not trained, a held-out one to the
