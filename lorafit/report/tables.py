@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.pulse import duration
-from lorafit.report.seen import epochs_seen
 from lorafit.tasks import DEFAULT_TASK, Figure, Task
+from lorafit.training.seen import epochs_seen
 
 
 def train_table(result: Any, *, task: Task = DEFAULT_TASK) -> str:

@@ -13,7 +13,6 @@ from lorafit.builders.adapter import adapted_modules
 from lorafit.builders.lora_config import lora_config
 from lorafit.data.templates import saved_chat_template
 from lorafit.recipe import LoadedRecipe
-from lorafit.report.model_card import model_card
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import staged
@@ -21,6 +20,7 @@ from lorafit.sweep.trial import Bench, trial_recipe
 from lorafit.sweep.truncate import Trained, attached, read_trained, with_rank
 from lorafit.tasks import TASKS
 from lorafit.tasks.sequences import SequenceLosses
+from lorafit.training.model_card import model_card
 from lorafit.training.save import generation_settings, write_adapter
 
 SPECTRUM = "singular_values.json"

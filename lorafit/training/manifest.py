@@ -23,10 +23,10 @@ from lorafit.precision import compute_dtype
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe
 from lorafit.recipe.sections import QuantizationSection
-from lorafit.report.model_card import model_card
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.checkpoints import Checkpoint
+from lorafit.training.model_card import model_card
 from lorafit.training.must_match import ROUNDING
 from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.selftest import SelfTest

@@ -15,7 +15,7 @@ from lorafit.planning.known_shapes import architecture
 from lorafit.planning.targets import target_table
 from lorafit.recipe.recipe import CausalLmRecipe
 from lorafit.recipe.sections import ModelSection
-from lorafit.report.model_card import model_card
+from lorafit.training.model_card import model_card
 from lorafit.validation import validate
 from support.reports import FACTS, HISTORY
 from support.runs import run, small_recipe

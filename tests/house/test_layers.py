@@ -29,8 +29,6 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 recipe and its pages on that of training (tests/tasks/test_tasks.py)."""
 UPWARD = {
     ("training", "planning"): "a run is planned before it starts, and the empty base is the planner's",
-    ("training", "report"): "the model card is written with the adapter",
-    ("sweep", "report"): "the model card of an adapter that is cut to the chosen rank",
 }
 
 

@@ -11,7 +11,7 @@ from lorafit.report.page.contents import Contents, Examples, Facts
 from lorafit.report.page.html import Html, element, facts, is_number, joined, number, section, table
 from lorafit.report.page.plot import Plot, Point, Series, figure
 from lorafit.report.page.tokens import legend, token_row
-from lorafit.report.seen import epochs_seen
+from lorafit.training.seen import epochs_seen
 
 CURVES = ("loss", "grad_norm", "learning_rate", "throughput")
 MOST_EVENTS = 100

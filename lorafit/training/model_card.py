@@ -11,8 +11,8 @@ from typing import Any
 
 from lorafit.recipe.recipe import Recipe
 from lorafit.recipe.recipe_yaml import dump
-from lorafit.report.seen import rows_seen
 from lorafit.tasks import TASKS, Figure
+from lorafit.training.seen import rows_seen
 
 CURVE_LENGTH = 40
 SHOWN_EVALUATIONS = 12

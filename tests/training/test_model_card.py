@@ -14,9 +14,9 @@ from transformers import BitsAndBytesConfig
 
 from lorafit import precision
 from lorafit.recipe.recipe import CausalLmRecipe
-from lorafit.report.model_card import model_card, sparkline
-from lorafit.report.seen import rows_seen
 from lorafit.report.tables import train_table
+from lorafit.training.model_card import model_card, sparkline
+from lorafit.training.seen import rows_seen
 from support.reports import FACTS, HISTORY
 from support.runs import logits, reloaded, run, small_recipe
 
