@@ -41,7 +41,7 @@ class Recipe(Section):
     """Run directory, relative to where the command is run. null means `runs/<name of the recipe>`."""
 
     task: TaskName = DEFAULT_TASK.name
-    """What is trained, and with it whose keys `training` has: `causal_lm`, the next token, with those of `trl.SFTConfig`."""
+    """What is trained, and whose keys `training` has: `causal_lm`, next-token prediction, those of `trl.SFTConfig`."""
 
     model: ModelSection
     quantization: QuantizationSection | None = None
