@@ -65,7 +65,7 @@ def measured(directory: Path, base: Path, *, steps: int, every: int | str, r: in
     }
     path = directory / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    result = train(load(path), say=lambda line: None, cache_dir=directory / "cache")
+    result = train(load(path), cache_dir=directory / "cache")
     run = directory / "run"
     manifest = json.loads((run / "manifest.json").read_text(encoding="utf-8"))
     newest = max((run / "checkpoints").iterdir(), key=lambda place: place.stat().st_mtime)

@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from lorafit.evaluation.evaluate import evaluate
 from lorafit.evaluation.generate import answers
 from lorafit.evaluation.memory import scoring_tokens
+from lorafit.lines import heard
 from lorafit.merging.merge import merge
 from lorafit.tasks.sequences import sequence_losses
 
@@ -93,7 +94,8 @@ def _evaluate(base: Path, adapter: Path, merged: Path, rows: Path, generate: str
         if line == "adapter: measuring":
             peaks.append(_memory()["VmHWM"] - before)
 
-    evaluate(str(adapter), base=str(base), merged=merged, data=rows, overrides=[generate], say=say, cache_dir=None)
+    with heard(say):
+        evaluate(str(adapter), base=str(base), merged=merged, data=rows, overrides=[generate], cache_dir=None)
     sent.send((*peaks, _memory()["VmHWM"] - before))  # type: ignore[attr-defined]
 
 
@@ -103,7 +105,7 @@ def memory(directory: Path, *, million: int, rows: int) -> None:
     merged = directory / "merged"
     merge(
         adapter, out=merged, dtype=None, max_shard_size=None, base=str(base), onto=None, verify=False,
-        say=lambda line: None, progress=lambda total: lambda done: None, cache_dir=None,
+        progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     weights = (base / "model.safetensors").stat().st_size
     receiver, sender = multiprocessing.Pipe(duplex=False)

@@ -125,7 +125,7 @@ def watch(case: Case, directory: Path, *, cache: Path) -> Watched:
     with (case.inject or contextlib.nullcontext)():
         try:
             loaded = load(directory / "recipe.yaml")
-            run_training(loaded, say=lambda _: None, cache_dir=cache)
+            run_training(loaded, cache_dir=cache)
         except LorafitError as error:
             outcome = f"exit {error.exit_code}"
             rule = re.search(r"health\.(\w+): warn", str(error))

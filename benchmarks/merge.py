@@ -68,7 +68,6 @@ def run_lorafit(directory: Path) -> float:
         base=str(directory / "base"),
         onto="original",
         verify=False,
-        say=lambda line: None,
         progress=lambda total: lambda done: None,
         cache_dir=None,
     ).seconds

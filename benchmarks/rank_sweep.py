@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from lorafit.lines import heard
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.recipe_yaml import dump
@@ -150,9 +151,8 @@ def swept(loaded: LoadedRecipe, *, exhaustive: bool, cache: Path) -> SweepResult
     """One sweep, its lines on stderr."""
     section = loaded.recipe.rank_sweep.model_copy(update={"exhaustive": exhaustive})
     loaded = replace(loaded, recipe=loaded.recipe.model_copy(update={"rank_sweep": section}))
-    return rank_sweep(
-        loaded, storage=None, say=lambda line: print(f"  {line}", file=sys.stderr, flush=True), cache_dir=cache
-    )
+    with heard(say):
+        return rank_sweep(loaded, storage=None, cache_dir=cache)
 
 
 def case(task: str, *, seed: int, data: Path | None, out: Path, quick: bool) -> Case:

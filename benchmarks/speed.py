@@ -37,7 +37,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -241,9 +241,7 @@ def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, 
     return train_with_lorafit(recipe, cache=work / "cache")
 
 
-def train_with_lorafit(
-    recipe: dict[str, Any], *, cache: Path, say: Callable[[str], Any] = lambda line: None
-) -> dict[str, Any]:
+def train_with_lorafit(recipe: dict[str, Any], *, cache: Path) -> dict[str, Any]:
     """The recipe with what all sides share, in this process."""
     import yaml
 
@@ -260,7 +258,7 @@ def train_with_lorafit(
             "checkpoints": {"every": recipe["training"]["max_steps"]},
         }
         path.write_text(yaml.safe_dump(recipe | shared), encoding="utf-8")
-        run_training(load(path), say=say, cache_dir=cache, watchers=[times])
+        run_training(load(path), cache_dir=cache, watchers=[times])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logs = [entry for entry in lines if "loss" in entry]
     return measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)

@@ -29,6 +29,7 @@ from typing import Any
 from made_with import made_with
 from own_process import NoAnswer, end_by_exception, output_of
 
+from lorafit.lines import heard
 from speed import BASE_TOKENIZER, LORA, train_with_lorafit, train_with_trl, write_rows
 
 FOUR_BITS = {
@@ -158,7 +159,8 @@ def with_lorafit(work: Path, side: Side, *, steps: int) -> dict[str, Any]:
         },
         **({"speed": {side.off: False}} if side.off else {}),
     }
-    found = train_with_lorafit(recipe, cache=work / "cache", say=said.append)
+    with heard(said.append):
+        found = train_with_lorafit(recipe, cache=work / "cache")
     return found | {"said": [line for line in said if line.startswith(("plan", "gradient", "fused", "varlen"))]}
 
 

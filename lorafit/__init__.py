@@ -9,6 +9,7 @@
 Nothing is imported before it is used: the functions are those of `lorafit/api.py`.
 """
 
+from logging import NullHandler, getLogger
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ else:
     def __dir__() -> list[str]:
         return sorted({*globals(), *_MODULES})
 
+
+getLogger(__name__).addHandler(NullHandler())  # who wants to read the lines says so: logging.basicConfig(level="INFO")
 
 __version__ = "0.1.0"
 __all__ = [

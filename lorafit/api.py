@@ -2,14 +2,13 @@
 
 Each takes a recipe or a run, returns the result whose fields are the command's `--json`, and raises a LorafitError for
 what its user can mend. None prints, ends the process, listens to signals or starts processes that train together; what
-a command says on stderr goes to the logger `lorafit`. What a function needs is imported inside it: `lorafit.load` and
-`lorafit.validate` answer without torch.
+a command says on stderr goes to the loggers below `lorafit`. What a function needs is imported inside it:
+`lorafit.load` and `lorafit.validate` answer without torch.
 """
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from lorafit.sweep.sweep_result import SweepResult
     from lorafit.training.manifest import TrainResult
     from lorafit.validation import Validation
-
-_logger = logging.getLogger("lorafit")
-_logger.addHandler(logging.NullHandler())  # who wants to read the lines says so: logging.basicConfig(level="INFO")
-_WARNING = "warning: "
 
 StrPath = str | os.PathLike[str]
 
@@ -73,18 +68,17 @@ def train(recipe: StrPath | LoadedRecipe, *, resume: bool = False, restart: bool
     from lorafit.data.cache import cache_directory
     from lorafit.storage.run_dir import RunDir
     from lorafit.storage.run_lock import held
-    from lorafit.training.progress import progress_lines
+    from lorafit.training.progress import ProgressLines
     from lorafit.training.train import train as train_adapter
 
     if restart and not resume:
         raise RecipeError("goes with resume=True; a new run needs an output_dir that is not used yet", where="restart")
     loaded = _recipe_for_this_process(recipe, command="train")
-    with no_room_is_said(), held(RunDir(loaded.output_dir()), say=_say):
+    with no_room_is_said(), held(RunDir(loaded.output_dir())):
         return train_adapter(
             loaded,
             begin="restart" if restart else "resume" if resume else "new",
-            say=_say,
-            progress=progress_lines(_say),
+            progress=ProgressLines,
             cache_dir=cache_directory(),
         )
 
@@ -120,8 +114,7 @@ def evaluate(
             tasks=tasks,
             samples=samples,
             overrides=_overrides(set),
-            say=_say,
-            counting=counting_in_lines(_say),
+            counting=counting_in_lines,
             cache_dir=cache_directory(),
         )
 
@@ -156,8 +149,7 @@ def merge(
             base=base,
             onto=onto,
             verify=verify,
-            say=_say,
-            progress=partial(counting_in_lines(_say), "merge: bytes written"),
+            progress=partial(counting_in_lines, "merge: bytes written"),
             cache_dir=cache_directory(),
         )
 
@@ -207,7 +199,7 @@ def rank_sweep(recipe: StrPath | LoadedRecipe, *, storage: str | None = None) ->
 
     loaded = _recipe_for_this_process(recipe, command="rank-sweep")
     with no_room_is_said():
-        return sweep(loaded, storage=storage, say=_say, cache_dir=cache_directory())
+        return sweep(loaded, storage=storage, cache_dir=cache_directory())
 
 
 def _recipe_for_this_process(recipe: StrPath | LoadedRecipe, *, command: str) -> LoadedRecipe:
@@ -231,9 +223,3 @@ def _path(path: Any) -> Any:
 def _overrides(keys: Mapping[str, Any] | None) -> list[str]:
     """What `--set` would be given: JSON is YAML, and keeps a text that looks like a number one."""
     return [f"{key}={json.dumps(value, default=os.fspath)}" for key, value in (keys or {}).items()]
-
-
-def _say(line: str) -> None:
-    """A line that a command shows, to the logger at its level."""
-    level = logging.WARNING if line.startswith(_WARNING) else logging.INFO
-    _logger.log(level, "%s", line.removeprefix(_WARNING))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 Counted = Callable[[int], None]
 """Takes how many more are done since it was last called."""
 Counting = Callable[[str, int], Counted]
@@ -40,26 +42,18 @@ class Pulse:
         return True
 
 
-def counting_in_lines(say: Say) -> Counting:
+def counting_in_lines(what: str, total: int) -> Counted:
     """Where there is no terminal: every half a minute, how many are done and how long the rest takes at that rate."""
+    pulse, started, done = Pulse(), time.monotonic(), 0
 
-    def counting(what: str, total: int) -> Counted:
-        pulse, started, done = Pulse(), time.monotonic(), 0
+    def counted(more: int) -> None:
+        nonlocal done
+        done += more
+        if done < total and pulse.is_silent():
+            left = (time.monotonic() - started) / max(done, 1) * (total - done)
+            logger.info(f"{what}: {done:,} of {total:,}, {duration(left)} left")
 
-        def counted(more: int) -> None:
-            nonlocal done
-            done += more
-            if done < total and pulse.is_silent():
-                left = (time.monotonic() - started) / max(done, 1) * (total - done)
-                say(f"{what}: {done:,} of {total:,}, {duration(left)} left")
-
-        return counted
-
-    return counting
-
-
-def unsaid(line: str) -> None:
-    """For who hears nothing."""
+    return counted
 
 
 def uncounted(more: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import typer
 
 from lorafit.cli.app import app
+from lorafit.cli.stderr import lines_on_stderr
 from lorafit.errors import HealthStop, LorafitError, RecipeError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.signals import ends_clean
@@ -46,7 +47,8 @@ def _exit_code(arguments: list[str]) -> int:
     try:
         _refuse_no_directory()
         arguments = [_at_home(word) for word in arguments]
-        with ends_clean(), no_room_is_said():  # what a command has begun goes with it; `train` listens for itself
+        # What a command has begun goes with it; `train` listens for itself.
+        with ends_clean(), no_room_is_said(), lines_on_stderr():
             code = app(arguments, prog_name="lorafit", standalone_mode=False, obj=launch.take_variables()) or 0
         if code == 130:  # what typer makes of it
             raise KeyboardInterrupt

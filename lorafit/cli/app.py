@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorafit import __version__
+from lorafit.cli.stderr import keep_quiet
 from lorafit.errors import RecipeError
 from lorafit.pulse import Counted, Counting, counting_in_lines, counting_unseen
 from lorafit.report.escape_control import inert
@@ -59,7 +60,7 @@ Overrides = Annotated[
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the recipe; may be repeated."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only the result and errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", callback=keep_quiet, help="Print only the result and errors.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error, too.")]
 
 
@@ -95,16 +96,11 @@ def print_result(result: dict[str, Any], *, as_json: bool, text: str, is_styled:
     print(line)
 
 
-def speaker(*, quiet: bool) -> Callable[[str], None]:
-    """Takes one line for people at a time; on stderr, so that stdout holds the result alone."""
-    return (lambda line: None) if quiet else (lambda line: print(inert(line), file=sys.stderr, flush=True))
-
-
 def counting(*, quiet: bool) -> Counting:
     """Shows what is counted: a bar on a terminal, a line every half a minute elsewhere."""
     if quiet:
         return counting_unseen
-    return _bar if sys.stderr.isatty() else counting_in_lines(speaker(quiet=False))
+    return _bar if sys.stderr.isatty() else counting_in_lines
 
 
 def _bar(what: str, total: int) -> Counted:

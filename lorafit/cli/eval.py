@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, counting, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, app, counting, print_result, quiet_libraries
 from lorafit.errors import VerificationError
 from lorafit.imports import quick_imports
 
@@ -59,7 +59,6 @@ def evaluate(
             samples=samples,
             fail_if_worse=fail_if_worse,
             overrides=set_ or (),
-            say=speaker(quiet=quiet),
             counting=counting(quiet=quiet),
             cache_dir=cache_directory(),
         )

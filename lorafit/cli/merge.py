@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Quiet, app, counting, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Quiet, app, counting, print_result, quiet_libraries
 from lorafit.imports import quick_imports
 from lorafit.merging.processes import processes
 
@@ -56,7 +56,6 @@ def merge(
             base=base,
             onto=onto,
             verify=verify,
-            say=speaker(quiet=quiet),
             progress=partial(counting(quiet=quiet), "merge: bytes written"),
             cache_dir=cache_directory(),
             processes=those_that_verify,
@@ -106,7 +105,6 @@ def combine(
         seed=seed,
         base=base,
         with_losses=loss,
-        say=speaker(quiet=quiet),
         cache_dir=cache_directory(),
     )
     print_result(asdict(result), as_json=as_json, text=combine_table(result))

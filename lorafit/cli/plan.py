@@ -1,11 +1,14 @@
 """`lorafit plan`."""
 
+import logging
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result
+
+logger = logging.getLogger(__name__)
 
 
 @app.command()
@@ -58,6 +61,6 @@ def plan(
         result = measured_too(question, result)
     print_result(result.as_dict(), as_json=as_json, text=plan_text(result))
     if fix:
-        speaker(quiet=quiet)(write_fixed(question, result, out))
+        logger.info(write_fixed(question, result, out))
     if check and not result.fits:
         raise typer.Exit(4)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries
 from lorafit.errors import StopRequested
 from lorafit.imports import quick_imports
 from lorafit.launching import launch
@@ -74,8 +74,6 @@ def rank_sweep(
             if StopRequested.exit_code in codes or all(codes):  # they have said why
                 raise typer.Exit(max(codes) if max(codes) > 0 else 1)
             new_stop()
-        result = sweep(
-            loaded, storage=storage, say=speaker(quiet=quiet), cache_dir=cache_directory(), new_stop=new_stop
-        )
+        result = sweep(loaded, storage=storage, cache_dir=cache_directory(), new_stop=new_stop)
     if not is_worker:
         print_result(asdict(result), as_json=as_json, text=sweep_table(result, task=TASKS[loaded.recipe.task]))

@@ -1,6 +1,7 @@
 """What is asked of a recipe, a model or data before any training: targets, validate, preview, schema, init."""
 
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Annotated, Literal
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries
 from lorafit.errors import RecipeError
 from lorafit.imports import quick_imports
+
+logger = logging.getLogger(__name__)
 
 
 @app.command()
@@ -49,11 +52,10 @@ def validate(
 
     result = validated(recipe, overrides=set_ or (), show_progress=not quiet)
     print_result(result.as_dict(), as_json=as_json, text=validation_text(result))
-    say = speaker(quiet=quiet)
     for warning in result.data.warnings:
-        say(f"warning: {warning}")
+        logger.warning(warning)
     for advice in result.advice:
-        say(f"advice: {advice}")
+        logger.info(f"advice: {advice}")
 
 
 @app.command()
@@ -80,9 +82,8 @@ def preview(
         result = recipe_preview(loaded.recipe, rows=rows, cache_dir=cache_directory(), show_progress=not quiet)
     except RecipeError as error:
         raise loaded.placed(error) from None
-    say = speaker(quiet=quiet)
     for warning in result.audit.warnings:
-        say(f"warning: {warning}")
+        logger.warning(warning)
     if html is not None:
         write_asked_for(html, preview_page(result), option="--html", overwrite=True)
     in_colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ  # https://no-color.org

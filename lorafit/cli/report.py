@@ -1,12 +1,15 @@
 """`lorafit report`."""
 
+import logging
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Quiet, app, print_result, speaker
+from lorafit.cli.app import AsJson, Debug, Quiet, app, print_result
+
+logger = logging.getLogger(__name__)
 
 
 @app.command()
@@ -25,7 +28,6 @@ def report(
     from lorafit.report.page.write_page import write_report
 
     written = write_report(run, out=out, rows=rows)
-    say = speaker(quiet=quiet)
     for note in written.notes:
-        say(f"note: {inert(note)}")
+        logger.info(f"note: {inert(note)}")
     print_result(asdict(written), as_json=as_json, text=f"{inert(written.report)}: open it in a browser")

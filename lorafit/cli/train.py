@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import shlex
 import sys
 from contextlib import nullcontext
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries, speaker
+from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries
+from lorafit.cli.stderr import keep_quiet
 from lorafit.errors import LorafitError, RecipeError
 from lorafit.imports import quick_imports
 from lorafit.launching import launch
@@ -23,12 +25,13 @@ if TYPE_CHECKING:
     from lorafit.launching.machines import Link
     from lorafit.launching.placement import Place
     from lorafit.launching.signals import StopRequest
-    from lorafit.pulse import Say
     from lorafit.recipe import LoadedRecipe
     from lorafit.training.inputs import Inputs
     from lorafit.training.progress import Progress
     from lorafit.training.start_point import Begin
     from lorafit.training.train import TrainResult
+
+logger = logging.getLogger(__name__)
 
 OutputDir = Annotated[
     Path | None, typer.Option("--output-dir", metavar="DIR", help="The run directory, instead of the recipe's.")
@@ -96,6 +99,7 @@ def train(
 
     stop = StopRequest(resume_command=_resume_command(), is_announced=not quiet and launch.rank() == 0)
     stop.listen()
+    keep_quiet(launch.rank() != 0)  # of processes that train together the first one speaks
     from lorafit.recipe import load
 
     if restart and not resume:
@@ -114,7 +118,7 @@ def train(
             from lorafit.report.tables import smoke_table
             from lorafit.training.smoke import smoke
 
-            miniature = smoke(loaded, say=speaker(quiet=quiet), output_dir=output_dir)
+            miniature = smoke(loaded, output_dir=output_dir)
             result, text = asdict(miniature), smoke_table(miniature)
         elif selftest:
             quiet_libraries(debug=debug)
@@ -122,25 +126,22 @@ def train(
             from lorafit.report.selftest import selftest_table
             from lorafit.training.selftest_only import self_test_only
 
-            tested = self_test_only(loaded, say=speaker(quiet=quiet), cache_dir=cache_directory())
+            tested = self_test_only(loaded, cache_dir=cache_directory())
             result, text = tested.result(), selftest_table(tested)
         else:
             from lorafit.storage.run_dir import RunDir
             from lorafit.storage.run_lock import held
 
-            say = speaker(quiet=quiet)
-            place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address, say=say)
+            place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address)
             is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
             rank = launch.rank() if launch.is_worker() else None
-            with held(RunDir(loaded.output_dir()), rank=rank, say=say) if is_ours else nullcontext():
+            with held(RunDir(loaded.output_dir()), rank=rank) if is_ours else nullcontext():
                 with quick_imports():
                     quiet_libraries(debug=debug)
                     from lorafit.preflight import this_machine
                     from lorafit.training.several_machines import met_by_recipe
                 machine = this_machine()
-                with met_by_recipe(
-                    loaded, place, begin=begin, device=machine.device, gpus=machine.gpus, say=say
-                ) as link:
+                with met_by_recipe(loaded, place, begin=begin, device=machine.device, gpus=machine.gpus) as link:
                     trained = _train(loaded, stop, begin=begin, quiet=quiet, place=place, link=link)
             if trained is None or launch.rank() != 0:
                 return
@@ -163,7 +164,6 @@ def _place(
     *,
     rank: int | None,
     main_address: str | None,
-    say: "Say",
 ) -> "Place":
     """Which machine of the run this is; what other launchers left in the environment is said in a line."""
     from lorafit.launching import placement
@@ -175,9 +175,9 @@ def _place(
     count = None if machines == "auto" else machines
     place = placement.settled(told.place, machines=count, rank=rank, main_address=main_address)
     if told.left_aside:
-        say(f"left aside: {', '.join(told.left_aside)} of another launcher, which did not start this process")
+        logger.info(f"left aside: {', '.join(told.left_aside)} of another launcher, which did not start this process")
     if place.told_by and place.count > 1:
-        say(str(place))
+        logger.info(str(place))
     return place
 
 
@@ -198,13 +198,11 @@ def _train(
         from lorafit.training.train import train as train_adapter
 
     is_main = launch.rank() == 0
-    say = speaker(quiet=quiet or not is_main)
     result = train_adapter(
         loaded,
         stop=stop,
         begin=begin,
-        say=say,
-        progress=_progress(say, quiet=quiet or not is_main),
+        progress=_progress(quiet=quiet or not is_main),
         cache_dir=cache_directory(),
         inputs=inputs,
     )
@@ -260,11 +258,11 @@ def _before_training(
     return inputs, False
 
 
-def _progress(say: "Say", *, quiet: bool) -> "Progress | None":
+def _progress(*, quiet: bool) -> "Progress | None":
     """A bar on a terminal, lines in a log file, a pipe or a notebook."""
-    from lorafit.training.progress import ProgressBar, progress_lines
+    from lorafit.training.progress import ProgressBar, ProgressLines
 
-    return None if quiet else ProgressBar if sys.stderr.isatty() else progress_lines(say)
+    return None if quiet else ProgressBar if sys.stderr.isatty() else ProgressLines
 
 
 def _is_finished(loaded: "LoadedRecipe", *, begin: "Begin") -> bool:
@@ -288,10 +286,11 @@ def processes(
 
     requests = PassOn()
     requests.listen()
+    keep_quiet()  # those that train speak
     from lorafit.storage.run_dir import RunDir
     from lorafit.storage.run_lock import held
 
-    with nullcontext() if run_dir is None else held(RunDir(run_dir), say=speaker(quiet=True)), _linked(link) as others:
+    with nullcontext() if run_dir is None else held(RunDir(run_dir)), _linked(link) as others:
         from lorafit.training.processes import run_processes
 
         code = run_processes(context.args, requests=requests, link=others)

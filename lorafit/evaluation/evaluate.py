@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,8 @@ from lorafit.tasks.pages import page
 from lorafit.tasks.score import Score
 from lorafit.tasks.sequences import SequenceLosses
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 RESULT = "eval.json"
 SAMPLES = 10
 """Answers kept in the result where the command line does not say."""
@@ -54,7 +56,6 @@ def evaluate(
     samples: int | None = None,
     fail_if_worse: bool = False,
     overrides: Sequence[str] = (),
-    say: Say,
     counting: Counting = counting_unseen,
     cache_dir: Path | None,
 ) -> EvalResult:
@@ -65,23 +66,23 @@ def evaluate(
     loss is not finite.
     """
     started = time.monotonic()
-    subject = read_subject(run_or_adapter, data=data, merged=merged, base=base, overrides=overrides, say=say)
+    subject = read_subject(run_or_adapter, data=data, merged=merged, base=base, overrides=overrides)
     section = subject.recipe.eval
     if subject.adapter.run_dir is not None:
         _refuse_unwritable(subject.adapter.run_dir.path / RESULT)
     if fail_if_worse and not section.compare_base:
         raise RecipeError("needs the base to compare with: leave eval.compare_base true", where="--fail-if-worse")
     harness = Harness([*section.tasks, *tasks], subject.tokenizer)
-    material = _material(subject, samples=samples, say=say, cache_dir=cache_dir)
+    material = _material(subject, samples=samples, cache_dir=cache_dir)
     measured: dict[str, _Measured] = {}
     for name, model in models(subject, with_base=section.compare_base):
-        say(f"{name}: measuring")
+        logger.info(f"{name}: measuring")
         measured[name] = _measure(name, model, material, harness, counting)
         if name == "base" and material.general is None:
             material = material.with_own_texts(model, subject.tokenizer)
         if material.general is not None:
             measured[name].general = _losses(name, model, material.general, material, counting)
-        _say_speed(name, measured[name], material, say)
+        _say_speed(name, measured[name], material)
         del model  # the next is loaded when this one is gone
     result = _result(run_or_adapter, subject, material, measured, seconds=time.monotonic() - started)
     if subject.adapter.run_dir is not None:
@@ -138,14 +139,14 @@ class _Measured:
     seconds: dict[str, float] = field(default_factory=dict)
 
 
-def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Path | None) -> _Material:
+def _material(subject: Subject, *, samples: int | None, cache_dir: Path | None) -> _Material:
     recipe = subject.recipe
     section = recipe.eval
     reader = RowReader(recipe, subject.base_files, subject.tokenizer, cache_dir=cache_dir)
     rows = reader.held_out()
     for warning in rows.warnings:
-        say(f"warning: {warning}")
-    _warn_of_another_split(subject, reader, say=say)
+        logger.warning(warning)
+    _warn_of_another_split(subject, reader)
     generate = section.generate or (GenerateSection() if samples else None)
     questions: tuple[Question, ...] = ()
     if generate is not None:
@@ -156,7 +157,7 @@ def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Pat
             raise DataError(message, where="data.eval")
         text_scores(["" for _ in questions], questions, metrics=generate.metrics, answer=generate.answer)
     general = reader.general(section.general) if section.general else None
-    say(f"held-out rows: {len(rows.table):,} sequences, {len(questions):,} to answer")
+    logger.info(f"held-out rows: {len(rows.table):,} sequences, {len(questions):,} to answer")
     return _Material(
         task=TASKS[recipe.task],
         rows=rows,
@@ -168,21 +169,19 @@ def _material(subject: Subject, *, samples: int | None, say: Say, cache_dir: Pat
         pad_token_id=int(subject.tokenizer.pad_token_id),
         stop_token_ids=subject.stop_token_ids,
         tokenizer=subject.tokenizer,
-        positions=_last_position(subject, questions, generate, say=say),
+        positions=_last_position(subject, questions, generate),
     )
 
 
-def _last_position(
-    subject: Subject, questions: Sequence[Question], generate: GenerateSection | None, *, say: Say
-) -> int | None:
+def _last_position(subject: Subject, questions: Sequence[Question], generate: GenerateSection | None) -> int | None:
     """Where answers end whatever `max_new_tokens` says; said of those that it is in the way of."""
     known = positions(subject.base_files.config)
     if known is None or not known.is_a_limit or generate is None:
         return None
     cut = sum(len(question.prompt) + generate.max_new_tokens - 1 > known.count for question in questions)
     if cut:
-        say(
-            f"warning: eval.generate.max_new_tokens {generate.max_new_tokens} leads beyond the {known.count:,} "
+        logger.warning(
+            f"eval.generate.max_new_tokens {generate.max_new_tokens} leads beyond the {known.count:,} "
             f"positions that the base has learned after {cut:,} of {len(questions):,} prompts; answers end there"
         )
     return known.count
@@ -193,14 +192,14 @@ def _spread(questions: tuple[Question, ...], limit: int | None) -> tuple[Questio
     return tuple(questions[index * len(questions) // count] for index in range(count))
 
 
-def _warn_of_another_split(subject: Subject, reader: RowReader, *, say: Say) -> None:
+def _warn_of_another_split(subject: Subject, reader: RowReader) -> None:
     now = reader.split_fingerprint()
     if now is None or subject.adapter.run_dir is None:
         return
     manifest = json.loads(read_regular(subject.adapter.run_dir.manifest))
     if manifest.get("data", {}).get("fingerprint") != now:
-        say(
-            "warning: data.eval_fraction: the data are not those of training (manifest.json), so rows that were "
+        logger.warning(
+            "data.eval_fraction: the data are not those of training (manifest.json), so rows that were "
             "trained on may be held out now; name other rows with --data FILE"
         )
 
@@ -262,15 +261,15 @@ def _losses(
     return losses
 
 
-def _say_speed(name: str, measured: _Measured, material: _Material, say: Say) -> None:
+def _say_speed(name: str, measured: _Measured, material: _Material) -> None:
     rates = _rates(measured, material)
     said = [f"loss {measured.losses.loss:.4f}", f"{rates['scored']:,.1f} sequences/s"]
     if measured.texts:
         said += [f"{rates['answered']:,.2f} answers/s"]
-    say(f"{name}: {', '.join(said)}")
+    logger.info(f"{name}: {', '.join(said)}")
     empty = sum(not text for text in measured.texts)
     if empty:
-        say(f"warning: {name}: {empty} of {len(measured.texts)} answers are empty; they count as wrong")
+        logger.warning(f"{name}: {empty} of {len(measured.texts)} answers are empty; they count as wrong")
 
 
 def _rates(measured: _Measured, material: _Material) -> dict[str, float]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from lorafit.storage.json_text import parsed
 from lorafit.storage.stage import scratch
 from lorafit.tasks import TASKS
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,6 @@ def read_subject(
     merged: Path | None,
     base: str | None,
     overrides: Sequence[str],
-    say: Say,
 ) -> Subject:
     """A run, or a plain PEFT adapter (directory or Hub id), on `data` instead of the run's held-out rows.
 
@@ -75,11 +75,11 @@ def read_subject(
     recipe = loaded.recipe
     refuse_moved_base(adapter)
     base_files = check_base_model(adapter.base, quantization=recipe.quantization, task=TASKS[recipe.task])
-    refuse_wrong_base(adapter, base_files, say=say, may_be_zero=True)
+    refuse_wrong_base(adapter, base_files, may_be_zero=True)
     refuse_misfit(adapter, base_files)
     tokenizer = load_tokenizer(adapter.base, stop_token=recipe.data.stop_token)
     _refuse_other_tokenizer(tokenizer, adapter.directory, base=base_files.name)
-    merged = _merged_model(adapter, merged, say=say)
+    merged = _merged_model(adapter, merged)
     if merged is not None:
         _refuse_other_tokenizer(tokenizer, merged, base=base_files.name)
     return Subject(adapter, recipe, base_files, tokenizer, merged)
@@ -170,7 +170,7 @@ def _way_of_cutting(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     }
 
 
-def _merged_model(adapter: Adapter, asked_for: Path | None, *, say: Say) -> Path | None:
+def _merged_model(adapter: Adapter, asked_for: Path | None) -> Path | None:
     """The merged model to evaluate besides: the one asked for, else RUN/merged where there is one.
 
     Raises ModelError when it was made of another adapter.
@@ -186,7 +186,7 @@ def _merged_model(adapter: Adapter, asked_for: Path | None, *, say: Say) -> Path
     if not (merged / "config.json").is_file():
         raise ModelError("holds no model: name the directory that `lorafit merge` wrote", where=str(merged))
     if not report.is_file():
-        say(f"warning: {merged}: has no {REPORT}; not checked: whether it was made of this adapter")
+        logger.warning(f"{merged}: has no {REPORT}; not checked: whether it was made of this adapter")
         return merged
     try:
         made_of = parsed(report.read_text(encoding="utf-8"))["adapter_sha256"]

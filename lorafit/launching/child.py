@@ -33,7 +33,9 @@ from lorafit.imports import quick_imports
 from lorafit.launching import launch
 from lorafit.launching.fork import Fork
 from lorafit.launching.signals import REQUESTS
-from lorafit.pulse import Say, duration, unsaid
+from lorafit.pulse import duration
+
+logger = logging.getLogger(__name__)
 
 _MAIN = "from lorafit.launching.child import main; main()"
 
@@ -131,12 +133,12 @@ class Child:
         with suppress(BrokenPipeError), pipe:  # what ended it is said by `answer`
             pickle.dump(arguments, pipe)
 
-    def answer(self, *, seconds: float | None = None, say: Say = unsaid) -> Any:
-        """Wait for it. `say` hears every half a minute that it goes on.
+    def answer(self, *, seconds: float | None = None) -> Any:
+        """Wait for it, saying every half a minute that it goes on.
 
         Raises the LorafitError that the function raised, ChildFailed, and TimeoutError after so many seconds.
         """
-        ended = self.ended(seconds=seconds, say=say)
+        ended = self.ended(seconds=seconds)
         if ended.is_late:
             raise TimeoutError
         last = ended.messages[-1] if ended.messages else None
@@ -146,7 +148,7 @@ class Child:
             raise ChildFailed(ended.errors, code=ended.code)
         return last.value
 
-    def ended(self, *, seconds: float | None = None, say: Say = unsaid) -> Ended:
+    def ended(self, *, seconds: float | None = None) -> Ended:
         """Wait for its end, at most so many seconds; then it is ended."""
         began, is_late = time.monotonic(), False
         with self._errors:
@@ -162,7 +164,7 @@ class Child:
                             self._process.kill()
                             said, _ = self._process.communicate()
                             break
-                        say(f"{self._name()}: {duration(time.monotonic() - began)} so far")
+                        logger.info(f"{self._name()}: {duration(time.monotonic() - began)} so far")
             finally:
                 self._process.kill()  # an interrupt ends it, too
                 self._process.wait()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import queue
 import selectors
@@ -26,6 +27,8 @@ import psutil
 from lorafit.errors import LorafitError, MachineError
 from lorafit.launching.placement import Place
 
+logger = logging.getLogger(__name__)
+
 ANSWER_SECONDS = 60.0
 """An address at which nobody answers for so long is wrong, or the first machine was not started."""
 GATHER_SECONDS = 600.0
@@ -36,8 +39,6 @@ SILENCE_SECONDS = 18.0
 half a minute."""
 LONGEST_LINE = 2**20
 _AGAIN = "with --resume on all of them the run goes on"
-
-Say = Callable[[str], None]
 
 
 @dataclass
@@ -257,14 +258,12 @@ def taken_over(handed: str) -> Link:
 
 
 @contextmanager
-def met(
-    place: Place, hello: Mapping[str, Any], *, differences: Callable[[Any, Any], list[str]], say: Say
-) -> Iterator[Link]:
+def met(place: Place, hello: Mapping[str, Any], *, differences: Callable[[Any, Any], list[str]]) -> Iterator[Link]:
     """The machines of a run, all there, of one mind about `hello`; how this one ends is told to the others.
 
     Raises MachineError for an address that does not answer, for a machine that does not come, and for differences.
     """
-    link = _first(place, say=say) if place.rank == 0 else _other(place)
+    link = _first(place) if place.rank == 0 else _other(place)
     try:
         link.watch(_interrupt_main)
         link.compare(hello, differences=differences)
@@ -289,7 +288,7 @@ def _interrupt_main() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-def _first(place: Place, *, say: Say) -> Link:
+def _first(place: Place) -> Link:
     """Wait for all others at the port of this machine."""
     began = time.monotonic()
     with ExitStack() as undo:
@@ -311,7 +310,7 @@ def _first(place: Place, *, say: Say) -> Link:
                 )
                 raise MachineError(message, where=f"{place.host}:{place.port}")
             if time.monotonic() - told > 10:
-                say(f"waiting for {named} at port {place.port}")
+                logger.info(f"waiting for {named} at port {place.port}")
                 told = time.monotonic() + 20
             with suppress(TimeoutError):
                 connection, _ = server.accept()

@@ -7,12 +7,11 @@ from typing import Any
 
 from lorafit.errors import VerificationError
 from lorafit.launching.child import Child, ChildFailed
-from lorafit.pulse import Say, unsaid
 
 
-def child_answer(child: Child, *, what: str, where: Path, say: Say = unsaid) -> Any:
+def child_answer(child: Child, *, what: str, where: Path) -> Any:
     """Its answer. Raises the LorafitError it ends with, and VerificationError (`what`) where it ends otherwise."""
     try:
-        return child.answer(say=say)
+        return child.answer()
     except ChildFailed as error:
         raise VerificationError(f"{what}: {error.reason}", where=str(where)) from error

@@ -8,7 +8,7 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,6 @@ def combine(
     seed: int,
     base: str | None,
     with_losses: bool,
-    say: Callable[[str], None],
     cache_dir: Path | None,
 ) -> CombineResult:
     """Write the adapter Σ wᵢ · Aᵢ, as `method` understands the sum, to `out`.
@@ -99,7 +98,7 @@ def combine(
     refuse_existing(out)
     inputs = {_short(path, parts): read_adapter(path, base=base) for path, _ in parts}
     weights = dict(zip(inputs, (weight for _, weight in parts), strict=True))
-    base_files = _one_base(inputs, say=say)
+    base_files = _one_base(inputs)
     _refuse_adapters(inputs, base_files, method=method)
     needed = sum(adapter.total_bytes for adapter in inputs.values())
     with out_directory(out, needed=needed) as stage:
@@ -156,12 +155,12 @@ def _short(path: Path, parts: Sequence[tuple[Path, float]]) -> str:
     return path.resolve().name if names.count(path.resolve().name) == 1 else str(path)
 
 
-def _one_base(inputs: Mapping[str, Adapter], *, say: Callable[[str], None]) -> BaseModelFiles:
+def _one_base(inputs: Mapping[str, Adapter]) -> BaseModelFiles:
     """The base of all; each input is held against its own first. Raises ModelError where they differ."""
     files: dict[str, BaseModelFiles] = {}
     for name, adapter in inputs.items():
         files[name] = read_base(adapter)
-        refuse_wrong_base(adapter, files[name], say=say)
+        refuse_wrong_base(adapter, files[name])
     first, *others = files
     for other in others:
         if (

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,15 +17,15 @@ from lorafit.merging.adapter_files import CONFIG, WEIGHTS, Adapter
 from lorafit.storage.files import read_regular, sha256_of
 from lorafit.storage.json_text import parsed
 
+logger = logging.getLogger(__name__)
+
 REPORT = "merge_report.json"
 """What a merge leaves beside the model it made; by it a merged model is known."""
 
 _FACTORS = re.compile(r"\.lora_(A|B|E|embedding_A|embedding_B)(\.|$)")
 
 
-def refuse_wrong_base(
-    adapter: Adapter, base_files: BaseModelFiles, *, say: Callable[[str], None], may_be_zero: bool = False
-) -> None:
+def refuse_wrong_base(adapter: Adapter, base_files: BaseModelFiles, *, may_be_zero: bool = False) -> None:
     """Refuse a base other than the one of training, and an adapter that is not as training left it.
 
     A run knows both by hash. A plain PEFT adapter knows neither: what could not be checked is said, and what its own
@@ -43,14 +44,14 @@ def refuse_wrong_base(
         _refuse_other_base(manifest["base"], base_files, where=str(base_files.directory))
     else:
         _refuse_merged_already(adapter, base_files)
-        _refuse_other_depth(adapter, base_files, say=say)
+        _refuse_other_depth(adapter, base_files)
     if unchecked := [key for key in ("base", "adapter") if key not in manifest]:
         said = {
             "base": f"whether {base_files.name} is the base it was trained on, in that revision",
             "adapter": "whether it was edited since",
         }
         missing = ", and ".join(said[key] for key in unchecked)
-        say(f"warning: {adapter.directory}: carries no record of its training; not checked: {missing}")
+        logger.warning(f"{adapter.directory}: carries no record of its training; not checked: {missing}")
 
 
 def _manifest(adapter: Adapter) -> Mapping[str, Any]:
@@ -140,7 +141,7 @@ def _refuse_merged_already(adapter: Adapter, base_files: BaseModelFiles) -> None
         raise ModelError(message, where=str(base_files.directory))
 
 
-def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles, *, say: Callable[[str], None]) -> None:
+def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles) -> None:
     """An adapter reaches every layer that has its modules, but where its settings choose some.
 
     Looks at modules that are called on disk what they are called in memory; experts and the like are left out.
@@ -170,7 +171,9 @@ def _refuse_other_depth(adapter: Adapter, base_files: BaseModelFiles, *, say: Ca
             continue
         if not any(f".{module}".endswith(f".{target}") for module in base_modules):
             # A list for several architectures. What this one calls otherwise in memory is missed when peft attaches it.
-            say(f"note: {adapter.directory}: names {target!r} in target_modules, which {base_files.name} does not have")
+            logger.info(
+                f"note: {adapter.directory}: names {target!r} in target_modules, which {base_files.name} does not have"
+            )
         else:
             message = f"names {target!r} in target_modules and has no tensors for it: copy the whole adapter again"
             raise AdapterError(message, where=str(adapter.directory / CONFIG))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
@@ -40,7 +41,8 @@ from lorafit.merging.verify import verify as verify_merged
 from lorafit.merging.write_weights import Progress, write_merged
 from lorafit.recipe.sections import MergeSection
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
 DEQUANTIZED = "dequantized"
 """Where a dequantised base lies in the stage for as long as it is needed."""
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -75,7 +77,6 @@ def merge(
     base: str | None,
     onto: str | None,
     verify: bool | None,
-    say: Say,
     progress: Callable[[int], Progress],
     cache_dir: Path | None,
     processes: Processes | None = None,
@@ -97,7 +98,7 @@ def merge(
     dtype, onto = dtype or wanted.dtype, onto or wanted_base(adapter, wanted)
     verify = wanted.verify if verify is None else verify
     quantization = quantization_of(adapter, onto)
-    refuse_wrong_base(adapter, base_files, say=say)
+    refuse_wrong_base(adapter, base_files)
     if verify:
         verification_device(base_files)  # refused before anything is written
     compares = quantization is not None and (verify or onto == "auto")
@@ -119,21 +120,20 @@ def merge(
                 dtype=dtype,
                 prompts=prompts if compares else None,
                 directory=stage / DEQUANTIZED,
-                say=say,
             )
             plan = plan_merge(adapter, base_files, dtype=dtype, max_shard_size=shard_bytes)
         if plan.peft_reason is None:
-            say(f"merge: {plan.changed} weights change, {plan.total_bytes:,} bytes in {len(plan.shards)} files")
+            logger.info(f"merge: {plan.changed} weights change, {plan.total_bytes:,} bytes in {len(plan.shards)} files")
             write_merged(plan, stage, progress=progress(plan.total_bytes))
         else:
-            say(f"merge: by peft, with the whole model in memory: {plan.peft_reason}")
+            logger.info(f"merge: by peft, with the whole model in memory: {plan.peft_reason}")
             merge_with_peft(adapter, base_files, stage, dtype=dtype, max_shard_size=shard_bytes)
         write_settings(
             stage, adapter=adapter, base_files=original, config=plan.config, dtype=dtype or "the base's type"
         )
         report = None
         if prompts is not None and verify:
-            say(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
+            logger.info(f"verify: reads the merged model back and compares it with base + adapter on {prompts.source}")
             report = verify_merged(
                 stage,
                 adapter=adapter,
@@ -142,10 +142,9 @@ def merge(
                 dtype=dtype,
                 prompts=prompts,
                 processes=processes,
-                say=say,
             )
             if report.advice is not None:
-                say(f"advice: {report.advice}")
+                logger.info(f"advice: {report.advice}")
         shutil.rmtree(stage / DEQUANTIZED, ignore_errors=True)
     return MergeResult(
         out=str(target),

@@ -7,8 +7,9 @@ back. Neither is always better on unseen rows, so both are measured against the 
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,6 +27,8 @@ from lorafit.merging.verification_prompts import Prompts
 from lorafit.merging.verify import verification_job
 from lorafit.merging.verify_job import TYPES
 from lorafit.recipe.sections import MergeSection, QuantizationSection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,23 +134,22 @@ def settle_base(
     dtype: str | None,
     prompts: Prompts | None,
     directory: Path,
-    say: Callable[[str], None],
 ) -> tuple[tuple[BaseDifference, ...], str, BaseModelFiles]:
     """What was measured, which base was settled on, and its files; the dequantised ones lie in `directory`.
 
     Without `prompts` nothing is measured, and `onto` is taken as it is.
     """
-    say("merge: dequantises the base, as training saw it")
+    logger.info("merge: dequantises the base, as training saw it")
     files = {"original": original, "dequantized": write_dequantized(adapter, original, directory)}
     if prompts is None:
         return (), onto, files[onto]
     bases = compare_bases(adapter, files, dtype=dtype, prompts=prompts, work=directory)
     for base in bases:
-        say(f"merge: {base}")
+        logger.info(f"merge: {base}")
     nearer = min(bases, key=lambda base: base.mean_kl).onto
     if onto == "auto":
-        say(f"merge: onto the {nearer} base, which is nearer")
+        logger.info(f"merge: onto the {nearer} base, which is nearer")
         onto = nearer
     elif nearer != onto:
-        say(f"advice: the {nearer} base is nearer to the model that was trained: --onto {nearer}, or auto")
+        logger.info(f"advice: the {nearer} base is nearer to the model that was trained: --onto {nearer}, or auto")
     return bases, onto, files[onto]

@@ -30,7 +30,6 @@ from lorafit.merging.identity import REPORT
 from lorafit.merging.processes import Processes, reference_process, written_process
 from lorafit.merging.verification_prompts import Prompts
 from lorafit.merging.verify_job import TYPES, Job
-from lorafit.pulse import Say, unsaid
 from lorafit.storage.files import sha256_of
 from lorafit.storage.stage import scratch
 from lorafit.tasks import DEFAULT_TASK, MODEL_KINDS
@@ -129,7 +128,6 @@ def verify(
     dtype: str | None,
     prompts: Prompts,
     processes: Processes | None = None,
-    say: Say = unsaid,
 ) -> MergeReport:
     """Compare the model in `written` with base + adapter, and leave merge_report.json in it.
 
@@ -145,9 +143,9 @@ def verify(
             processes.written if processes else written_process() as second,
         ):
             first.call(job)
-            facts = child_answer(first, what="base and adapter could not be loaded to verify", where=where, say=say)
+            facts = child_answer(first, what="base and adapter could not be loaded to verify", where=where)
             second.call(job, facts)
-            findings = child_answer(second, what="the merged model does not load", where=where, say=say)
+            findings = child_answer(second, what="the merged model does not load", where=where)
     report = judge(findings, job=job, prompts=prompts, adapter=adapter, onto=onto)
     (written / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n", encoding="utf-8")
     if not report.passed:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
@@ -14,6 +14,8 @@ from lorafit.planning.gpus import gpu_of_this_machine
 from lorafit.planning.plan_result import Plan, gib
 from lorafit.preflight import Choice, Machine, free_gpu_bytes
 from lorafit.recipe import LoadedRecipe
+
+logger = logging.getLogger(__name__)
 
 
 class PlanOfRun:
@@ -33,7 +35,7 @@ class PlanOfRun:
             gpu = gpu_of_this_machine(machine, free_bytes=min(free))
             self._asked = begin(Question(loaded, gpu, state.num_processes, with_advice=False))
 
-    def answer(self, say: Callable[[str], None]) -> Plan | None:
+    def answer(self) -> Plan | None:
         """The same in every process; None where there is none, with its reason said in a line."""
         if not self._is_planned:
             return None
@@ -41,13 +43,13 @@ class PlanOfRun:
         if self._asked is not None:
             try:
                 plan = self._asked.answer()
-                say(f"plan: {plan.line()}")
+                logger.info(f"plan: {plan.line()}")
             except (LorafitError, ChildFailed) as error:
-                say(f"no plan: {str(error).strip().splitlines()[-1]}")
+                logger.info(f"no plan: {str(error).strip().splitlines()[-1]}")
         if self._state.num_processes > 1:
             (plan,) = broadcast_object_list([plan])
         if plan is not None and not plan.fits:
-            say(f"warning: by its plan the run does not fit on {plan.gpu}; `lorafit plan` says what to change")
+            logger.warning(f"by its plan the run does not fit on {plan.gpu}; `lorafit plan` says what to change")
         return plan
 
 

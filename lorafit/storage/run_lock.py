@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from lorafit.storage.no_room import NO_ROOM
 from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import make_directory
 
+logger = logging.getLogger(__name__)
+
 
 @contextmanager
-def held(run: RunDir, *, rank: int | None = None, say: Callable[[str], None]) -> Iterator[None]:
+def held(run: RunDir, *, rank: int | None = None) -> Iterator[None]:
     """The directory is this run's in this block. Raises RunDirError when another run holds it.
 
     Of processes that train together `rank` is the number: they leave it to the one that started them, or, where that
@@ -27,7 +30,7 @@ def held(run: RunDir, *, rank: int | None = None, say: Callable[[str], None]) ->
         yield
         return
     if before := lock.take():
-        say(f"{run.path}: was in use by {before}, which is gone; taken over")
+        logger.info(f"{run.path}: was in use by {before}, which is gone; taken over")
     try:
         yield
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from lorafit.training.checkpoints import remove_committed
 from lorafit.training.inputs import read_inputs
 from lorafit.training.must_match import changes, kept_keys
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 LEAST_SEQUENCES = 16
 """Held-out sequences below which no interval means anything."""
@@ -45,7 +46,6 @@ def rank_sweep(
     loaded: LoadedRecipe,
     *,
     storage: str | None,
-    say: Say,
     cache_dir: Path | None,
     new_stop: Callable[[], StopRequest] = StopRequest,
 ) -> SweepResult:
@@ -69,7 +69,7 @@ def rank_sweep(
     study = Study(storage or str(out / JOURNAL), study_name(facts))
     make_directory(out)
     write_file(out / FACTS, json.dumps(facts, indent=2) + "\n")
-    bench = Bench(loaded, inputs, cache_dir=cache_dir, say=say, new_stop=new_stop)
+    bench = Bench(loaded, inputs, cache_dir=cache_dir, new_stop=new_stop)
     try:
         rate = tuned(loaded, study, bench, out=out, wait=_wait)
         decision = _search(loaded, study, bench, out=out, tuned=rate)
@@ -156,7 +156,7 @@ def _work_on(
         return False
     section = loaded.recipe.rank_sweep
     part = {THIRD: " to a third", TWO_THIRDS: " to two thirds", END: ""}[job.until]
-    bench.say(f"rank {job.rank}: training{part}" + (f", seed {seed}" if section.seeds > 1 else ""))
+    logger.info(f"rank {job.rank}: training{part}" + (f", seed {seed}" if section.seeds > 1 else ""))
     with claim:
         try:
             is_tuned = job.rank == section.ranks[-1] and seed == loaded.recipe.training.seed
@@ -180,7 +180,7 @@ def _work_on(
             remove_abandoned(run.path)
             remove_committed(run.checkpoints)  # nothing goes on from them
         claim.commit(facts, losses)
-    bench.say(f"rank {job.rank}: " + _said(outcome.losses, outcome.facts))
+    logger.info(f"rank {job.rank}: " + _said(outcome.losses, outcome.facts))
     return True
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from lorafit.builders.base_model import load_base_model
 from lorafit.builders.experts import used_patterns_are_known
 from lorafit.errors import HealthStop, RecipeError
 from lorafit.launching.signals import StopRequest
+from lorafit.lines import unsaid
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.files import write_file
 from lorafit.storage.run_dir import RunDir
@@ -28,13 +31,14 @@ from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.tasks import TASKS
 from lorafit.tasks.pages import page
 from lorafit.tasks.sequences import SequenceLosses
+from lorafit.training.callbacks import MetricsFile
 from lorafit.training.inputs import Inputs
 from lorafit.training.out_of_memory import peak_memory_bytes
-from lorafit.training.progress import signs_of_life
+from lorafit.training.progress import SignsOfLife
 from lorafit.training.start_point import finished_manifest
 from lorafit.training.train import run_training
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 LEAST_STEPS = 3
 
@@ -76,11 +80,10 @@ class Bench:
         inputs: Inputs,
         *,
         cache_dir: Path | None,
-        say: Say,
         new_stop: Callable[[], StopRequest],
     ) -> None:
         """`new_stop` listens for requests to stop one trial: what was heard of one is no matter of the next."""
-        self.inputs, self.cache_dir, self.say, self.new_stop = inputs, cache_dir, say, new_stop
+        self.inputs, self.cache_dir, self.new_stop = inputs, cache_dir, new_stop
         self._recipe = loaded.recipe
         self._base: PreTrainedModel | None = None
         lora = loaded.recipe.lora
@@ -135,17 +138,17 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
         _reset_peak_memory()
         base = bench.take_base()
         try:
-            run_training(
-                trial,
-                say=lambda line: None,
-                progress=signs_of_life(lambda line: bench.say(f"rank {trial.recipe.lora.r}: {line}")),
-                cache_dir=bench.cache_dir,
-                inputs=bench.inputs,
-                base=base,
-                watchers=(marks,),
-                begin="restart",
-                stop=bench.new_stop(),
-            )
+            with unsaid("lorafit.training"):  # the sweep has lines of its own
+                run_training(
+                    trial,
+                    progress=partial(_SignsOfTrial, rank=trial.recipe.lora.r),
+                    cache_dir=bench.cache_dir,
+                    inputs=bench.inputs,
+                    base=base,
+                    watchers=(marks,),
+                    begin="restart",
+                    stop=bench.new_stop(),
+                )
         except _Paused:
             pass
         except HealthStop as stop:
@@ -166,6 +169,18 @@ def run_trial(trial: LoadedRecipe, *, until: int, bench: Bench) -> TrialOutcome:
 def step_of(third: int, steps: int) -> int:
     """The step after which so many thirds of a run are done."""
     return round(steps * third / 3)
+
+
+class _SignsOfTrial(SignsOfLife):
+    """By the name of its rank, among the lines of the sweep."""
+
+    def __init__(self, metrics: MetricsFile, *, rank: int) -> None:
+        super().__init__(metrics)
+        self._rank = rank
+
+    def tell(self, line: str) -> None:
+        """Say it."""
+        logger.info(f"rank {self._rank}: {line}")
 
 
 class _Paused(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +20,8 @@ from lorafit.sweep.search import END, THIRD, TWO_THIRDS
 from lorafit.sweep.study import Study
 from lorafit.sweep.sweep_result import LearningRate
 from lorafit.sweep.trial import Bench, run_trial, trial_recipe
+
+logger = logging.getLogger(__name__)
 
 FACTOR = 4
 """Up and down from the recipe's own rate."""
@@ -96,7 +99,7 @@ def _try_one(trial: Trial, loaded: LoadedRecipe, bench: Bench, *, out: Path, rat
     rank, seed = loaded.recipe.rank_sweep.ranks[-1], seeds_of(loaded)[0]
     directory = run_of(out, rank, seed, name=f"learning-rate-{trial.number}")
     recipe = trial_recipe(loaded, rank=rank, seed=seed, learning_rate=rate, output_dir=directory)
-    bench.say(f"learning rate {rate:.3g}: training at rank {rank}")
+    logger.info(f"learning rate {rate:.3g}: training at rank {rank}")
     for third in (THIRD, TWO_THIRDS, END):
         outcome = run_trial(recipe, until=third, bench=bench)
         trial.set_user_attr("tokens", outcome.facts["tokens"])
@@ -104,7 +107,7 @@ def _try_one(trial: Trial, loaded: LoadedRecipe, bench: Bench, *, out: Path, rat
             trial.study.tell(trial, state=TrialState.FAIL)
             return
         loss = outcome.losses[third].loss
-        bench.say(f"learning rate {rate:.3g}: held-out loss {loss:.4f} after {third}/3 of the steps")
+        logger.info(f"learning rate {rate:.3g}: held-out loss {loss:.4f} after {third}/3 of the steps")
         trial.set_user_attr("thirds", third)
         trial.report(loss, third)
         if third < END and trial.should_prune():

@@ -25,7 +25,7 @@ from lorafit.tasks import TASKS
 from lorafit.tasks.pages import trainer_page
 from lorafit.training.invariants import refuse_wrong_trainable_set
 from lorafit.training.out_of_memory import out_of_memory_is_said
-from lorafit.training.startup_lines import Say, say_adapter
+from lorafit.training.startup_lines import say_adapter
 
 
 def model_with_adapter(
@@ -35,7 +35,6 @@ def model_with_adapter(
     tokenizer: PreTrainedTokenizerBase,
     rows: Dataset,
     base: PreTrainedModel | None,
-    say: Say,
 ) -> PeftModel:
     """The base on its device, quantised as the recipe says, with a new adapter, which is all of it that is trained.
 
@@ -45,7 +44,7 @@ def model_with_adapter(
     with out_of_memory_is_said(loaded, doing=lambda: "loading the base model"):
         model = _attached(loaded, base_files, rows=rows, pad_token_id=tokenizer.pad_token_id, base=base)
     refuse_wrong_trainable_set(model, bias=loaded.recipe.lora.bias)
-    say_adapter(model, say)
+    say_adapter(model)
     return model
 
 

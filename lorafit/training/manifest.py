@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -109,7 +109,6 @@ class Manifest:
         *,
         now: Mapping[str, Any],
         tested: SelfTest | None,
-        say: Callable[[str], None],
     ) -> None:
         """Make the run directory, or make it again what it was at the checkpoint that the run goes on from.
 
@@ -117,7 +116,7 @@ class Manifest:
         """
         if self._trainer.is_world_process_zero():
             self._run.path.mkdir(parents=True, exist_ok=True)
-            restore_run_dir(self._run, self._start, now=now, say=say)
+            restore_run_dir(self._run, self._start, now=now)
             placed = replace(written, recipe=written.recipe.model_copy(update={"output_dir": None}))
             write_file(self._run.recipe, placed.yaml(relative_to=self._run.path))
             if tested is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,8 +37,10 @@ from lorafit.training.invariants import Before
 from lorafit.training.must_match import divided_anew, refuse_changes
 from lorafit.training.processes import by_first, join_processes
 from lorafit.training.start_point import Begin, StartPoint
-from lorafit.training.startup_lines import Say, say_data
+from lorafit.training.startup_lines import say_data
 from lorafit.training.token_rows import check_token_rows, tokens_line
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,10 @@ class Prepared:
         refuse_changes(self.loaded, self.start.checkpoint, now=whole)
         return whole
 
-    def say_measured(self, peak_memory_bytes: int, say: Say) -> None:
+    def say_measured(self, peak_memory_bytes: int) -> None:
         """The peak beside that of the plan, where there is one."""
         if self.plan is not None:
-            say(measured_beside(self.plan, peak_memory_bytes))
+            logger.info(measured_beside(self.plan, peak_memory_bytes))
 
 
 def prepare_run(
@@ -93,7 +96,6 @@ def prepare_run(
     inputs: Inputs | None,
     is_loaded: bool,
     cache_dir: Path | None,
-    say: Say,
 ) -> Prepared:
     """Read the rows, choose what the recipe leaves open, and refuse what can be seen by now.
 
@@ -110,9 +112,9 @@ def prepare_run(
         inputs = inputs or read_inputs(loaded, cache_dir=cache_dir, as_of=start.as_of)
     if not recipe.training.is_packed:  # else the trainer, which fills the rows, knows the steps
         refuse_what_outlasts(loaded, total_steps(recipe, len(inputs.data.train), processes=state.num_processes).value)
-    _say_what_was_read(loaded, inputs, say)
-    plan = planning.answer(say) if planning else None
-    bf16, checkpointing = _chosen(recipe, machine, plan=plan, say=say)
+    _say_what_was_read(loaded, inputs)
+    plan = planning.answer() if planning else None
+    bf16, checkpointing = _chosen(recipe, machine, plan=plan)
     now = fingerprint(
         written,
         base=inputs.base_files.fingerprint(),
@@ -128,31 +130,31 @@ def prepare_run(
     return Prepared(loaded, run, start, inputs, machine, plan, bf16, checkpointing, now, space)
 
 
-def _chosen(recipe: Recipe, machine: Machine, *, plan: Plan | None, say: Say) -> tuple[bool, bool]:
+def _chosen(recipe: Recipe, machine: Machine, *, plan: Plan | None) -> tuple[bool, bool]:
     """Whether bfloat16 autocast and gradient checkpointing are on; each choice is said with its reason."""
     bf16 = bf16_choice(recipe.training, machine)
     checkpointing = checkpointing_choice(recipe.training, machine, planned=planned_checkpointing(plan))
     if dtype := dtype_choice(recipe, machine):
-        say(f"base weights in {dtype.value}: {dtype.reason}")
+        logger.info(f"base weights in {dtype.value}: {dtype.reason}")
     if products := product_choice(recipe, machine):
-        say(f"4-bit products in {products.value}: {products.reason}")
-    say(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
-    say(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
+        logger.info(f"4-bit products in {products.value}: {products.reason}")
+    logger.info(f"bfloat16 autocast {'on' if bf16.value else 'off'}: {bf16.reason}")
+    logger.info(f"gradient checkpointing {'on' if checkpointing.value else 'off'}: {checkpointing.reason}")
     return bf16.value, checkpointing.value
 
 
-def _say_what_was_read(loaded: LoadedRecipe, inputs: Inputs, say: Say) -> None:
+def _say_what_was_read(loaded: LoadedRecipe, inputs: Inputs) -> None:
     """The rows, the tokens that are trained, and what is likely unwanted. Raises what `check_token_rows` raises."""
-    say_data(inputs.data, say)
+    say_data(inputs.data)
     if inputs.base_files.added is not None:
-        say(tokens_line(inputs.base_files.added))
+        logger.info(tokens_line(inputs.base_files.added))
     for warning in check_token_rows(loaded, inputs):
-        say(f"warning: {warning}")
+        logger.warning(warning)
     recipe, config = loaded.recipe, inputs.base_files.config
     known = positions({**config, **recipe.model.extra})
     of_the_base = (*advise_on_positions(recipe, known), *advise_on_experts(recipe, config))
     for advice in (*advise(recipe, train_rows=len(inputs.data.train)), *of_the_base):
-        say(f"advice: {advice}")
+        logger.info(f"advice: {advice}")
 
 
 @contextmanager

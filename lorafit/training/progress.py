@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tqdm import tqdm
@@ -12,31 +12,26 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from lorafit.pulse import Pulse, duration
 from lorafit.training.callbacks import MetricsFile
-from lorafit.training.startup_lines import Say
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[MetricsFile], TrainerCallback]
 """What shows the newest figures of a run."""
 
 
-def progress_lines(say: Say) -> Progress:
-    """A line for each logged step and evaluation, taken by `say`."""
-    return partial(ProgressLines, say)
-
-
-def signs_of_life(say: Say) -> Progress:
-    """Only what breaks a silence of half a minute."""
-    return partial(SignsOfLife, say)
-
-
 class SignsOfLife(TrainerCallback):
     """A line where nothing was said for half a minute, also within a long step or evaluation."""
 
-    def __init__(self, say: Say, metrics: MetricsFile) -> None:
-        self._say, self._metrics = say, metrics
+    def __init__(self, metrics: MetricsFile) -> None:
+        self._metrics = metrics
         self._pulse = Pulse()
         self._began: tuple[int, float] | None = None
         """Steps done before the first of this session, and when that began."""
         self._batches = 0
+
+    def tell(self, line: str) -> None:
+        """Say it. Who trains several runs puts the name of this one before it."""
+        logger.info(line)
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The time that is left is told from here on."""
@@ -45,7 +40,7 @@ class SignsOfLife(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Between two logged steps."""
         if not control.should_log and self._pulse.is_silent():
-            self._say(": ".join([_at(state), *self._left(state)]))
+            self.tell(": ".join([_at(state), *self._left(state)]))
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Between the batches that one step accumulates."""
@@ -62,7 +57,7 @@ class SignsOfLife(TrainerCallback):
         """Between the batches of an evaluation."""
         self._batches += 1
         if self._pulse.is_silent():
-            self._say(f"{_at(state)}: held-out rows, batch {self._batches:,} of {len(eval_dataloader):,}")
+            self.tell(f"{_at(state)}: held-out rows, batch {self._batches:,} of {len(eval_dataloader):,}")
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The next evaluation counts its batches anew."""
@@ -86,11 +81,11 @@ class ProgressLines(SignsOfLife):
     ) -> None:
         """The newest figures."""
         if "eval_loss" in logs and self._is_training:
-            self._say(f"{_at(state)}: held-out loss {logs['eval_loss']:.4f}")
+            self.tell(f"{_at(state)}: held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs and self._pulse.has_news():
             figures = [f"loss {logs['loss']:.4f}", f"{self._metrics.history[-1]['tokens_per_second']:,.0f} tokens/s"]
             figures += self._left(state)
-            self._say(f"{_at(state)}: {', '.join(figures)}")
+            self.tell(f"{_at(state)}: {', '.join(figures)}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """What is measured of the adapter that is saved stands in the result."""

@@ -10,8 +10,9 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -34,6 +35,8 @@ from lorafit.training.out_of_memory import out_of_memory_is_said
 from lorafit.training.restore_model import unchanged
 from lorafit.training.selftest_bench import Bench, Check, switch_off_noise, wake_adapter
 from lorafit.training.trainer.run_trainer import RunTrainer
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -151,7 +154,6 @@ def self_test_once(
     *,
     rows: Dataset,
     cache_dir: Path | None,
-    say: Callable[[str], None],
     only: bool,
 ) -> SelfTest | None:
     """`self_test` of what `trainer` will do, unless this combination has passed it before.
@@ -165,7 +167,7 @@ def self_test_once(
     if not only and is_remembered(cache_dir, combination_of(trainer.model, loaded.recipe, bf16=bf16)):
         return None
     if PartialState().num_processes > 1:
-        say("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
+        logger.info("self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one")
         return None
     with out_of_memory_is_said(loaded, doing=lambda: "training", checkpointing=checkpointing):
         tested = self_test(
@@ -180,7 +182,7 @@ def self_test_once(
     remember_passed(cache_dir, tested)
     if only:
         raise SelfTested(tested)
-    say(tested.line())
+    logger.info(tested.line())
     return tested
 
 

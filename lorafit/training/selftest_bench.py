@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from lorafit.launching.signals import StopRequest
+from lorafit.lines import unsaid
 from lorafit.precision import compute_dtype
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
@@ -193,9 +194,7 @@ class Bench:
             has_eval_rows=False,
         )
         step = _Step()
-        health = HealthWatch(
-            self._loaded.recipe, RunDir(self._scratch), say=lambda line: None, rows_of_batch=lambda batch: []
-        )
+        health = HealthWatch(self._loaded.recipe, RunDir(self._scratch), rows_of_batch=lambda batch: [])
         step.trainer = self._page.TRAINER(
             stop=StopRequest(),
             loraplus_lr_ratio=None,
@@ -213,7 +212,8 @@ class Bench:
         scaler = step.trainer.accelerator.scaler
         if scaler is not None and loss_scale is not None:
             scaler.load_state_dict(scaler.state_dict() | {"scale": loss_scale})
-        step.loss = step.trainer.train().training_loss
+        with unsaid("lorafit.training.health"):  # of one step it knows nothing
+            step.loss = step.trainer.train().training_loss
         return step
 
 

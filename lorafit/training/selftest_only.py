@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from lorafit.training.selftest import SelfTest, SelfTested
 from lorafit.training.train import run_training
 
 
-def self_test_only(loaded: LoadedRecipe, *, say: Callable[[str], None], cache_dir: Path | None) -> SelfTest:
+def self_test_only(loaded: LoadedRecipe, *, cache_dir: Path | None) -> SelfTest:
     """The self-test of a recipe, in one process, whether it has been passed before or not.
 
     Raises every error that the run could raise before its first step, and VerificationError.
@@ -21,7 +20,7 @@ def self_test_only(loaded: LoadedRecipe, *, say: Callable[[str], None], cache_di
     with scratch() as directory:
         recipe = loaded.recipe.model_copy(update={"launch": launch, "output_dir": str(directory / "run")})
         try:
-            run_training(replace(loaded, recipe=recipe), say=say, cache_dir=cache_dir, only_self_test=True)
+            run_training(replace(loaded, recipe=recipe), cache_dir=cache_dir, only_self_test=True)
         except SelfTested as done:
             return done.tested
     raise AssertionError("a run that is only tried came to its end")

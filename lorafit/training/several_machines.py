@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
@@ -30,9 +30,7 @@ SHARED_SECONDS = 10.0
 
 
 @contextmanager
-def met_by_recipe(
-    loaded: LoadedRecipe, place: Place, *, begin: Begin, device: str, gpus: int, say: Callable[[str], None]
-) -> Iterator[Link | None]:
+def met_by_recipe(loaded: LoadedRecipe, place: Place, *, begin: Begin, device: str, gpus: int) -> Iterator[Link | None]:
     """The other machines of the run, started with the same recipe, versions and number of processes; None where there
     are none. Raises MachineError."""
     if place.count == 1:
@@ -53,7 +51,7 @@ def met_by_recipe(
         "python": platform.python_version().rpartition(".")[0],
         "versions": {package: version(package) for package in PACKAGES} | {"lorafit": __version__},
     }
-    with met(place, hello, differences=_differences, say=say) as link:
+    with met(place, hello, differences=_differences) as link:
         yield link
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import time
 from collections.abc import Iterator
@@ -26,9 +27,10 @@ from lorafit.recipe.sections import LoraSection, ModelSection, Source
 from lorafit.storage.stage import scratch
 from lorafit.tasks import TASKS
 from lorafit.training.inputs import read_inputs
-from lorafit.training.startup_lines import Say
 from lorafit.training.token_rows import used_tokens
 from lorafit.training.train import Trained, run_training
+
+logger = logging.getLogger(__name__)
 
 STEPS, TRAIN_ROWS, EVAL_ROWS = 3, 24, 8
 SHIPPED_TOKENIZER = Path(__file__).parent.parent / "smoke_tokenizer"
@@ -50,7 +52,7 @@ class SmokeResult:
     """The run directory that was asked for; None when it was thrown away."""
 
 
-def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeResult:
+def smoke(loaded: LoadedRecipe, *, output_dir: Path | None) -> SmokeResult:
     """Run the recipe in miniature. Leaves nothing but `output_dir`, where one is given.
 
     Raises every error that the real run could raise before its first step, and VerificationError when the reloaded
@@ -74,8 +76,8 @@ def smoke(loaded: LoadedRecipe, *, say: Say, output_dir: Path | None) -> SmokeRe
         if small.model.add_tokens:
             small = _with_tokens_of(small, replace(loaded, recipe=small), changes.said, cache_dir=directory / "tokens")
         for sentence in changes.said:
-            say(f"smoke: {sentence}")
-        trained = run_training(replace(loaded, recipe=small), say=say, cache_dir=directory / "tokens")
+            logger.info(f"smoke: {sentence}")
+        trained = run_training(replace(loaded, recipe=small), cache_dir=directory / "tokens")
         bf16 = bf16_choice(small.training, machine).value
         difference = _reload_and_compare(trained, small, bf16=bf16)
     return SmokeResult(

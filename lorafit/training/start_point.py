@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from lorafit.storage.run_dir import RunDir
 from lorafit.storage.stage import remove_abandoned
 from lorafit.training.checkpoints import Checkpoint, newest_verified, quarantine
 from lorafit.training.must_match import ROUNDING, SEQUENCES, changes, kept_keys, refuse
+
+logger = logging.getLogger(__name__)
 
 Begin = Literal["new", "resume", "restart"]
 """`new`: in an unused directory. `resume`: after the newest checkpoint. `restart`: the same, or from the first step
@@ -73,7 +76,7 @@ def finished_manifest(loaded: LoadedRecipe, run: RunDir) -> dict[str, Any] | Non
     return manifest
 
 
-def restore_run_dir(run: RunDir, start: StartPoint, *, now: Mapping[str, Any], say: Callable[[str], None]) -> None:
+def restore_run_dir(run: RunDir, start: StartPoint, *, now: Mapping[str, Any]) -> None:
     """Make the run directory what it was where it starts; by one process alone. `now` are the facts."""
     if start.is_again:
         remove_abandoned(run.path)
@@ -81,12 +84,12 @@ def restore_run_dir(run: RunDir, start: StartPoint, *, now: Mapping[str, Any], s
         if torn := run.set_torn_events_aside():
             lines = f"{torn} line{'s' * (torn > 1)} of {run.events.name} not whole"
             aside = (run.quarantine / run.events.name).relative_to(run.path)
-            say(f"warning: {lines}; set aside as {aside}")
+            logger.warning(f"{lines}; set aside as {aside}")
     step = start.checkpoint.step if start.checkpoint else 0
     for path, reason in start.damaged:
         target = quarantine(path, run.quarantine)
         message = f"{path.name} was set aside as {target.relative_to(run.path)}: {reason}"
-        say(f"warning: {message}")
+        logger.warning(message)
         run.add_event("quarantined", message, step=step)
     if start.checkpoint:
         message = f"goes on after step {step}, from {start.checkpoint.path.relative_to(run.path)}"
@@ -96,10 +99,10 @@ def restore_run_dir(run: RunDir, start: StartPoint, *, now: Mapping[str, Any], s
             message = f"{message}, with {now[SEQUENCES]} sequences per step as before"
         others = [f"{key} {change}" for key, change in changes(start.checkpoint.facts[ROUNDING], now[ROUNDING])]
         if others:
-            say(f"warning: {', '.join(others)}: the adapter may differ in its last bits from an undisturbed run's")
+            logger.warning(f"{', '.join(others)}: the adapter may differ in its last bits from an undisturbed run's")
     elif start.is_again:
         message = "there is no checkpoint to go on from: starts again at the first step"
     else:
         return
-    say(f"resume: {message}")
+    logger.info(f"resume: {message}")
     run.add_event("resumed", message, step=step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
 
 from peft import PeftModel
 from transformers import Trainer
@@ -11,30 +11,32 @@ from lorafit.builders.adapter import adapted_modules
 from lorafit.data.prepare import PreparedData
 from lorafit.recipe import LoadedRecipe
 
-Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
-def say_data(data: PreparedData, say: Say) -> None:
+def say_data(data: PreparedData) -> None:
     """The audit in one line, and what it warns of."""
-    say(f"data: {data.audit.summary()}")
+    logger.info(f"data: {data.audit.summary()}")
     for warning in data.audit.warnings:
-        say(f"warning: {warning}")
+        logger.warning(warning)
 
 
-def say_adapter(model: PeftModel, say: Say) -> None:
+def say_adapter(model: PeftModel) -> None:
     """How much is trained, and where."""
     table = adapted_modules(model)
     trained, total = model.get_nb_trainable_parameters()
-    say(f"adapter: {len(table)} modules, {trained:,} trained parameters, {trained / total:.2%} of {total:,}")
+    logger.info(f"adapter: {len(table)} modules, {trained:,} trained parameters, {trained / total:.2%} of {total:,}")
     groups: dict[tuple[str, int, float, float], list[int]] = {}
     for module in table:
         key = (module.name.rpartition(".")[2], module.r, module.alpha, module.scale)
         groups.setdefault(key, []).append(module.parameters)
     for (name, rank, alpha, scale), sizes in groups.items():
-        say(f"  {name:<16} x{len(sizes):<4} r={rank} alpha={alpha:g} scale={scale:.3g} {sum(sizes):>12,} parameters")
+        logger.info(
+            f"  {name:<16} x{len(sizes):<4} r={rank} alpha={alpha:g} scale={scale:.3g} {sum(sizes):>12,} parameters"
+        )
 
 
-def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int, say: Say) -> None:
+def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int) -> None:
     """The steps, with the arithmetic of one."""
     training = loaded.recipe.training
     per_device, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
@@ -42,5 +44,5 @@ def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int, say: Say) -> N
     sequences = per_device * accumulated * processes
     unit = "packed rows" if training.is_packed else "sequences"
     shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
-    say(f"{sequences} {unit} per step = {shares}")
-    say(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")
+    logger.info(f"{sequences} {unit} per step = {shares}")
+    logger.info(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -31,6 +32,8 @@ from lorafit.training.startup_lines import say_steps
 from lorafit.training.trainer.run_trainer import RunTrainer
 from lorafit.training.trainer.split_on_oom import HalveBatch
 
+logger = logging.getLogger(__name__)
+
 
 def planned_steps(trainer: Trainer) -> int:
     """Optimizer steps the trainer will do, by its own arithmetic."""
@@ -48,7 +51,6 @@ def task_trainer(
     watchers: Sequence[TrainerCallback],
     progress: Progress | None,
     stop: StopRequest,
-    say: Callable[[str], None],
 ) -> RunTrainer:
     """The trainer of a run, ready for its first step. Raises RecipeError and MachineError."""
     recipe, run = loaded.recipe, RunDir(loaded.output_dir())
@@ -63,8 +65,8 @@ def task_trainer(
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
     )
     metrics, updates = MetricsFile(run.metrics), Updates()
-    health = HealthWatch(recipe, run, say=say, rows_of_batch=RowFinder(data))
-    halving = HalveBatch(run, say=say) if recipe.health.on_oom == "halve_batch" else None
+    health = HealthWatch(recipe, run, rows_of_batch=RowFinder(data))
+    halving = HalveBatch(run) if recipe.health.on_oom == "halve_batch" else None
     own = [*_callbacks(recipe, metrics, progress=progress), updates, health, *([halving] if halving else [])]
     trainer = page.TRAINER(
         stop=stop,
@@ -83,23 +85,23 @@ def task_trainer(
     trainer.remove_callback(PrinterCallback)
     refuse_other_distribution(loaded, trainer.accelerator, mixed_precision=mixed_precision)
     trainer.metrics, trainer.updates, trainer.steps = metrics, updates, planned_steps(trainer)
-    _settle_schedule(trainer, loaded, say)
+    _settle_schedule(trainer, loaded)
     for line in engaged.lines:
-        say(line)
+        logger.info(line)
     return trainer
 
 
-def _settle_schedule(trainer: RunTrainer, loaded: LoadedRecipe, say: Callable[[str], None]) -> None:
+def _settle_schedule(trainer: RunTrainer, loaded: LoadedRecipe) -> None:
     """What depends on the number of steps, which packing decides. Raises RecipeError."""
     recipe, arguments, steps = loaded.recipe, trainer.args, trainer.steps
     refuse_what_outlasts(loaded, steps)
     set_total_steps(trainer.model, steps)
     arguments.lr_scheduler_kwargs = phases_in_steps(recipe.training.lr_scheduler_kwargs, steps)
-    say_steps(loaded, trainer, steps, say)
+    say_steps(loaded, trainer, steps)
     begins = warm_up(recipe, steps)
     if begins.value != arguments.get_warmup_steps(steps) and recipe.training.lr_scheduler_type not in WITHOUT_WARM_UP:
         arguments.warmup_steps = begins.value  # the schedule is made when training starts
-        say(f"warm-up: {begins}")
+        logger.info(f"warm-up: {begins}")
 
 
 _SEPARATE_EXPERT = re.compile(r"expert[a-z_]*\.\d+\.", re.IGNORECASE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from lorafit.training.selftest import self_test_once
 from lorafit.training.start_point import Begin
 from lorafit.training.task_trainer import task_trainer
 
+logger = logging.getLogger(__name__)
+
 
 class Trained(NamedTuple):
     """The result, with the model still in memory."""
@@ -34,7 +37,6 @@ class Trained(NamedTuple):
 def train(
     loaded: LoadedRecipe,
     *,
-    say: Callable[[str], None],
     cache_dir: Path | None,
     inputs: Inputs | None = None,
     begin: Begin = "new",
@@ -46,18 +48,15 @@ def train(
     A run that is to go on and has finished already gives its result again.
     """
     if begin != "new" and (done := finished_result(loaded)) is not None:
-        say(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
+        logger.info(f"resume: the run is finished ({done.outcome} after {done.steps} steps); nothing was changed")
         return done
-    trained = run_training(
-        loaded, say=say, progress=progress, cache_dir=cache_dir, inputs=inputs, begin=begin, stop=stop
-    )
+    trained = run_training(loaded, progress=progress, cache_dir=cache_dir, inputs=inputs, begin=begin, stop=stop)
     return trained.result
 
 
 def run_training(
     loaded: LoadedRecipe,
     *,
-    say: Callable[[str], None],
     cache_dir: Path | None,
     inputs: Inputs | None = None,
     base: PreTrainedModel | None = None,
@@ -69,21 +68,20 @@ def run_training(
 ) -> Trained:
     """Train one adapter as the recipe says, and leave a run directory.
 
-    `say` takes one line for people at a time. Who trains several times on one base hands over what it has read
-    (`inputs`) and loaded (`base`, which `Trained.model.unload()` gives back); `watchers` see every step, and `progress`
-    shows them; `stop` hears requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises
-    every LorafitError but RecipeError; nothing is created in the run directory before all that can be checked without
-    training has passed.
+    Who trains several times on one base hands over what it has read (`inputs`) and loaded (`base`, which
+    `Trained.model.unload()` gives back); `watchers` see every step, and `progress` shows them; `stop` hears
+    requests to end it; `only_self_test` raises SelfTested instead of the first step. Raises every LorafitError but
+    RecipeError; nothing is created in the run directory before all that can be checked without training has passed.
     """
     started, stop, written = time.monotonic(), stop or StopRequest(), loaded
     # Data: where the run begins, its rows, and all that can be refused before the model.
-    prepared = prepare_run(loaded, begin=begin, inputs=inputs, is_loaded=base is not None, cache_dir=cache_dir, say=say)
+    prepared = prepare_run(loaded, begin=begin, inputs=inputs, is_loaded=base is not None, cache_dir=cache_dir)
     loaded, start, run, space = prepared.loaded, prepared.start, prepared.run, prepared.space
     base_files, tokenizer, data = prepared.inputs
     with nothing_left_of(run):
         # Model: the arguments first, since they settle how one that is spread over processes is loaded.
         arguments = prepared.arguments()
-        model = model_with_adapter(loaded, base_files, tokenizer=tokenizer, rows=data.train, base=base, say=say)
+        model = model_with_adapter(loaded, base_files, tokenizer=tokenizer, rows=data.train, base=base)
         # Trainer: the task's, with our hooks and the levers that this model takes.
         trainer = task_trainer(
             model,
@@ -94,10 +92,9 @@ def run_training(
             watchers=watchers,
             progress=progress,
             stop=stop,
-            say=say,
         )
         # Checks: it computes what is meant, and the model is the one that the run was begun with.
-        tested = self_test_once(trainer, loaded, rows=data.train, cache_dir=cache_dir, say=say, only=only_self_test)
+        tested = self_test_once(trainer, loaded, rows=data.train, cache_dir=cache_dir, only=only_self_test)
     invariants = remember(model)
     must_match = prepared.refuse_other_model(trainer, invariants)
     manifest = Manifest(loaded, trainer, base_files=base_files, data=data, start=start)
@@ -107,7 +104,7 @@ def run_training(
         ending_is_recorded(trainer, run, stop=stop, record=manifest.record),
         initial_adapter(model, init_method=loaded.recipe.lora.init_lora_weights) as initial,
     ):
-        manifest.open(written, now=policy.facts, tested=tested, say=say)
+        manifest.open(written, now=policy.facts, tested=tested)
         # Train.
         with shortage_is_said(trainer, loaded, run, checkpoint_bytes=space.checkpoint):
             trainer.train_by(policy, after=start.checkpoint)
@@ -128,5 +125,5 @@ def run_training(
             needed=space.adapter,
         )
     result = manifest.finish(losses, started=policy.started)
-    prepared.say_measured(result.peak_memory_bytes, say)
+    prepared.say_measured(result.peak_memory_bytes)
     return Trained(result, model)

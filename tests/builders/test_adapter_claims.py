@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from lorafit.cli import _exit_code
 from lorafit.evaluation.models import models
 from lorafit.evaluation.subject import read_subject
+from lorafit.lines import heard
 from lorafit.merging.adapter_claims import name_in_peft
 from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES
 from lorafit.recipe.sections import LoraSection
@@ -134,7 +135,8 @@ def test_a_target_that_the_base_does_not_have_is_noted(
 ) -> None:
     changed_json(adapter / "adapter_config.json", target_modules=["q_proj", "down_proj", "c_attn"])
     notes: list[str] = []
-    read_subject(str(adapter), data=_rows(adapter), merged=None, base=str(tiny_base), overrides=(), say=notes.append)
+    with heard(notes.append):
+        read_subject(str(adapter), data=_rows(adapter), merged=None, base=str(tiny_base), overrides=())
     assert any("names 'c_attn' in target_modules, which" in note for note in notes)
     found = verdicts(adapter, tiny_base, capsys)
     assert [code for code, _ in found.values()] == [0, 0, 0], found
@@ -192,7 +194,7 @@ def test_eval_measures_what_merge_merges_of_a_vocabulary_that_grew(tmp_path: Pat
     merged(tmp_path / "adapter", tmp_path / "merged", base=str(tiny_base))
     subject = read_subject(
         str(tmp_path / "adapter"), data=_rows(tmp_path / "adapter"), merged=tmp_path / "merged",
-        base=str(tiny_base), overrides=["model.dtype=float32"], say=lambda line: None,
+        base=str(tiny_base), overrides=["model.dtype=float32"],
     )  # fmt: skip
     found = {name: logits(model) for name, model in models(subject, with_base=False)}
     assert found["adapter"].shape[-1] == 270

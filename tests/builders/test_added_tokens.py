@@ -60,7 +60,7 @@ def _trained(directory: Path, base: Path, **sections: Any) -> tuple[Path, PeftMo
     loaded = small_recipe(directory, base, **({"model": model} | sections))
     for side in ("train", "eval"):
         write_jsonl(directory / f"{side}.jsonl", _calls(24) if side == "train" else _calls(32)[24:])
-    trained = run_training(loaded, say=lambda line: None, cache_dir=cache_of(directory))
+    trained = run_training(loaded, cache_dir=cache_of(directory))
     return Path(trained.result.run), trained.model.eval()
 
 
@@ -232,9 +232,7 @@ def test_a_plain_adapter_with_new_tokens_is_evaluated_with_them(tmp_path: Path) 
     base = build_base(tmp_path / "base", config=llama_config(vocab_size=GROWN))
     run, _ = _trained(tmp_path, base)
     rows = tmp_path / "eval.jsonl"
-    subject = read_subject(
-        str(run / "adapter"), data=rows, merged=None, base=str(base), overrides=[], say=lambda line: None
-    )
+    subject = read_subject(str(run / "adapter"), data=rows, merged=None, base=str(base), overrides=[])
     assert subject.recipe.model.add_tokens == tuple(TOKENS)
     losses = {}
     for name, model in models(subject, with_base=True):

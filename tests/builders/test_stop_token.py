@@ -48,7 +48,7 @@ def test_answers_that_end_otherwise_are_refused_until_the_stop_token_is_named(tm
     merged(Path(result.run), tmp_path / "merged")
     assert GenerationConfig.from_pretrained(tmp_path / "merged").eos_token_id == [2, 0]
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").eos_token == "<|im_end|>"
-    subject = read_subject(result.run, data=None, merged=None, base=None, overrides=[], say=lambda line: None)
+    subject = read_subject(result.run, data=None, merged=None, base=None, overrides=[])
     assert subject.stop_token_ids == {0, 2}
 
 

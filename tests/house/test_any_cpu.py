@@ -47,7 +47,7 @@ def test_what_auto_leaves_open_is_one_type_from_training_to_the_merged_model(
     merged = merge(
         Path(result.run), out=None, dtype=None, max_shard_size=None, base=None, onto=onto,
         verify=quantization is not None and not is_native,  # test_qlora.py verifies here
-        say=lambda line: None, progress=lambda total: lambda done: None, cache_dir=None,
+        progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     assert {tensor.dtype for tensor in load_file(Path(merged.out) / "model.safetensors").values()} == {torch.bfloat16}
     figures = evaluated(result.run)[0].held_out.figures

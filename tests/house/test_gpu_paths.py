@@ -113,7 +113,7 @@ def test_a_loss_scale_that_overflows_is_lowered_by_the_self_test(
         trainer.accelerator.scaler = Scaler("cpu", init_scale=2.0**127)
 
     monkeypatch.setattr(CausalLm, "create_accelerator_and_postprocess", with_scaler)
-    tested = self_test_only(small_recipe(tmp_path, tiny_base), say=lambda line: None, cache_dir=None)
+    tested = self_test_only(small_recipe(tmp_path, tiny_base), cache_dir=None)
     assert all(check.has_passed for check in tested.checks)
     assert scales == [2.0**8, 2.0**8]
 
@@ -240,5 +240,5 @@ def test_only_a_run_with_such_experts_pays_for_looking(
 
     if is_routed:
         monkeypatch.setattr(task_trainer, "adapts_separate_experts", lambda model: True)
-    run_training(small_recipe(tmp_path, tiny_base), say=print, cache_dir=cache_of(tmp_path), watchers=[Watcher()])
+    run_training(small_recipe(tmp_path, tiny_base), cache_dir=cache_of(tmp_path), watchers=[Watcher()])
     assert seen == [is_routed]

@@ -10,7 +10,7 @@ import lorafit
 
 ROOT = Path(lorafit.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("errors", "imports", "operating_system"),
+    ("errors", "imports", "operating_system", "lines"),
     ("storage",),
     ("recipe", "pulse", "precision", "packages"),
     ("launching",),

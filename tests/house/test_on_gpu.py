@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Mi
 from trl import SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.lines import heard
 from lorafit.merging.merge import merge
 from lorafit.preflight import this_machine
 from lorafit.recipe import LoadedRecipe
@@ -203,7 +204,7 @@ def test_a_quantised_run_is_trained_merged_and_evaluated(tmp_path: Path, device:
     assert any(line.startswith("fused LoRA on") for line in said), said
     merged = merge(
         Path(trained.run), out=None, dtype=None, max_shard_size=None, base=None, onto=None, verify=True,
-        say=said.append, progress=lambda total: lambda done: None, cache_dir=None,
+        progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     assert Path(merged.out).is_dir()
     result, _ = evaluated(trained.run)
@@ -215,7 +216,7 @@ def test_a_gpu_without_bfloat16_trains_in_float16(tmp_path: Path, device: str) -
     base = build_base(tmp_path / "base", dtype=torch.float16 if device == "cuda" else torch.float32)
     half = {"fp16": True, "bf16": False} if device == "cuda" else {"bf16": False}
     loaded = small_recipe(tmp_path, base, training={"max_steps": 12, "learning_rate": 1e-2} | half)
-    smoke(loaded, say=print, output_dir=None)
+    smoke(loaded, output_dir=None)
     trained, said = run(loaded)
     assert any(line.startswith("self-test passed") for line in said)
     assert trained.eval_loss_after < trained.eval_loss_before - 0.5
@@ -242,8 +243,8 @@ def test_a_resumed_run_ends_where_an_undisturbed_one_does(tmp_path: Path, tiny_b
     whole, broken = (in_place(tmp_path / name, tiny_base, **sections) for name in ("whole", "broken"))
     run(whole)
     with pytest.raises(Crash):
-        run_training(broken, say=print, cache_dir=cache_of(broken.path.parent), watchers=[CrashAfter(5)])
-    assert train(broken, say=print, cache_dir=cache_of(broken.path.parent), begin="resume").steps == 6
+        run_training(broken, cache_dir=cache_of(broken.path.parent), watchers=[CrashAfter(5)])
+    assert train(broken, cache_dir=cache_of(broken.path.parent), begin="resume").steps == 6
     assert_close(whole, broken)
 
 
@@ -278,8 +279,8 @@ def test_a_batch_that_does_not_fit_is_halved_to_the_same_result(tmp_path: Path, 
         loaded = in_place(tmp_path / name, base, **more)
         rows = [{"prompt": f"{number}:", "completion": "0123456789" * 48} for number in range(48)]
         write_jsonl(loaded.path.parent / "train.jsonl", rows)
-        with limit:
-            done = run_training(loaded, say=said.append, cache_dir=cache_of(loaded.path.parent))
+        with limit, heard(said.append):
+            done = run_training(loaded, cache_dir=cache_of(loaded.path.parent))
         return loaded, done.result.peak_memory_bytes
 
     _, high = trained("large", size=16, limit=nullcontext())

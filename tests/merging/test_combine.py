@@ -47,7 +47,7 @@ def combined(parts: list[tuple[Path, float]], out: Path, base: Path, **keys: Any
         "base": str(base),
         "with_losses": False,
     }
-    return combine(parts, out=out, say=lambda line: None, cache_dir=None, **(settings | keys))
+    return combine(parts, out=out, cache_dir=None, **(settings | keys))
 
 
 def by_peft(base: Path, parts: list[tuple[Path, float]], **keys: Any) -> dict[str, torch.Tensor]:
@@ -230,7 +230,7 @@ def test_adapters_of_two_bases_are_refused(tmp_path: Path, tiny_base: Path) -> N
         combine(
             [(tmp_path / "a" / "run", 1.0), (tmp_path / "b" / "run", 1.0)],
             out=tmp_path / "out", method="cat", density=None, rank=None, seed=0, base=None, with_losses=False,
-            say=print, cache_dir=None,
+            cache_dir=None,
         )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def test_runs_are_compared_on_their_held_out_rows(tmp_path: Path, tiny_base: Pat
     parts = [(Path(result.run), 0.5) for result in results]
     result = combine(
         parts, out=tmp_path / "out", method="cat", density=None, rank=None, seed=0, base=None, with_losses=True,
-        say=print, cache_dir=tmp_path / "cache",
+        cache_dir=tmp_path / "cache",
     )  # fmt: skip
     assert [loss.rows for loss in result.losses] == [8, 8]
     for loss, trained, name in zip(result.losses, results, result.inputs, strict=True):

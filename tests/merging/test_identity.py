@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.builders.base_model import check_base_model
 from lorafit.errors import AdapterError, LorafitError, ModelError
+from lorafit.lines import heard
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.recipe.sections import ModelSection
@@ -30,7 +31,8 @@ def judged(adapter: Path, base: Path) -> list[str]:
     """What is said of an adapter (a run, or a plain one) and a base that are taken."""
     said: list[str] = []
     files = check_base_model(ModelSection(model_name_or_path=str(base)))
-    refuse_wrong_base(read_adapter(adapter, base=str(base)), files, say=said.append)
+    with heard(said.append):
+        refuse_wrong_base(read_adapter(adapter, base=str(base)), files)
     return said
 
 
@@ -131,7 +133,7 @@ def test_another_revision_is_named(run_copy: Path, tiny_base: Path, tmp_path: Pa
     files = check_base_model(ModelSection(model_name_or_path=str(tiny_base)))
     other = dataclasses.replace(files, revision="bbb")
     with pytest.raises(ModelError, match="is at commit bbb, the adapter was trained on aaa; use org/name at aaa"):
-        refuse_wrong_base(read_adapter(run_copy), other, say=print)
+        refuse_wrong_base(read_adapter(run_copy), other)
 
 
 CONFIG_EDITS = {

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorafit.errors import AdapterError, DiskError, ModelError, RecipeError, RunDirError
+from lorafit.lines import heard
 from lorafit.merging import merge as merge_module
 from lorafit.merging import out_directory
 from lorafit.merging import write_weights as write_module
@@ -162,10 +163,11 @@ def test_an_adapter_that_changes_its_base_at_loading_is_merged_by_peft_and_that_
 ) -> None:
     adapter = random_adapter(tmp_path / "adapter", tiny_base, init_lora_weights="pissa")
     said: list[str] = []
-    result = merge_module.merge(
-        adapter, out=tmp_path / "merged", dtype=None, max_shard_size=None, base=None, onto=None, verify=False,
-        say=said.append, progress=lambda total: lambda done: None, cache_dir=None,
-    )  # fmt: skip
+    with heard(said.append):
+        result = merge_module.merge(
+            adapter, out=tmp_path / "merged", dtype=None, max_shard_size=None, base=None, onto=None, verify=False,
+            progress=lambda total: lambda done: None, cache_dir=None,
+        )  # fmt: skip
     assert not result.streamed
     assert any("by peft" in line and "init_lora_weights 'pissa'" in line for line in said)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")

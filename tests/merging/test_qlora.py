@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from lorafit.builders.base_model import check_base_model
 from lorafit.errors import AdapterError
+from lorafit.lines import heard
 from lorafit.merging import quantized_base
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.merge import MergeResult, merge
@@ -48,15 +49,15 @@ def trained(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 def merged(run_dir: Path, out: Path, said: list[str] | None = None, **keys: Any) -> MergeResult:
     settings: dict[str, Any] = {"dtype": None, "base": None, "onto": None, "verify": False}
-    return merge(
-        run_dir,
-        out=out,
-        max_shard_size=None,
-        say=(said if said is not None else []).append,
-        progress=lambda total: lambda done: None,
-        cache_dir=None,
-        **(settings | keys),
-    )
+    with heard((said if said is not None else []).append):
+        return merge(
+            run_dir,
+            out=out,
+            max_shard_size=None,
+            progress=lambda total: lambda done: None,
+            cache_dir=None,
+            **(settings | keys),
+        )
 
 
 def quantized(base: Path) -> Any:
@@ -180,10 +181,11 @@ def test_the_better_base_is_advised_where_another_was_asked_for(
         monkeypatch.setattr(quantized_base, "compare_bases", lambda *_, found=found, **__: found)
         for onto, taken, advised in ((nearer, nearer, False), (other, other, True), ("auto", nearer, False)):
             said: list[str] = []
-            bases, chosen, chosen_files = settle_base(
-                read_adapter(trained), files, onto=onto, dtype=None, prompts=Prompts(((1, 2),), ""),
-                directory=tmp_path / f"{nearer}-{onto}", say=said.append,
-            )  # fmt: skip
+            with heard(said.append):
+                bases, chosen, chosen_files = settle_base(
+                    read_adapter(trained), files, onto=onto, dtype=None, prompts=Prompts(((1, 2),), ""),
+                    directory=tmp_path / f"{nearer}-{onto}",
+                )  # fmt: skip
             assert (bases, chosen) == (found, taken)
             assert (chosen_files is files) == (taken == "original")
             assert any(line.startswith(f"advice: the {nearer} base is nearer") for line in said) == advised

@@ -116,7 +116,7 @@ def test_a_merge_that_fails_verification_leaves_no_model(
     with pytest.raises(VerificationError, match=r"the merged model is wrong and was not kept: .*v_proj"):
         merge_module.merge(
             lora.adapter.directory, out=tmp_path / "merged", dtype=None, max_shard_size=None,
-            base=str(lora.base_files.directory), onto=None, verify=None, say=lambda line: None,
+            base=str(lora.base_files.directory), onto=None, verify=None,
             progress=lambda total: lambda done: None, cache_dir=None,
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
@@ -127,7 +127,7 @@ def test_what_peft_merges_in_memory_is_right_too(start: str, tmp_path: Path) -> 
     made = case(tmp_path, "lora", dtype="bfloat16", base_dtype="bfloat16", init_lora_weights=start)
     merge_module.merge(
         made.adapter.directory, out=tmp_path / "merged", dtype=None, max_shard_size=None,
-        base=str(made.base_files.directory), onto=None, verify=False, say=lambda line: None,
+        base=str(made.base_files.directory), onto=None, verify=False,
         progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     report = verdict(made, tmp_path / "merged")

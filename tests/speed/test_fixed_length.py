@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import GPT2Config, MistralConfig, MixtralConfig, TrainerCallback
 
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed.fixed_length import filled, why_not, with_fixed_length
 from lorafit.training.train import TrainResult, run_training
@@ -87,8 +88,8 @@ def compiled_run(directory: Path, base: Path, **speed: bool) -> tuple[TrainResul
     write_jsonl(directory / "train.jsonl", rows[:32])
     write_jsonl(directory / "eval.jsonl", rows[32:])
     graphs, said = Graphs(), list[str]()
-    settings: dict[str, Any] = {"say": said.append, "cache_dir": cache_of(directory)}
-    result = run_training(loaded, watchers=[graphs], **settings).result
+    with heard(said.append):
+        result = run_training(loaded, watchers=[graphs], cache_dir=cache_of(directory)).result
     return result, said, [*graphs.seen, counters["stats"]["unique_graphs"]]
 
 

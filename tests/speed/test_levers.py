@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import lorafit
+from lorafit.lines import heard
 from lorafit.recipe.sections import SpeedSection
 from lorafit.speed import levers
 from lorafit.speed.lever import Lever
@@ -43,6 +44,7 @@ def test_a_new_lever_reaches_the_trainer_of_the_run_and_of_its_self_test(
     refused = replace(new, name="other lever", why_not=lambda *_: "the moon is full")
     monkeypatch.setattr(causal_lm_trainer, "LEVERS", (new, refused))
     said: list[str] = []
-    run_training(small_recipe(tmp_path, tiny_base), say=said.append, cache_dir=None)
+    with heard(said.append):
+        run_training(small_recipe(tmp_path, tiny_base), cache_dir=None)
     assert [line for line in said if "lever" in line] == ["new lever on", "other lever off: the moon is full"]
     assert len(seen) == 3 and seen.count("checkpoints") == 1, "once for the run, and for each division of the self-test"

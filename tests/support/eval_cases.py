@@ -16,6 +16,7 @@ from lorafit.cli import _exit_code
 from lorafit.evaluation import generate
 from lorafit.evaluation.eval_result import EvalResult
 from lorafit.evaluation.evaluate import evaluate
+from lorafit.lines import heard
 from lorafit.merging.merge import merge
 from support.runs import QUICK, run, small_recipe
 from support.tiny import build_base
@@ -36,7 +37,7 @@ def trained_run(directory: Path) -> Path:
     result, _ = run(small_recipe(directory, base, training=QUICK | {"max_steps": 12, "learning_rate": 1e-2}))
     merge(
         Path(result.run), out=None, dtype=None, max_shard_size=None, base=None, onto=None, verify=False,
-        say=lambda line: None, progress=lambda total: lambda done: None, cache_dir=None,
+        progress=lambda total: lambda done: None, cache_dir=None,
     )  # fmt: skip
     return Path(result.run)
 
@@ -50,7 +51,8 @@ def copied(run_directory: Path, target: Path) -> Path:
 def evaluated(run_directory: Path | str, *overrides: str, **keys: Any) -> tuple[EvalResult, list[str]]:
     """The result, and the lines said."""
     said: list[str] = []
-    return evaluate(str(run_directory), overrides=overrides, say=said.append, cache_dir=None, **keys), said
+    with heard(said.append):
+        return evaluate(str(run_directory), overrides=overrides, cache_dir=None, **keys), said
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, list[str], str]:

@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import TrainerCallback
 
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.training.start_point import Begin
 from lorafit.training.train import train
@@ -187,12 +188,8 @@ class Child:
 
 def train_in(loaded: LoadedRecipe, begin: Begin) -> None:
     """One session of a run."""
-    result = train(
-        loaded,
-        say=lambda line: print(line, flush=True),
-        cache_dir=cache_of(loaded.path.parent),
-        begin=begin,
-    )
+    with heard(lambda line: print(line, flush=True)):
+        result = train(loaded, cache_dir=cache_of(loaded.path.parent), begin=begin)
     print(f"outcome: {result}")
 
 

@@ -16,6 +16,7 @@ from lorafit.launching import machines
 from lorafit.launching.machines import met, taken_over
 from lorafit.launching.placement import Place
 from lorafit.launching.signals import end_after_lost_machine
+from lorafit.lines import heard
 
 
 def differences(first: Any, here: Any) -> list[str]:
@@ -26,7 +27,10 @@ def main(given: dict[str, Any]) -> None:
     for name, value in given.get("settings", {}).items():
         setattr(machines, name, value)
     place = Place(given["rank"], given["count"], "127.0.0.1", given["port"])
-    with met(place, given["facts"], differences=differences, say=lambda line: print(line, flush=True)) as link:
+    with (
+        heard(lambda line: print(line, flush=True)),
+        met(place, given["facts"], differences=differences) as link,
+    ):
         print("met", flush=True)
         match given.get("then"):
             case "again" | "launches" as then:

@@ -39,7 +39,6 @@ def merged(adapter: Path, out: Path, **keys: Any) -> MergeResult:
     return merge(
         adapter,
         out=out,
-        say=lambda line: None,
         progress=lambda total: lambda done: None,
         cache_dir=None,
         **(arguments | keys),

@@ -13,6 +13,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.training.train import TrainResult, train
 from support.tiny import sums, write_jsonl
@@ -68,7 +69,8 @@ def cache_of(directory: Path) -> Path:
 def run(loaded: LoadedRecipe) -> tuple[TrainResult, list[str]]:
     """Train it; the result and the lines said."""
     said: list[str] = []
-    result = train(loaded, say=said.append, cache_dir=cache_of(loaded.path.parent))
+    with heard(said.append):
+        result = train(loaded, cache_dir=cache_of(loaded.path.parent))
     return result, said
 
 

@@ -116,7 +116,7 @@ def train_spread_over(
         return remember(model)
 
     with patch.object(training, "remember", noted):
-        trained = run_training(loaded, say=lambda line: None, cache_dir=directory / "cache", **how)
+        trained = run_training(loaded, cache_dir=directory / "cache", **how)
     assert not any(parameter.is_meta for parameter in trained.model.parameters())
 
 
@@ -137,8 +137,7 @@ def main(directory: Path, base: Path) -> None:
         place = directory / name / str(process)
         place.mkdir(parents=True)
         loaded = small_recipe(place, base, output_dir=str(directory / name / "run"), **sections)
-        said: list[str] = []
-        train(loaded, say=said.append, cache_dir=directory / "cache")
+        train(loaded, cache_dir=directory / "cache")
         state.wait_for_everyone()
 
     sharded = lora_model(base)

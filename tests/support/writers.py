@@ -90,14 +90,14 @@ def _without_times(value: Any) -> Any:
 
 
 def _evaluate(directory: Path) -> None:
-    evaluate(str(directory / "run"), say=lambda line: None, cache_dir=directory / "cache")
+    evaluate(str(directory / "run"), cache_dir=directory / "cache")
 
 
 def _merge(directory: Path) -> None:
     with suppress(RunDirError):  # there already
         merge(
             directory / "run", out=directory / "merged", dtype=None, max_shard_size="40KB", base=None, onto=None,
-            verify=False, say=lambda line: None, progress=lambda total: lambda done: None, cache_dir=None,
+            verify=False, progress=lambda total: lambda done: None, cache_dir=None,
         )  # fmt: skip
 
 
@@ -106,7 +106,7 @@ def _combine(directory: Path) -> None:
         combine(
             [(directory / "run/adapter", 0.5), (directory / "other", 0.25)], out=directory / "combined", method="cat",
             density=None, rank=None, seed=0, base=str(directory.parent / "base"), with_losses=False,
-            say=lambda line: None, cache_dir=None,
+            cache_dir=None,
         )  # fmt: skip
 
 
@@ -121,7 +121,7 @@ def _init(directory: Path) -> None:
 
 def _sweep(directory: Path) -> None:
     loaded = load(directory / "sweep.yaml", overrides=[f"output_dir={directory / 'swept'}"])
-    rank_sweep(loaded, storage=None, say=lambda line: None, cache_dir=directory / "cache")
+    rank_sweep(loaded, storage=None, cache_dir=directory / "cache")
 
 
 def _swept_but_for_the_answer(directory: Path) -> None:

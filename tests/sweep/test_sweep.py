@@ -64,7 +64,7 @@ def sweep(
     loaded: LoadedRecipe, *, storage: str | None = None, new_stop: Callable[[], StopRequest] = StopRequest
 ) -> SweepResult:
     cache = loaded.path.parent / "cache"
-    return rank_sweep(loaded, storage=storage, say=lambda line: None, cache_dir=cache, new_stop=new_stop)
+    return rank_sweep(loaded, storage=storage, cache_dir=cache, new_stop=new_stop)
 
 
 def listening() -> StopRequest:
@@ -91,7 +91,7 @@ def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedR
 
 def bench(loaded: LoadedRecipe) -> Bench:
     inputs = read_inputs(loaded, cache_dir=loaded.path.parent / "cache")
-    return Bench(loaded, inputs, cache_dir=None, say=lambda line: None, new_stop=StopRequest)
+    return Bench(loaded, inputs, cache_dir=None, new_stop=StopRequest)
 
 
 def adapter_bytes(run: Path) -> bytes:
@@ -118,7 +118,7 @@ def test_the_best_recipe_validates_and_trains(swept: tuple[LoadedRecipe, SweepRe
     loaded, result = swept
     best = load(loaded.output_dir() / "best.yaml", overrides=[f"output_dir={json.dumps(str(tmp_path / 'run'))}"])
     assert (best.recipe.lora.r, best.recipe.lora.lora_alpha) == (result.chosen_rank, 2 * result.chosen_rank)
-    trained = train(best, say=lambda line: None, cache_dir=None)
+    trained = train(best, cache_dir=None)
     assert trained.outcome == "finished"
     if Path(str(result.adapter)).name.endswith("seed-42"):  # it was trained, not cut
         assert adapter_bytes(Path(trained.run)) == adapter_bytes(Path(str(result.adapter)))
@@ -130,7 +130,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_train_gives(
     """Neither the base that others trained on before, nor the losses taken on the way, leave a trace."""
     loaded, _ = swept
     alone = trial_recipe(loaded, rank=4, seed=42, learning_rate=5e-3, output_dir=tmp_path / "run")
-    train(alone, say=lambda line: None, cache_dir=None)
+    train(alone, cache_dir=None)
     assert adapter_bytes(tmp_path / "run") == adapter_bytes(loaded.output_dir() / "trials/rank-4-seed-42")
     shared = bench(loaded)
     other = trial_recipe(loaded, rank=4, seed=7, learning_rate=1e-2, output_dir=tmp_path / "other")
@@ -140,7 +140,7 @@ def test_a_trial_of_a_sweep_is_the_run_that_train_gives(
         outcome = run_trial(paused, until=until, bench=shared)
         assert max(outcome.losses) == until
     fresh = trial_recipe(loaded, rank=2, seed=42, learning_rate=5e-3, output_dir=tmp_path / "fresh")
-    train(fresh, say=lambda line: None, cache_dir=None)
+    train(fresh, cache_dir=None)
     assert adapter_bytes(tmp_path / "paused") == adapter_bytes(tmp_path / "fresh")
     assert outcome.facts["tokens"] == json.loads((tmp_path / "fresh/manifest.json").read_text())["tokens"]
 
@@ -163,7 +163,7 @@ def test_a_cut_adapter_is_left_as_a_run_that_other_commands_take(base: Path, tmp
     assert (result.chosen_rank, result.trials[0].decided_by) == (1, "truncated")
     assert result.tokens_trained == result.tokens_exhaustive / 3
     adapter = read_adapter(Path(str(result.adapter)))
-    refuse_wrong_base(adapter, read_base(adapter), say=lambda line: None)
+    refuse_wrong_base(adapter, read_base(adapter))
     assert adapter.config["r"] == 1 and adapter.recipe is not None and adapter.recipe.recipe.lora.r == 1
     shared = bench(loaded)
     with shared.adapter_on_base(RunDir(Path(str(result.adapter))).adapter) as model:
@@ -176,7 +176,7 @@ def test_a_cut_adapter_is_left_as_a_run_that_other_commands_take(base: Path, tmp
     (loaded.output_dir() / "pattern.yaml").write_text(yaml.safe_dump(best))
     if spectra["rank_pattern"]:
         patterned = load(loaded.output_dir() / "pattern.yaml")
-        train(patterned, say=lambda line: None, cache_dir=None)
+        train(patterned, cache_dir=None)
 
 
 def _killed_at(point: str) -> Callable[[], None]:
@@ -424,7 +424,7 @@ def test_every_kind_of_adapter_can_be_swept(variant: str, base: Path, tmp_path: 
     assert [row.decided_by for row in result.trials] == ["direct", "direct"]
     assert result.trials[0].truncated_loss is not None
     alone = trial_recipe(loaded, rank=2, seed=42, learning_rate=result.learning_rate, output_dir=tmp_path / "alone")
-    train(alone, say=lambda line: None, cache_dir=None)
+    train(alone, cache_dir=None)
     assert adapter_bytes(tmp_path / "alone") == adapter_bytes(loaded.output_dir() / "trials/rank-2-seed-42")
     if variant == "early stopping":
         manifest = json.loads((loaded.output_dir() / "trials/rank-4-seed-42/manifest.json").read_text())

@@ -17,6 +17,7 @@ from transformers import TrainerControl, TrainerState
 
 from lorafit.cli import _exit_code
 from lorafit.errors import HealthStop
+from lorafit.lines import heard
 from lorafit.recipe.sections import HealthSection
 from lorafit.storage.run_dir import RunDir
 from lorafit.tasks.causal_lm_trainer import CausalLm
@@ -56,20 +57,21 @@ def _logged(rule: str, action: str, directory: Path, base: Path) -> tuple[list[s
     directory = directory / "run"
     directory.mkdir()
     lines: list[str] = []
-    watching, model = HealthWatch(recipe, RunDir(directory), say=lines.append, rows_of_batch=lambda _: []), _Adapted()
+    watching, model = HealthWatch(recipe, RunDir(directory), rows_of_batch=lambda _: []), _Adapted()
     state, around = TrainerState(max_steps=40, is_world_process_zero=True), (TrainerControl(), {"model": model})
     watching.on_train_begin(None, state, around[0], **around[1])  # type: ignore[arg-type]
     try:
-        for step, (loss, norm) in enumerate(SCRIPTS[rule], start=1):
-            state.global_step = step
-            if rule != "on_zero_b":
-                model.lora_B.data += 0.1
-            logs = {"loss": loss, "grad_norm": norm, "learning_rate": 2e-4, "epoch": step / 10}
-            watching.on_log(None, state, around[0], logs=logs, **around[1])  # type: ignore[arg-type]
-            if rule == "on_overfitting" and step % 4 == 0:
-                watching.on_log(None, state, around[0], logs={"eval_loss": 2 + abs(step - 8) / 10}, **around[1])  # type: ignore[arg-type]
-        if rule == "on_nan":
-            watching.broken_step([("loss is nan", {})], model, step=4)
+        with heard(lines.append):
+            for step, (loss, norm) in enumerate(SCRIPTS[rule], start=1):
+                state.global_step = step
+                if rule != "on_zero_b":
+                    model.lora_B.data += 0.1
+                logs = {"loss": loss, "grad_norm": norm, "learning_rate": 2e-4, "epoch": step / 10}
+                watching.on_log(None, state, around[0], logs=logs, **around[1])  # type: ignore[arg-type]
+                if rule == "on_overfitting" and step % 4 == 0:
+                    watching.on_log(None, state, around[0], logs={"eval_loss": 2 + abs(step - 8) / 10}, **around[1])  # type: ignore[arg-type]
+            if rule == "on_nan":
+                watching.broken_step([("loss is nan", {})], model, step=4)
     finally:
         events = RunDir(directory).events
         found = [json.loads(line) for line in events.read_text("utf-8").splitlines()] if events.exists() else []
@@ -108,11 +110,12 @@ def test_what_was_said_before_is_not_said_again_when_a_run_goes_on(tmp_path: Pat
     for known, expected in ((len(STEADY) + 3, 0), (len(STEADY), 1)):
         lines: list[str] = []
         model = _Adapted()
-        watching = HealthWatch(loaded.recipe, RunDir(tmp_path / "run"), say=lines.append, rows_of_batch=lambda _: [])
+        watching = HealthWatch(loaded.recipe, RunDir(tmp_path / "run"), rows_of_batch=lambda _: [])
         state = TrainerState(max_steps=100, log_history=log[:known], global_step=known)
-        watching.on_train_begin(None, state, TrainerControl(), model=model)  # type: ignore[arg-type]
-        for entry in log[known:]:
-            watching.on_log(None, state, TrainerControl(), logs=entry, model=model)  # type: ignore[arg-type]
+        with heard(lines.append):
+            watching.on_train_begin(None, state, TrainerControl(), model=model)  # type: ignore[arg-type]
+            for entry in log[known:]:
+                watching.on_log(None, state, TrainerControl(), logs=entry, model=model)  # type: ignore[arg-type]
         assert len(lines) == expected
 
 

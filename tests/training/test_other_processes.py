@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from lorafit.errors import LorafitError, RunDirError
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.training.checkpoints import Checkpoint
 from lorafit.training.must_match import SEQUENCES, divided_anew, kept_keys, refuse_changes
@@ -39,10 +40,9 @@ def train_in(loaded: LoadedRecipe, count: int, *, begin: Any, crash_after: int =
     def work() -> None:
         AcceleratorState._reset_state(reset_partial_state=True)  # of tests that ran before this was forked
         is_first = os.environ.get("RANK", "0") == "0"
-        with suppress(Crash):
+        with suppress(Crash), heard(say) if is_first else nullcontext():
             run_training(
                 loaded,
-                say=say if is_first else lambda line: None,
                 cache_dir=cache_of(loaded.path.parent),
                 begin=begin,
                 watchers=[CrashAfter(crash_after)],

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from trl import SFTTrainer
 
 from lorafit.errors import MachineError, ModelError
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe
 from lorafit.training.out_of_memory import bytes_asked, is_out_of_memory, out_of_memory_is_said
 from lorafit.training.start_point import Begin
@@ -49,7 +50,8 @@ def never(trainer: SFTTrainer, rows: int) -> bool:
 
 def trained(loaded: LoadedRecipe, **keys: Any) -> tuple[TrainResult, list[str]]:
     said: list[str] = []
-    done = run_training(loaded, say=said.append, cache_dir=cache_of(loaded.path.parent), **keys)
+    with heard(said.append):
+        done = run_training(loaded, cache_dir=cache_of(loaded.path.parent), **keys)
     return done.result, [line for line in said if line.startswith("memory: ")]
 
 
@@ -299,7 +301,7 @@ pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 160 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 try:
-    train(load(Path(sys.argv[1])), say=print, cache_dir=Path(sys.argv[2]))
+    train(load(Path(sys.argv[1])), cache_dir=Path(sys.argv[2]))
 except LorafitError as error:
     print(error)
     sys.exit(error.exit_code)

@@ -9,7 +9,8 @@ import pytest
 from lorafit import pulse
 from lorafit.cli import _exit_code
 from lorafit.launching.child import Child
-from lorafit.training.progress import progress_lines
+from lorafit.lines import heard
+from lorafit.training.progress import ProgressLines
 from lorafit.training.train import train
 from support.runs import cache_of, run, small_recipe
 
@@ -34,7 +35,8 @@ def test_lines_with_news_keep_their_distance_and_silence_has_an_end(
     def steps_said(**training: int) -> list[str]:
         said: list[str] = []
         loaded = small_recipe(tmp_path, tiny_base, training=training, output_dir=str(tmp_path / f"run{len(training)}"))
-        train(loaded, say=said.append, cache_dir=cache_of(tmp_path), progress=progress_lines(said.append))
+        with heard(said.append):
+            train(loaded, cache_dir=cache_of(tmp_path), progress=ProgressLines)
         return [line.partition(":")[0] for line in said if line.startswith("step ") and "held-out" not in line]
 
     monkeypatch.setattr(pulse, "LEAST_SECONDS", 1000.0)
@@ -50,7 +52,8 @@ def test_a_long_evaluation_gives_a_sign_of_life(
     monkeypatch.setattr(pulse, "MOST_SECONDS", 0.0)
     said: list[str] = []
     loaded = small_recipe(tmp_path, tiny_base, training={"per_device_eval_batch_size": 4})
-    train(loaded, say=said.append, cache_dir=cache_of(tmp_path), progress=progress_lines(said.append))
+    with heard(said.append):
+        train(loaded, cache_dir=cache_of(tmp_path), progress=ProgressLines)
     assert "step 0/3: held-out rows, batch 1 of 2" in said
 
 
@@ -63,10 +66,11 @@ def test_a_count_tells_how_far_it_is_every_half_a_minute(monkeypatch: pytest.Mon
     now = [0.0]
     monkeypatch.setattr("lorafit.pulse.time.monotonic", lambda: now[0])
     said: list[str] = []
-    counted = pulse.counting_in_lines(said.append)("rows scored", 100)
-    for _ in range(100):
-        now[0] += 1.0
-        counted(1)
+    counted = pulse.counting_in_lines("rows scored", 100)
+    with heard(said.append):
+        for _ in range(100):
+            now[0] += 1.0
+            counted(1)
     assert said == [
         *("rows scored: 30 of 100, 1 min 10 s left", "rows scored: 60 of 100, 40.0 s left"),
         "rows scored: 90 of 100, 10.0 s left",
@@ -97,6 +101,7 @@ def test_an_evaluation_and_a_merge_count_what_they_do(
 def test_a_process_that_takes_long_is_said_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pulse, "MOST_SECONDS", 0.001)
     said: list[str] = []
-    assert Child("os.path:basename", "a/b").answer(say=said.append) == "b"
+    with heard(said.append):
+        assert Child("os.path:basename", "a/b").answer() == "b"
     assert said
     assert all(line.startswith("path: ") and line.endswith(" s so far") for line in said)

@@ -16,6 +16,7 @@ import torch
 from lorafit.cli import _exit_code
 from lorafit.data import prepare
 from lorafit.errors import LorafitError, RecipeError, RunDirError
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.schema_walk import field_at, places, section_in
 from lorafit.training.must_match import MAY_CHANGE, changes, kept_keys
@@ -31,7 +32,6 @@ def crash(loaded: LoadedRecipe, *, after: int) -> LoadedRecipe:
     with pytest.raises(Crash):
         run_training(
             loaded,
-            say=lambda line: None,
             cache_dir=loaded.path.parent.parent / "cache",
             watchers=[CrashAfter(after)],
         )
@@ -42,7 +42,8 @@ def resume(loaded: LoadedRecipe, begin: Any = "resume") -> tuple[Any, list[str]]
     """The result, and the lines said about going on."""
     said: list[str] = []
     cache = loaded.path.parent.parent / "cache"
-    result = train(loaded, say=said.append, cache_dir=cache, begin=begin)
+    with heard(said.append):
+        result = train(loaded, cache_dir=cache, begin=begin)
     return result, [line for line in said if line.startswith(("resume: ", "warning: "))]
 
 
@@ -282,7 +283,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_day_the_run_began(
     loaded = crash(recipe(room / "dated/crashed", base, **sections), after=7)
     monkeypatch.setattr(prepare, "date", SimpleNamespace(today=lambda: "2001-02-03"))
     with pytest.raises(RunDirError, match=r'date that the chat template writes: "\d{4}-\d\d-\d\d" -> "2001-02-03"'):
-        train(loaded, say=lambda line: None, cache_dir=None, begin="resume")
+        train(loaded, cache_dir=None, begin="resume")
     resume(loaded)
     assert adapter_hash(loaded) == adapter_hash(whole)
 

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from lorafit.cli import app
 from lorafit.errors import VerificationError
+from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe
 from lorafit.speed import answer_head
 from lorafit.speed.answer_head import use_answer_head
@@ -39,7 +40,7 @@ NOISY = {"lora": {"r": 4, "lora_dropout": 0.3}, "training": {"neftune_noise_alph
 
 
 def self_tested(loaded: LoadedRecipe) -> SelfTest:
-    return self_test_only(loaded, say=lambda line: None, cache_dir=loaded.path.parent / "cache")
+    return self_test_only(loaded, cache_dir=loaded.path.parent / "cache")
 
 
 def failure(loaded: LoadedRecipe) -> str:
@@ -227,7 +228,8 @@ def events(loaded: LoadedRecipe) -> list[dict[str, Any]]:
 
 def trained(loaded: LoadedRecipe, cache: Path) -> tuple[Trained, list[str]]:
     said: list[str] = []
-    done = run_training(loaded, say=said.append, cache_dir=cache)
+    with heard(said.append):
+        done = run_training(loaded, cache_dir=cache)
     return done, [line for line in said if line.startswith("self-test")]
 
 
@@ -331,8 +333,11 @@ def test_several_processes_leave_it_out_in_one_line(
         model=small_model(tiny_base),
         args=SimpleNamespace(bf16=False, gradient_checkpointing=False),
     )
-    settings = {"rows": inputs.data.train, "say": said.append, "only": False}
-    assert selftest.self_test_once(trainer, loaded, cache_dir=tmp_path / "cache", **settings) is None
+    with heard(said.append):
+        tested = selftest.self_test_once(
+            trainer, loaded, rows=inputs.data.train, cache_dir=tmp_path / "cache", only=False
+        )
+    assert tested is None
     assert said == ["self-test left out with several processes: `lorafit train RECIPE --selftest` does it in one"]
 
 

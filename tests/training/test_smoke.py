@@ -28,14 +28,13 @@ def test_all_shipped_recipes_are_found() -> None:
 def test_a_shipped_recipe_passes_its_smoke_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    result = smoke(load(path), say=lambda line: None, output_dir=None)
+    result = smoke(load(path), output_dir=None)
     assert result.steps == 3
     assert list(tmp_path.iterdir()) == [], "something was left behind"
 
 
 def test_the_run_directory_of_a_smoke_run_stays_when_asked_for(tmp_path: Path, tiny_base: Path) -> None:
-    said: list[str] = []
-    result = smoke(small_recipe(tmp_path, tiny_base), say=said.append, output_dir=tmp_path / "kept")
+    result = smoke(small_recipe(tmp_path, tiny_base), output_dir=tmp_path / "kept")
     assert result.run == str(tmp_path / "kept")
     assert (tmp_path / "kept/adapter/adapter_model.safetensors").is_file()
     assert result.max_abs_logit_difference == 0.0
@@ -49,7 +48,7 @@ def test_a_recipe_that_names_a_late_layer_is_tried_with_that_many(tmp_path: Path
     }
     base = build_base(tmp_path / "deep", config=llama_config(num_hidden_layers=4))
     loaded = small_recipe(tmp_path, base, lora=lora)
-    assert smoke(loaded, say=lambda line: None, output_dir=None).steps == 3
+    assert smoke(loaded, output_dir=None).steps == 3
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def test_what_would_end_the_real_run_ends_the_smoke_run(
     sections: dict[str, Any], tmp_path: Path, tiny_base: Path
 ) -> None:
     with pytest.raises(LorafitError):
-        smoke(small_recipe(tmp_path, tiny_base, **sections), say=lambda line: None, output_dir=tmp_path / "kept")
+        smoke(small_recipe(tmp_path, tiny_base, **sections), output_dir=tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
 
@@ -80,7 +79,7 @@ def test_a_reloaded_adapter_that_differs_fails_the_smoke_run(
 
     monkeypatch.setattr(smoke_module.PeftModel, "from_pretrained", damaged)
     with pytest.raises(VerificationError, match="differs from the trained one"):
-        smoke(small_recipe(tmp_path, tiny_base), say=lambda line: None, output_dir=None)
+        smoke(small_recipe(tmp_path, tiny_base), output_dir=None)
 
 
 def test_what_needs_a_gpu_is_replaced_and_said(tmp_path: Path, tiny_base: Path) -> None:
@@ -91,6 +90,6 @@ def test_what_needs_a_gpu_is_replaced_and_said(tmp_path: Path, tiny_base: Path) 
         lora={"init_lora_weights": "loftq"},
         training={"optim": "paged_adamw_8bit", "torch_compile": True},
     )
-    result = smoke(loaded, say=lambda line: None, output_dir=None)
+    result = smoke(loaded, output_dir=None)
     text = " ".join(result.changed)
     assert all(word in text for word in ("loftq", "paged_adamw_8bit", "torch_compile"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -24,14 +25,16 @@ from lorafit.training.health.causes import Setting
 from lorafit.training.health.history import WINDOW, Evaluation, History, Point
 from lorafit.training.health.rules import RULES, Finding, Movement, Weights, not_finite, zero_b
 
+logger = logging.getLogger(__name__)
+
 RowsOfBatch = Callable[[dict[str, Any]], list[str]]
 
 
 class HealthWatch(TrainerCallback):
     """One for each run. All processes see the same figures, the first decides, and all stop at the same step."""
 
-    def __init__(self, recipe: Recipe, run: RunDir, *, say: Callable[[str], None], rows_of_batch: RowsOfBatch) -> None:
-        self._recipe, self._run, self._say, self._rows_of_batch = recipe, run, say, rows_of_batch
+    def __init__(self, recipe: Recipe, run: RunDir, *, rows_of_batch: RowsOfBatch) -> None:
+        self._recipe, self._run, self._rows_of_batch = recipe, run, rows_of_batch
         self._actions: dict[str, str] = recipe.health.model_dump()
         self._history = History()
         self._setting: Setting | None = None
@@ -164,7 +167,7 @@ class HealthWatch(TrainerCallback):
             raise HealthStop(
                 f"{message}; no adapter was written (health.{finding.rule}: warn goes on)", where="training"
             )
-        self._say(f"warning: {message} (health.{finding.rule}: ignore silences this)")
+        logger.warning(f"{message} (health.{finding.rule}: ignore silences this)")
 
 
 def setting_of(recipe: Recipe, model: Any, *, total_steps: int) -> Setting:

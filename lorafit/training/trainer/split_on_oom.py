@@ -7,6 +7,7 @@ the gradients of the parts of a micro-batch add up to the gradient of the whole.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from transformers.trainer_callback import ExportableState
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.out_of_memory import Doing, is_out_of_memory, memory_figures
 from lorafit.training.rows_of_batch import rows_of
+
+logger = logging.getLogger(__name__)
 
 Inputs = dict[str, Any]
 OneStep = Callable[[nn.Module, Inputs, Any], torch.Tensor]
@@ -73,8 +76,8 @@ class _Start:
 class HalveBatch(TrainerCallback, ExportableState):
     """In how many parts each micro-batch is done; checkpoints keep it."""
 
-    def __init__(self, run: RunDir, *, say: Callable[[str], None]) -> None:
-        self._run, self._say = run, say
+    def __init__(self, run: RunDir) -> None:
+        self._run = run
         self.parts = 1
         self._batches: list[Inputs] = []
         self._losses: list[torch.Tensor] = []
@@ -155,7 +158,7 @@ class HalveBatch(TrainerCallback, ExportableState):
         step = trainer.state.global_step + 1
         message = f"step {step}: out of memory, {failure}; done again, and from here on, {self.described(trainer)}"
         if trainer.is_world_process_zero():
-            self._say(f"memory: {message}")
+            logger.info(f"memory: {message}")
             self._run.add_event("memory", message, step=step, figures={"parts": self.parts})
 
     def described(self, trainer: Divisible) -> str:

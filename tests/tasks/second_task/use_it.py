@@ -10,6 +10,7 @@ from typing import Any
 
 from lorafit.errors import RecipeError
 from lorafit.evaluation.evaluate import evaluate
+from lorafit.lines import heard
 from lorafit.recipe import load
 from lorafit.recipe.schema import recipe_schema
 from lorafit.report.evaluation import eval_table
@@ -22,8 +23,9 @@ def main(path: Path) -> dict[str, Any]:
     """All that the test looks at."""
     said: list[str] = []
     loaded = load(path)
-    trained = train(loaded, say=said.append, cache_dir=None)
-    measured = evaluate(trained.run, say=said.append, cache_dir=None)
+    with heard(said.append):
+        trained = train(loaded, cache_dir=None)
+        measured = evaluate(trained.run, cache_dir=None)
     return {
         "recipe": type(loaded.recipe).__name__,
         "refused": {key: refused(path, key) for key in ("training.packing=true", "training.extra={max_length: 9}")},
