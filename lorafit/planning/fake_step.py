@@ -253,7 +253,7 @@ class FakeRun:
             stand_in_for_cuda()
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
-        return _inputs(batch)
+        return self._page.planned_batch(batch)
 
     def _loss(self, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:
         with self._trainer.compute_loss_context_manager():
@@ -314,27 +314,3 @@ def _with_added_tokens(config: PreTrainedConfig, count: int) -> tuple[PreTrained
     text = grown.get_text_config()
     text.vocab_size += count
     return grown, range(text.vocab_size - count, text.vocab_size)
-
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    """As TRL's collator makes them: packed rows flattened into one, others beside each other with a mask."""
-    if batch.rows != "packed":
-        shape = (batch.size, batch.length)
-        return {
-            "input_ids": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.zeros(shape, dtype=torch.long),
-            "attention_mask": torch.ones(shape, dtype=torch.long),
-        }
-    shape = (1, batch.size * batch.length)
-    # Each row holds one document at least; more of them take a few bytes each.
-    boundaries = torch.zeros(batch.size + 1, dtype=torch.int32)
-    return {
-        "input_ids": torch.zeros(shape, dtype=torch.long),
-        "labels": torch.zeros(shape, dtype=torch.long),
-        "position_ids": torch.zeros(shape, dtype=torch.long),
-        "cu_seq_lens_q": boundaries,
-        "cu_seq_lens_k": boundaries,
-        "max_length_q": batch.length,
-        "max_length_k": batch.length,
-        "seq_idx": torch.zeros(shape, dtype=torch.int32),
-    }

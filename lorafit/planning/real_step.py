@@ -68,25 +68,10 @@ class RealRun(FakeRun):
 
     def _inputs(self, batch: Batch) -> dict[str, Any]:
         """With values: which rows are padded, and where documents begin, is looked at."""
-        shape = (batch.size, batch.length)
-        ids = torch.randint(0, 256, shape)
-        if batch.rows != "packed":
-            mask = torch.ones(shape, dtype=torch.long)
-            if batch.rows == "padded":
-                mask[0, -7:] = 0
-            inputs = {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
-        else:
-            bounds = torch.arange(0, ids.numel() + 1, batch.length, dtype=torch.int32)
-            inputs = {
-                "input_ids": ids.view(1, -1),
-                "labels": ids.clone().view(1, -1),
-                "position_ids": torch.arange(batch.length).repeat(batch.size)[None],
-                "cu_seq_lens_q": bounds,
-                "cu_seq_lens_k": bounds,
-                "seq_idx": torch.arange(batch.size, dtype=torch.int32).repeat_interleave(batch.length)[None],
-            }
-        lengths = {"max_length_q": batch.length, "max_length_k": batch.length} if batch.rows == "packed" else {}
-        return {**{name: tensor.to(self._device) for name, tensor in inputs.items()}, **lengths}
+        inputs = self._page.measured_batch(batch)
+        return {
+            name: part.to(self._device) if isinstance(part, torch.Tensor) else part for name, part in inputs.items()
+        }
 
     @torch.no_grad()
     def _fill(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -17,6 +18,9 @@ from lorafit.recipe.sections import SFTSection, TrainingSection
 from lorafit.speed import levers
 from lorafit.training.trainer.planned import Planned
 from lorafit.training.trainer.run_trainer import RunTrainer
+
+if TYPE_CHECKING:
+    from lorafit.planning.fake_step import Batch
 
 ARGUMENTS = SFTConfig
 LEVERS = levers.LEVERS
@@ -51,6 +55,19 @@ def scores_of_tokens(scored: Any) -> torch.Tensor:
     return scored.log_probs[scored.label_mask.bool()]
 
 
+def rows_of(inputs: dict[str, Any]) -> list[dict[str, list[int]]]:
+    """Each document without padding: of [B, T] with an attention_mask, or of one flattened row with cu_seq_lens_q."""
+    if "cu_seq_lens_q" in inputs:
+        shares = [slice(start, end) for start, end in pairwise(inputs["cu_seq_lens_q"].tolist())]
+        return [_row(inputs, 0, share) for share in shares]
+    masks: torch.Tensor = inputs["attention_mask"].bool()
+    return [_row(inputs, number, mask) for number, mask in enumerate(masks)]
+
+
+def _row(inputs: dict[str, Any], number: int, share: slice | torch.Tensor) -> dict[str, list[int]]:
+    return {name: inputs[name][number, share].tolist() for name in ("input_ids", "labels")}
+
+
 def short_rows(rows: datasets.Dataset, lengths: Sequence[int]) -> list[dict[str, Any]]:
     """The last tokens of training rows."""
     chosen = rows.select_columns("input_ids")
@@ -65,8 +82,56 @@ def unpacked(training: TrainingSection) -> dict[str, Any]:
     return {"packing": False, "extra": training.extra | flattened}
 
 
+def planned_batch(batch: Batch) -> dict[str, Any]:
+    """As TRL's collator makes it: packed rows flattened into one, others beside each other with a mask."""
+    if batch.rows != "packed":
+        shape = (batch.size, batch.length)
+        return {
+            "input_ids": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.zeros(shape, dtype=torch.long),
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+        }
+    shape = (1, batch.size * batch.length)
+    # Each row holds one document at least; more of them take a few bytes each.
+    boundaries = torch.zeros(batch.size + 1, dtype=torch.int32)
+    return {
+        "input_ids": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.zeros(shape, dtype=torch.long),
+        "position_ids": torch.zeros(shape, dtype=torch.long),
+        "cu_seq_lens_q": boundaries,
+        "cu_seq_lens_k": boundaries,
+        "max_length_q": batch.length,
+        "max_length_k": batch.length,
+        "seq_idx": torch.zeros(shape, dtype=torch.int32),
+    }
+
+
+def measured_batch(batch: Batch) -> dict[str, Any]:
+    """The same with values: which rows are padded, and where documents begin, is looked at."""
+    shape = (batch.size, batch.length)
+    ids = torch.randint(0, 256, shape)
+    if batch.rows != "packed":
+        mask = torch.ones(shape, dtype=torch.long)
+        if batch.rows == "padded":
+            mask[0, -7:] = 0
+        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+    bounds = torch.arange(0, ids.numel() + 1, batch.length, dtype=torch.int32)
+    return {
+        "input_ids": ids.view(1, -1),
+        "labels": ids.clone().view(1, -1),
+        "position_ids": torch.arange(batch.length).repeat(batch.size)[None],
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "seq_idx": torch.arange(batch.size, dtype=torch.int32).repeat_interleave(batch.length)[None],
+        "max_length_q": batch.length,
+        "max_length_k": batch.length,
+    }
+
+
 class CausalLm(RunTrainer, SFTTrainer):
     """Trains one adapter on rows that already hold `input_ids` and `labels`."""
+
+    rows_of = staticmethod(rows_of)
 
     def __init__(self, **arguments: Any) -> None:
         """`arguments` are those of `RunTrainer` and of SFTTrainer."""

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, TrainingArguments
 
     from lorafit.data.encode import Encode
+    from lorafit.planning.fake_step import Batch
     from lorafit.recipe import Recipe
     from lorafit.recipe.sections import TrainingSection
     from lorafit.speed.lever import Lever
@@ -82,6 +83,12 @@ class TrainerPage(Protocol):
 
     def score(self, model: nn.Module, inputs: Mapping[str, Any]) -> Any:
         """What the model makes of a batch when it is measured, called as the trainer calls it."""
+
+    def planned_batch(self, batch: Batch) -> dict[str, Any]:
+        """Rows of this number and length, of zeros, as the trainer's collator hands them on."""
+
+    def measured_batch(self, batch: Batch) -> dict[str, Any]:
+        """The same with values."""
 
     def short_rows(self, rows: datasets.Dataset, lengths: Sequence[int]) -> list[dict[str, Any]]:
         """For the self-test: rows of at most so many tokens, one of each length, all of whose tokens are trained."""

@@ -65,7 +65,7 @@ def task_trainer(
         dtype={"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, model.dtype),
     )
     metrics, updates = MetricsFile(run.metrics), Updates()
-    health = HealthWatch(recipe, run, rows_of_batch=RowFinder(data))
+    health = HealthWatch(recipe, run, rows_of_batch=RowFinder(data, page.TRAINER.rows_of))
     halving = HalveBatch(run) if recipe.health.on_oom == "halve_batch" else None
     own = [*_callbacks(recipe, metrics, progress=progress), updates, health, *([halving] if halving else [])]
     trainer = page.TRAINER(

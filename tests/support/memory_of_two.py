@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from trl import SFTTrainer
 
-from lorafit.training.rows_of_batch import rows_of
+from lorafit.tasks.causal_lm_trainer import rows_of
 from support.forked import session
 from support.out_of_memory import CUDA, PACKED, RIGHT_STEP
 from support.runs import small_recipe

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from trl import SFTTrainer
 
-from lorafit.training.rows_of_batch import rows_of
+from lorafit.tasks.causal_lm_trainer import rows_of
 
 CUDA = (
     "CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total capacity of 79.25 GiB of which 1.2 GiB is free."

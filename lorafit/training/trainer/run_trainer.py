@@ -9,6 +9,7 @@ from torch import nn
 
 from lorafit.speed.levers import Engaged
 from lorafit.training.callbacks import EarlyStopping, MetricsFile, Updates
+from lorafit.training.rows_of_batch import RowsOf
 from lorafit.training.trainer.committed import Committed
 from lorafit.training.trainer.finite_steps import FiniteSteps
 from lorafit.training.trainer.peft_steps import PeftSteps
@@ -22,6 +23,7 @@ class RunTrainer(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps):
     called: Callable[[Any], Any]
     """What the model is called through; a lever may put something around it."""
 
+    rows_of: RowsOf
     engaged: Engaged
     metrics: MetricsFile
     updates: Updates

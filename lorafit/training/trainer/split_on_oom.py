@@ -23,7 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.out_of_memory import Doing, is_out_of_memory, memory_figures
-from lorafit.training.rows_of_batch import rows_of
+from lorafit.training.rows_of_batch import RowsOf
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +32,9 @@ OneStep = Callable[[nn.Module, Inputs, Any], torch.Tensor]
 
 
 class Divisible(Protocol):
-    """What is asked of a trainer whose micro-batches are divided: transformers' own, but for the first two."""
+    """What is asked of a trainer whose micro-batches are divided: transformers' own, but for the first three."""
 
+    rows_of: RowsOf
     padding_free: bool
     """Whether a batch is one flattened row of documents."""
     window: dict[str, Any]
@@ -227,7 +228,7 @@ def _in_any_process(trainer: Divisible, is_so: bool) -> bool:
 
 def _fewest_rows(trainer: Divisible, inputs: Inputs) -> int:
     """Rows (documents, when packed) of this micro-batch in the process that has the fewest: all split into as many."""
-    count = torch.tensor(-float(len(rows_of(inputs))), device=trainer.args.device)
+    count = torch.tensor(-float(len(trainer.rows_of(inputs))), device=trainer.args.device)
     return (
         -int(trainer.accelerator.reduce(count, reduction="max"))
         if trainer.accelerator.num_processes > 1
@@ -238,8 +239,8 @@ def _fewest_rows(trainer: Divisible, inputs: Inputs) -> int:
 def _shares(trainer: Divisible, inputs: Inputs, *, parts: int) -> list[Inputs]:
     """The micro-batch in parts of about as many tokens (rows, when padded), in its order, collated anew: each part as
     the run with that micro-batch would have it."""
-    rows = rows_of(inputs)
-    weights = [len(row["input_ids"]) if trainer.padding_free else 1 for row in rows]
+    rows = trainer.rows_of(inputs)
+    weights = [len(next(iter(row.values()))) if trainer.padding_free else 1 for row in rows]
     groups: list[list[dict[str, Any]]] = [[] for _ in range(min(parts, _fewest_rows(trainer, inputs)))]
     total, before, last = sum(weights), 0, 0
     for number, (row, weight) in enumerate(zip(rows, weights, strict=True)):

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
+from lorafit.planning.fake_step import Batch
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import TrainingSection
 from lorafit.speed.fused_lora import LEVER
+from lorafit.tasks.causal_lm_trainer import rows_of
 from lorafit.training.trainer.planned import Planned
 from lorafit.training.trainer.run_trainer import RunTrainer
 
@@ -25,6 +27,7 @@ class ToyLm(RunTrainer, Trainer):
     """Means of batches as transformers makes them."""
 
     padding_free = False
+    rows_of = staticmethod(rows_of)
     window: dict[str, Any] = {}
 
     def __init__(self, **arguments: Any) -> None:
@@ -70,6 +73,15 @@ def scores_of_tokens(scored: Any) -> torch.Tensor:
     logits, labels = scored.logits[:, :-1].float(), scored.labels[:, 1:]
     is_trained = labels != -100
     return -nn.functional.cross_entropy(logits[is_trained], labels[is_trained], reduction="none")
+
+
+def planned_batch(batch: Batch) -> dict[str, Any]:
+    """Ids, labels and a mask."""
+    shape = (batch.size, batch.length)
+    return {name: torch.zeros(shape, dtype=torch.long) for name in ("input_ids", "labels", "attention_mask")}
+
+
+measured_batch = planned_batch
 
 
 def short_rows(rows: datasets.Dataset, lengths: Sequence[int]) -> list[dict[str, Any]]:
