@@ -7,12 +7,14 @@ import fcntl
 import json
 import os
 import platform
+import resource
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import lorafit
 from lorafit import operating_system
@@ -35,7 +37,7 @@ for name in ("sigtimedwait", "sigwaitinfo", "SIGPWR", "SIGSTKFLT", "SIGRTMIN", "
 
 class Library(ctypes.CDLL):
     def __getattr__(self, name):
-        if name in ("prctl", "renameat2", "unshare", "memfd_create"):
+        if name in ("prctl", "renameat2", "unshare", "memfd_create", "mallopt", "malloc_trim"):
             raise AttributeError(name)
         return super().__getattr__(name)
 
@@ -105,6 +107,23 @@ def test_peak_memory_is_in_bytes_whatever_the_kernel_counts_in(monkeypatch: pyte
     monkeypatch.setattr(sys, "platform", "darwin")
     of_a_mac = runpy.run_path(str(operating_system.__file__))["peak_bytes"]
     assert of_a_mac() * 1024 == pytest.approx(here, rel=0.1)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators are not told")
+def test_freed_memory_stays_with_the_process_and_goes_back_afterwards() -> None:
+    def pages_cleared() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(4):
+            parts = [torch.ones(2**22) for _ in range(8)]
+            del parts
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    resident = operating_system.resident_bytes()
+    with operating_system.freed_memory_kept():
+        pages_cleared()
+        assert pages_cleared() < 100
+    assert operating_system.resident_bytes() < resident + 2**26
+    assert pages_cleared() > 8 * 2**24 / resource.getpagesize()
 
 
 def test_a_file_is_flushed_to_the_drive_where_the_system_can_be_asked_to(
