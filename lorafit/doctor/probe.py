@@ -10,15 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from lorafit.imports import quick_imports
 
 Answer = dict[str, Any]
 
 
 def torch_import() -> Answer:
     """Version and what it was built for, as plain values: whoever asks imports no torch."""
-    torch = importlib.import_module("torch")
+    with quick_imports():
+        torch = importlib.import_module("torch")
     return {"version": str(torch.__version__), "cuda": torch.version.cuda, "hip": torch.version.hip}
 
 
@@ -56,7 +56,8 @@ def cpu() -> Answer:
 def bitsandbytes() -> Answer:
     """Ones to 4 bits and back, on the device that trains."""
     torch = importlib.import_module("torch")
-    functional = importlib.import_module("bitsandbytes.functional")
+    with quick_imports():
+        functional = importlib.import_module("bitsandbytes.functional")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ones = torch.ones(64, 64, device=device)
     packed, state = functional.quantize_4bit(ones, quant_type="nf4")
@@ -66,9 +67,10 @@ def bitsandbytes() -> Answer:
 
 def hub() -> Answer:
     """Whose token it is."""
+    api, errors = (importlib.import_module(f"huggingface_hub.{part}") for part in ("hf_api", "errors"))
     try:
-        return {"name": HfApi().whoami()["name"]}
-    except HfHubHTTPError as error:
+        return {"name": api.HfApi().whoami()["name"]}
+    except errors.HfHubHTTPError as error:
         return {"status": error.response.status_code if error.response is not None else None}
 
 

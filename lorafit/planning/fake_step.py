@@ -135,6 +135,8 @@ class FakeRun:
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if self._recipe.training.neftune_noise_alpha is not None:
             activate_neftune(model, self._recipe.training.neftune_noise_alpha, self._trainer.accelerator)
+        self._asked: tuple[Batch, Batch | None, int] | None = None
+        self._measured: dict[tuple[int, ...], Measured] = {}
         gc.freeze()  # all that was imported and built stays: collecting garbage after a step need not look at it
 
     def step(
@@ -147,8 +149,17 @@ class FakeRun:
     ) -> Measured:
         """The step after the first (optimizer states are there) with the layers `indices`, and an evaluation.
 
-        `passes` forward and backward passes: from the second on, the gradients of the first lie beside it.
+        `passes` forward and backward passes: from the second on, the gradients of the first lie beside it. A step is
+        run once, however often it is asked for before another batch is; with FSDP2 each time.
         """
+        asked, kept = (batch, eval_batch, passes), tuple(indices)
+        if asked != self._asked:
+            self._asked, self._measured = asked, {}
+        if kept not in self._measured or self._spread > 1:  # where DTensor's first step counts its own planning, too
+            self._measured[kept] = self._run(kept, batch, eval_batch=eval_batch, passes=passes)
+        return self._measured[kept]
+
+    def _run(self, indices: tuple[int, ...], batch: Batch, *, eval_batch: Batch | None, passes: int) -> Measured:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
         self.layers.keep(indices)
         if self._spread > 1:  # a model is sharded for good
@@ -179,7 +190,7 @@ class FakeRun:
                 self._evaluate(tracker, eval_batch)
         for work in observer.work["pass"]:
             observer.work["pass"][work] //= passes
-        return Measured(tuple(indices), tracker.moments, tracker.trace, observer.work)
+        return Measured(indices, tracker.moments, tracker.trace, observer.work)
 
     @property
     def trainable(self) -> list[nn.Parameter]:

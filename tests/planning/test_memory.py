@@ -63,6 +63,12 @@ def test_a_published_run_is_met(answers: Any) -> None:
     assert answers["published"] == [pytest.approx(16.374, rel=0.005)]  # A100, Mistral 7B QLoRA, 4 rows
 
 
+def test_a_step_is_run_once_for_a_batch(answers: Any) -> None:
+    first, with_replay, of_another_batch, of_the_first_again = answers["steps"]
+    assert first and len(with_replay) == 1 and max(with_replay) > max(first)
+    assert of_another_batch == of_the_first_again == first
+
+
 def test_the_peak_is_exactly_affine_in_depth_with_two_kinds_of_layers(answers: Any) -> None:
     ((extrapolated, whole),) = answers["affine"]
     assert extrapolated == whole

@@ -27,7 +27,7 @@ from transformers import Gemma2Config, PreTrainedConfig
 
 from lorafit.planning.estimate import Estimator
 from lorafit.planning.extrapolate_layers import WholeStep, whole_step
-from lorafit.planning.fake_step import Batch, FakeRun
+from lorafit.planning.fake_step import Batch, FakeRun, Measured
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture
 from lorafit.planning.largest_that_fit import largest_that_fit
@@ -92,6 +92,24 @@ def affine(checkpointing: bool) -> list[int]:
     extrapolated = whole_step(run, batch, eval_batch=batch, passes=2, replay=False).peak.total
     run = FakeRun(recipe(), config=copy.deepcopy(TWO_KINDS), bf16=True, checkpointing=checkpointing)
     return [extrapolated, run.step(range(7), batch, eval_batch=batch, passes=2).most_allocated]
+
+
+def steps_run() -> list[list[int]]:
+    """Layers of each step that is run for an estimate, for it and its replay, for another batch, and for the first."""
+    depths: list[int] = []
+
+    class Counted(FakeRun):
+        def _run(self, indices: tuple[int, ...], *rest: Any, **named: Any) -> Measured:
+            depths.append(len(indices))
+            return super()._run(indices, *rest, **named)
+
+    run = Counted(recipe(), config=copy.deepcopy(plan_vs_cpu.TINY), bf16=True, checkpointing=True)
+    found = []
+    for length, replay in ((32, False), (32, True), (48, False), (32, False)):
+        whole_step(run, Batch("full", 1, length), eval_batch=None, passes=1, replay=replay)
+        found.append(depths[:])
+        depths.clear()
+    return found
 
 
 def monotone() -> dict[str, list[int]]:
@@ -183,6 +201,7 @@ def quick() -> dict[str, Any]:
         },
         "published": [apart(plan_vs_published.predicted, row) for row in plan_vs_published.ROWS[2:3]],
         "affine": [apart(affine, True)],
+        "steps": apart(steps_run),
         "monotone": apart(monotone),
         "spread": apart(spread, 4),
         "loading": apart(loading_in_4_bits),
