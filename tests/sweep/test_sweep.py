@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,8 +17,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from lorafit import pulse
 from lorafit.errors import DataError, LorafitError, MachineError, RecipeError, RunDirError, StopRequested
 from lorafit.launching.signals import StopRequest
+from lorafit.lines import heard
 from lorafit.merging.adapter_files import read_adapter
 from lorafit.merging.identity import refuse_wrong_base
 from lorafit.merging.merge import read_base
@@ -84,9 +87,13 @@ def told(loaded: LoadedRecipe) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def swept(base: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LoadedRecipe, SweepResult]:
-    """The sweep that the others are held against; no cut adapter is good enough for it."""
+    """The sweep that the others are held against; no cut adapter is good enough for it. Its lines are in said.txt."""
     loaded = recipe(tmp_path_factory.mktemp("swept"), base, rank_sweep={"eps": 0.0001})
-    return loaded, sweep(loaded)
+    said: list[str] = []
+    with heard(said.append), patch.object(pulse, "MOST_SECONDS", 0.0):
+        result = sweep(loaded)
+    (loaded.path.parent / "said.txt").write_text("\n".join(said))
+    return loaded, result
 
 
 def bench(loaded: LoadedRecipe) -> Bench:
@@ -112,6 +119,13 @@ def test_what_is_on_disk_is_the_result(swept: tuple[LoadedRecipe, SweepResult]) 
     assert rows[1].parameters * 4 == rows[2].parameters * 2 == rows[4].parameters
     assert rows[4].adapter_bytes == 4 * rows[4].parameters  # float32
     assert rows[2].truncated_loss is not None and rows[4].truncated_loss is None
+
+
+def test_each_rank_is_told_of_and_not_what_its_runs_would_say(swept: tuple[LoadedRecipe, SweepResult]) -> None:
+    said = (swept[0].path.parent / "said.txt").read_text().splitlines()
+    assert said[0] == "rank 4: training"
+    assert any(line.startswith("rank 4: step 3/6: ") for line in said)
+    assert all(line.startswith("rank ") for line in said), said
 
 
 def test_the_best_recipe_validates_and_trains(swept: tuple[LoadedRecipe, SweepResult], tmp_path: Path) -> None:
