@@ -17,7 +17,9 @@ from transformers.trainer_callback import ExportableState
 
 from lorafit.storage.files import append_line, write_file
 
-_METRIC_NAMES = {"learning_rate": "lr", "num_tokens": "tokens", "mean_token_accuracy": "token_accuracy"}
+_TOKENS = ("num_tokens", "num_input_tokens_seen")
+"""Tokens of the run so far, as TRL's trainers and as transformers' own call them."""
+_METRIC_NAMES = {"learning_rate": "lr", "mean_token_accuracy": "token_accuracy", **dict.fromkeys(_TOKENS, "tokens")}
 _KEPT = ("loss", "grad_norm", "epoch", "eval_loss", "eval_tokens", "entropy")
 
 
@@ -57,7 +59,8 @@ class MetricsFile(TrainerCallback, ExportableState):
     ) -> None:
         """Append one line."""
         entry: dict[str, Any] = {"step": state.global_step}
-        self.tokens = int(logs.get("num_tokens", self.tokens))  # the summary at the end counts the last steps, too
+        # The summary at the end counts the last steps, too.
+        self.tokens = next((int(logs[name]) for name in _TOKENS if name in logs), self.tokens)
         entry |= {_METRIC_NAMES.get(key, key): value for key, value in logs.items() if key in (*_KEPT, *_METRIC_NAMES)}
         if "loss" in logs:
             now = time.monotonic()

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 import lorafit
+from support import ROOT
 from support.tiny import sums, write_jsonl
 
 PACKAGE = Path(lorafit.__file__).parent
@@ -94,8 +95,9 @@ def found(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     program = [sys.executable, str(Path(__file__).parent / "second_task" / "use_it.py"), str(directory / "recipe.yaml")]
     tree = with_the_second_task(directory / "tree")
+    paths = os.pathsep.join((str(tree), str(ROOT / "scripts")))
     done = subprocess.run(
-        program, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(tree), "HF_HUB_OFFLINE": "1"}
+        program, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
     )
     assert done.returncode == 0, done.stderr
     told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])  # some libraries print there
@@ -110,6 +112,7 @@ def test_it_trains_its_own_rows_with_its_own_trainer_and_levers_and_passes_the_s
     assert found["recipe"] == "ToyRecipe"
     trained = found["trained"]
     assert trained["outcome"] == "finished" and trained["steps"] == 3
+    assert trained["tokens"] > 24 * 20
     assert trained["eval_loss_after"] < trained["eval_loss_before"]
     (data,) = (line for line in found["said"] if line.startswith("data: "))
     assert "100 % trained" in data and data.count("100 % trained") == 2
@@ -128,16 +131,24 @@ def test_it_is_measured_and_reported_by_its_own_names(found: dict[str, Any]) -> 
 
 
 def test_its_recipe_has_the_keys_of_its_own_library_class_and_no_others(found: dict[str, Any]) -> None:
-    assert found["refused"] == {
-        "training.packing=true": [
-            "--set: training.packing: not a key of training with task: toy_lm; it is one with task: causal_lm"
-        ],
-        "training.extra={max_length: 9}": [
-            "--set: training.extra.max_length: training has this key itself; write training.max_length"
-        ],
-    }
+    packing, extra, misspelt = (said for (said,) in found["refused"].values())
+    assert packing == "--set: training.packing: not a key of training with task: toy_lm; it is one with task: causal_lm"
+    assert extra == "--set: training.extra.max_length: training has this key itself; write training.max_length"
+    assert misspelt.endswith(
+        "training.label_smoothing_facter: not a key of training; did you mean label_smoothing_factor?"
+    )
     (said,) = found["refused of the default"]
     assert "training.label_smoothing_factor: not a key of training; it costs a second forward pass" in said
+
+
+def test_a_recipe_that_is_laid_over_its_own_has_its_task(found: dict[str, Any]) -> None:
+    assert found["laid over"] == {"seed": 7, "label_smoothing_factor": 0.1}
+
+
+def test_its_keys_are_in_the_reference_beneath_its_name(found: dict[str, Any]) -> None:
+    headings = [line for line in found["reference"].splitlines() if line.startswith("## training")]
+    assert headings == ["## training (task: causal_lm)", "## training (task: toy_lm)"]
+    assert "### training (task: toy_lm).label_smoothing_factor" in found["reference"]
 
 
 def test_its_keys_are_in_the_schema_where_its_name_is_written(found: dict[str, Any]) -> None:

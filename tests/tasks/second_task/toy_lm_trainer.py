@@ -44,7 +44,7 @@ TRAINER, PLANNED = ToyLm, PlannedToyLm
 
 def own_settings(recipe: Recipe) -> dict[str, Any]:
     """What its section has beside those of every task."""
-    return recipe.training.model_dump(include={"label_smoothing_factor"})
+    return recipe.training.model_dump(include={"label_smoothing_factor"}) | {"include_num_input_tokens_seen": "all"}
 
 
 def collator(pad_token_id: int) -> Any:

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import recipe_reference
+
 from lorafit.errors import RecipeError
 from lorafit.evaluation.evaluate import evaluate
 from lorafit.lines import heard
@@ -18,17 +20,23 @@ from lorafit.report.tables import train_table
 from lorafit.tasks import TASKS
 from lorafit.training.train import train
 
+WRONG = ("training.packing=true", "training.extra={max_length: 9}", "training.label_smoothing_facter=0.1")
+
 
 def main(path: Path) -> dict[str, Any]:
     """All that the test looks at."""
     said: list[str] = []
     loaded = load(path)
+    laid_over = path.with_name("over.yaml")
+    laid_over.write_text(f"extends: {path.name}\ntraining: {{seed: 7}}\n", encoding="utf-8")
     with heard(said.append):
         trained = train(loaded, cache_dir=None)
         measured = evaluate(trained.run, cache_dir=None)
     return {
         "recipe": type(loaded.recipe).__name__,
-        "refused": {key: refused(path, key) for key in ("training.packing=true", "training.extra={max_length: 9}")},
+        "refused": {key: refused(path, key) for key in WRONG},
+        "laid over": load(laid_over).recipe.training.model_dump(include={"seed", "label_smoothing_factor"}),
+        "reference": recipe_reference.page(),
         "refused of the default": refused(path, "task=causal_lm"),
         "schema": recipe_schema(),
         "said": said,
