@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft import (
@@ -14,8 +15,9 @@ from peft import (
     initialize_lora_eva_weights,
     replace_lora_weights_loftq,
 )
+from peft.tuners.adalora import AdaLoraModel, RankAllocator
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import TrainableTokensWrapper
 from torch import nn
@@ -83,7 +85,7 @@ def attach_adapter(
             replace_lora_weights_loftq(adapted, model_path=base_directory)
     except (ValueError, TypeError, NotImplementedError, ImportError) as error:
         raise AdapterError(f"peft refuses this adapter on this model: {error}", where="lora") from error
-    head = adapted.get_base_model().get_output_embeddings()
+    head = base_of(adapted).get_output_embeddings()
     if type(head) is TrainableTokensWrapper:
         head.__class__ = HeadWithTrainedRows
     return adapted
@@ -108,21 +110,31 @@ def _run(model: nn.Module, batches: Batches) -> None:
             model(input_ids=input_ids[mask.bool()].unsqueeze(0).to(device))
 
 
+def base_of(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
+    """The model of transformers that an adapter sits on, with its layers in place."""
+    return cast(PreTrainedModel, model.get_base_model()) if isinstance(model, PeftModel) else model
+
+
 def set_total_steps(model: PeftModel, total_steps: int) -> None:
     """Tell AdaLoRA how many optimizer steps the run has; it shares out ranks between `tinit` and `total - tfinal`."""
     config = model.peft_config["default"]
     if isinstance(config, AdaLoraConfig):
         config.total_step = total_steps
-        model.base_model.rankallocator.set_total_step(total_steps)
+        rank_allocator(model).set_total_step(total_steps)
+
+
+def rank_allocator(model: PeftModel) -> RankAllocator:
+    """AdaLoRA's."""
+    return cast(AdaLoraModel, model.base_model).rankallocator
 
 
 def adapted_modules(model: PeftModel) -> tuple[AdaptedModule, ...]:
     """Every module with an adapter, in the model's order."""
     table = []
     for name, module in model.get_base_model().named_modules():
-        if not isinstance(module, BaseTunerLayer) or "default" not in getattr(module, "r", {}):
+        if not isinstance(module, LoraLayer) or "default" not in module.r:
             continue
-        rank = module.r["default"]
+        rank, own = module.r["default"], _own_parameters(cast(nn.Module, module))
         table.append(
             AdaptedModule(
                 name=_plain_name(name, module),
@@ -130,7 +142,7 @@ def adapted_modules(model: PeftModel) -> tuple[AdaptedModule, ...]:
                 r=rank if isinstance(rank, int) else int(rank.item()),
                 alpha=module.lora_alpha["default"],
                 scale=module.scaling["default"],
-                parameters=sum(parameter.numel() for parameter in _own_parameters(module) if parameter.requires_grad),
+                parameters=sum(parameter.numel() for parameter in own if parameter.requires_grad),
             )
         )
     return tuple(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import cast
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
@@ -37,7 +38,7 @@ def added_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], *, r
     reserved = reserved_ids(tokenizer, rows=rows)
     without = _without(tokenizer, tokens)
     add_to(tokenizer, tokens)
-    ids = {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
+    ids = {token: cast(int, tokenizer.convert_tokens_to_ids(token)) for token in tokens}  # a list for a list
     unusable = {*ids.values(), tokenizer.unk_token_id}
     cut = {token: without.encode(token, add_special_tokens=False).ids for token in tokens}
     pieces = {token: tuple(id_ for id_ in cut[token] if id_ not in unusable and id_ < rows) for token in tokens}

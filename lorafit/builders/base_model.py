@@ -35,7 +35,7 @@ from lorafit.builders.model_files import (
     stop_token_ids,
     weight_problems,
 )
-from lorafit.builders.model_modules import modules_of
+from lorafit.builders.model_modules import modules_of, weight_of
 from lorafit.builders.new_rows import begin_rows
 from lorafit.builders.tokenizer_files import read_tokenizer
 from lorafit.builders.weight_files import FLOATS, TensorInfo, tensor_table
@@ -85,7 +85,7 @@ def check_base_model(
         raise ModelError(problems)
     where = str(directory / "config.json")
     outline = _outline(section, config=known, where=where, task=task)
-    vocab_size = int(outline.get_input_embeddings().weight.shape[0])
+    vocab_size = int(weight_of(outline.get_input_embeddings()).shape[0])
     added = tokens_added(section, directory=directory, rows=vocab_size)
     if added is not None:
         _refuse_head(outline, where=where)
@@ -113,7 +113,8 @@ def _vocabulary(outline: PreTrainedModel, tensors: Mapping[str, TensorInfo]) -> 
     names = {module: name for name, module in outline.named_modules() if module in own}
     for module in own:
         tensor = tensors.get(f"{names[module]}.weight")
-        if tensor is not None and tensor.shape == tuple(module.weight.shape) and tensor.dtype in FLOATS:
+        shape = tuple(weight_of(module).shape)
+        if tensor is not None and tensor.shape == shape and tensor.dtype in FLOATS:
             yield names[module], f"{names[module]}.weight"
 
 

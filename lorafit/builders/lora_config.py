@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from peft import AdaLoraConfig, LoraConfig
 from torch import nn
@@ -68,7 +69,7 @@ def lora_config(
     try:
         if adalora is None:
             return LoraConfig(r=lora.r, **shared)
-        schedule = {
+        schedule: dict[str, Any] = {
             "target_r": adalora.target_r,
             "init_r": adalora.init_r,
             "tinit": adalora.tinit,

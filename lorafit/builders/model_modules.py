@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import cast
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lorafit.builders.modules import Modules
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """Of an embedding, or of an output head."""
+    return cast(Tensor, layer.weight)  # torch types every attribute `Tensor | Module`
 
 
 def modules_of(model: PreTrainedModel) -> Modules:
     """What a `lora` section can name in a model."""
     named = [(name, module) for name, module in model.named_modules() if name]
     shapes = {name: _shape(module) for name, module in named if is_adaptable(module)}
-    head, rows = model.get_output_embeddings(), model.get_input_embeddings().weight.shape[0]
+    head, rows = model.get_output_embeddings(), weight_of(model.get_input_embeddings()).shape[0]
     beside = [name for name, module in named if isinstance(module, nn.Embedding) or module is head]
     parameters = tuple(name for name, _ in model.named_parameters())
     return Modules(tuple(name for name, _ in named), shapes, parameters, frozenset(beside), int(rows))

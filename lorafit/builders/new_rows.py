@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lorafit.builders.model_files import AddedTokens
+from lorafit.builders.model_modules import weight_of
 from lorafit.builders.untrained_rows import Matrix, never_trained
 
 
@@ -19,12 +20,12 @@ def begin_rows(model: PreTrainedModel, added: AddedTokens) -> None:
     A new token begins as the mean of its pieces; so does one that the base has without ever having trained it. What is
     only there to fill up the ids between begins as the mean of all rows.
     """
-    if model.get_input_embeddings().weight.shape[0] < added.rows_needed:
+    if weight_of(model.get_input_embeddings()).shape[0] < added.rows_needed:
         model.resize_token_embeddings(added.rows_needed, mean_resizing=False)
-    matrices = [model.get_input_embeddings().weight]
+    matrices = [weight_of(model.get_input_embeddings())]
     head = model.get_output_embeddings()
     if head is not None and head.weight is not matrices[0]:
-        matrices.append(head.weight)
+        matrices.append(weight_of(head))
     token_of = {id_: token for token, id_ in added.ids.items()}
     for matrix in matrices:
         kept = _trained_before(matrix, added)

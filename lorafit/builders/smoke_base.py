@@ -52,7 +52,7 @@ def write_smoke_base(
 
     The weights are random, with a fixed seed. Raises ModelError for an architecture that is not for the task.
     """
-    if problems := list(task_problems(config.to_dict(), where=config.name_or_path, task=task)):
+    if problems := list(task_problems(config.to_dict(), where=str(config.name_or_path), task=task)):
         raise ModelError(problems)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, trust_remote_code=trust_remote_code)
     small = shrunken_config(config, tokenizer=tokenizer, layers=layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from typing import cast
 
 from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerBase
@@ -53,7 +54,7 @@ def load_tokenizer(section: ModelSection, *, stop_token: str | None = None) -> P
             "`AutoTokenizer.from_pretrained(DIRECTORY, fix_mistral_regex=True).save_pretrained(DIRECTORY)`",
             directory,
         )
-    added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in section.add_tokens]
+    added = [cast(int, tokenizer.convert_tokens_to_ids(token)) + 1 for token in section.add_tokens]
     _refuse_foreign(tokenizer, vocab_size=max(vocab_size, *added, 0), where=str(directory))
     return tokenizer
 
@@ -85,7 +86,7 @@ def _refuse_foreign(tokenizer: PreTrainedTokenizerBase, *, vocab_size: int, wher
             ("eos_token", tokenizer.eos_token),
             ("pad_token", tokenizer.pad_token),
         )
-        if token is not None and tokenizer.convert_tokens_to_ids(token) >= vocab_size
+        if token is not None and cast(int, tokenizer.convert_tokens_to_ids(token)) >= vocab_size
     }
     if tokenizer.vocab_size > vocab_size:
         outside.add(f"it has {tokenizer.vocab_size:,} tokens")

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import pyarrow
@@ -91,7 +91,7 @@ def prepare(
     Raises DataError with every problem of the data, RecipeError or ModelError when there is no template.
     """
     if section.stop_token is not None:
-        stop_token_ids |= {int(tokenizer.convert_tokens_to_ids(section.stop_token))}
+        stop_token_ids |= {cast(int, tokenizer.convert_tokens_to_ids(section.stop_token))}
     renderer = Renderer(section, tokenizer, stop_token_ids=stop_token_ids)
     text_tokenizer = TextTokenizer(tokenizer)
     limits = Limits(max_length, section.over_length, stop_token_ids, vocab_size)

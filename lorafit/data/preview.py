@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -77,7 +77,7 @@ def prepared_preview(
     if recipe.data.stop_token is not None:
         stops |= {int(tokenizer.eos_token_id)}
     vocab_size = embedding_rows(recipe.model, directory=directory, config=config)
-    added = [tokenizer.convert_tokens_to_ids(token) + 1 for token in recipe.model.add_tokens]
+    added = [cast(int, tokenizer.convert_tokens_to_ids(token)) + 1 for token in recipe.model.add_tokens]
     data = prepare(
         recipe.data,
         task=recipe.task,
@@ -106,7 +106,7 @@ def preview(
         for side, table in sides
         for row in table.select(range(min(rows, len(table))))
     ]
-    return Preview(tuple(views), tuple(tokenizer.decode([stop]) for stop in sorted(stop_token_ids)), data.audit)
+    return Preview(tuple(views), tuple(str(tokenizer.decode([stop])) for stop in sorted(stop_token_ids)), data.audit)
 
 
 def token_views(
@@ -129,8 +129,8 @@ def token_views(
 
 def _text(ids: list[int], has_before: bool, tokenizer: PreTrainedTokenizerBase) -> str:
     """What the tokens add to the one before them: alone, some tokenizers drop the space a token begins with."""
-    whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    whole = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
     if not has_before:
         return whole
-    before = tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids[1:])
+    before = str(tokenizer.decode(ids[:1], clean_up_tokenization_spaces=False))
+    return whole[len(before) :] if whole.startswith(before) else str(tokenizer.decode(ids[1:]))

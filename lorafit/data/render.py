@@ -39,7 +39,7 @@ class Renderer:
         """Name -> text of the chat templates that rows may be rendered with, the recipe's variables in them."""
         added = tokenizer.added_tokens_decoder
         self._stops = tuple(
-            added[stop].content if stop in added else tokenizer.decode([stop]) for stop in stop_token_ids
+            added[stop].content if stop in added else str(tokenizer.decode([stop])) for stop in stop_token_ids
         )
         self._openings = {has_tools: Openings() for has_tools in (False, True)}
         self._special = frozenset(token.content for token in added.values() if token.special and token.content.strip())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date
+from typing import Any, cast
 
 import jinja2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -57,8 +58,10 @@ def _difference(prompt: Prompt, saved: PreTrainedTokenizerBase) -> str:
     """What is wrong with a prompt; nothing where its tokens are those that were trained on."""
     trained = prompt.ids
     try:
-        found = saved.apply_chat_template(
-            prompt.messages, tools=prompt.tools, add_generation_prompt=True, return_dict=False
+        tools: list[Any] | None = prompt.tools
+        found = cast(  # token ids, asked for so
+            list[int],
+            saved.apply_chat_template(prompt.messages, tools=tools, add_generation_prompt=True, return_dict=False),
         )
     except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
         said = " ".join(str(error).split())
@@ -69,7 +72,7 @@ def _difference(prompt: Prompt, saved: PreTrainedTokenizerBase) -> str:
     same = next((index for index, pair in enumerate(zip(found, trained, strict=False)) if pair[0] != pair[1]), None)
     if same is None:
         same = min(len(found), len(trained))
-    there, here = (saved.decode(ids[same:])[:SHOWN] for ids in (found, trained))
+    there, here = (str(saved.decode(ids[same:]))[:SHOWN] for ids in (found, trained))
     if not here:
         return (
             f"generation will go on with {there!r} after the prompt of this row, where the trained answer begins; name "

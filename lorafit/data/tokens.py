@@ -141,7 +141,7 @@ class TextTokenizer:
             return first, end
         if not item.text[span[0] : encoding.offsets[first][1]].isspace():
             return first, end  # the answer's own, of which the prompt of generation has the same beginning
-        findings.add("eaten_space", item.place, self._tokenizer.decode([encoding.ids[first]]))
+        findings.add("eaten_space", item.place, str(self._tokenizer.decode([encoding.ids[first]])))
         return first + 1, end
 
     def _find_missing_stop(self, end: list[int], item: Rendered, limits: Limits, findings: Findings) -> None:

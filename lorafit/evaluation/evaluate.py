@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorafit import operating_system
+from lorafit.builders.adapter import base_of
 from lorafit.builders.positions import positions
 from lorafit.errors import DataError, HealthStop, RecipeError, RunDirError
 from lorafit.evaluation.eval_result import Comparison, EvalResult, comparison, verdict
@@ -121,7 +122,7 @@ class _Material:
     def with_own_texts(self, base: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase) -> _Material:
         """With text of the base itself to see what the adapter has lost."""
         table = own_texts(base, tokenizer, seed=SEED)
-        sizes = [len(tokenizer.decode(ids[1:], skip_special_tokens=True).encode()) for ids in table["input_ids"]]
+        sizes = [len(str(tokenizer.decode(ids[1:], skip_special_tokens=True)).encode()) for ids in table["input_ids"]]
         own = Rows(table, ("",) * len(table), np.array(sizes, np.int64), (), ())
         length = len(table["input_ids"][0]) - 1
         source = f"{len(table)} texts of {length} tokens that the base wrote by itself"
@@ -241,8 +242,7 @@ def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
 def _losses(
     name: str, model: PreTrainedModel | PeftModel, rows: Rows, material: _Material, counting: Counting
 ) -> SequenceLosses:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    batch_tokens = scoring_tokens(inner)
+    batch_tokens = scoring_tokens(base_of(model))
     losses = page(material.task.name).held_out(
         model,
         rows.table,

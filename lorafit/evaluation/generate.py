@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from typing import Any
 
 import datasets
 import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorafit.builders.adapter import base_of
 from lorafit.data.tokens import NOT_TRAINED
 from lorafit.evaluation.eval_rows import before_stop
 from lorafit.evaluation.memory import generated_tokens, scoring_tokens
@@ -36,7 +38,7 @@ def answers(
     Prompts of about one length are answered together, padded on the left, so that all continue at the same place;
     positions are counted without the padding. Where the model ends at so many `positions`, answers end there, too.
     """
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner: Any = base_of(model)  # no class of transformers says that it generates
     inner.generation_config = GenerationConfig(  # the model's own may sample, or punish repetition
         do_sample=False, eos_token_id=sorted(stop_token_ids), pad_token_id=pad_token_id
     )
@@ -77,22 +79,23 @@ def _batches(
 
 
 @torch.no_grad()
-def own_texts(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> datasets.Dataset:
+def own_texts(model: PreTrainedModel | PeftModel, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> datasets.Dataset:
     """Sequences that the model writes unasked, drawn from its own distribution, all but the first token trained.
 
     Nothing ends them: what follows an end of text is a text again. The loss of another model on them, less that of this
     one, is KL(this ‖ other) per token in the mean.
     """
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    model.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start)
+    writer: Any = model  # no class of transformers says that it generates
+    writer.generation_config = GenerationConfig(do_sample=True, temperature=1.0, top_k=0, top_p=1.0, pad_token_id=start)
     device = next(model.parameters()).device
-    at_once = max(1, generated_tokens(model) // OWN_TOKENS)
+    at_once = max(1, generated_tokens(base_of(model)) // OWN_TOKENS)
     rows: list[list[int]] = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         while len(rows) < OWN_TEXTS:
             first = torch.full((min(at_once, OWN_TEXTS - len(rows)), 1), start, device=device)
-            rows += model.generate(
+            rows += writer.generate(
                 input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=OWN_TOKENS
             ).tolist()
     return datasets.Dataset.from_dict({"input_ids": rows, "labels": [[NOT_TRAINED, *row[1:]] for row in rows]})

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers
@@ -264,15 +265,15 @@ def _read_changes(attached: PeftModel, names: Mapping[nn.Module, str], changes: 
             type(module.lora_variant["default"]) if isinstance(module, LoraLayer) and module.lora_variant else None
         )
         found: list[tuple[str, Change]]
-        if kind is Linear and variant in (None, DoraLinearVariant):
+        if type(module) is Linear and variant in (None, DoraLinearVariant):
             found = _linear(module)
-        elif kind is Embedding and variant in (None, DoraEmbeddingVariant):
+        elif type(module) is Embedding and variant in (None, DoraEmbeddingVariant):
             found = _embedding(module)
-        elif kind is ParamWrapper and variant is None:
+        elif type(module) is ParamWrapper and variant is None:
             found = _parameter(module)
-        elif kind is SVDLinear:
+        elif type(module) is SVDLinear:
             found = _adalora(module)
-        elif kind is TrainableTokensLayer:
+        elif type(module) is TrainableTokensLayer:
             found = _tokens(module)
         else:
             yield f"{base} is adapted by peft's {kind.__name__}{f' with {variant.__name__}' if variant else ''}"
@@ -284,19 +285,24 @@ def _read_changes(attached: PeftModel, names: Mapping[nn.Module, str], changes: 
             changes[full] = change
 
 
+def _tensor(layers: nn.ModuleDict, name: str = "weight") -> Tensor:
+    """What the adapter trained in one of a module's layers."""
+    return layers["default"].get_parameter(name).data.float()
+
+
 def _linear(module: Linear) -> list[tuple[str, Change]]:
-    a, b = module.lora_A["default"].weight.data.float(), module.lora_B["default"].weight.data.float()
+    a, b = _tensor(module.lora_A), _tensor(module.lora_B)
     scale, transposed = float(module.scaling["default"]), module.fan_in_fan_out
     found = [("weight", _plain_or_dora(module, LowRank(a.T, b.T, scale) if transposed else LowRank(b, a, scale)))]
     if module.lora_bias["default"]:
-        found.append(("bias", AddBias(module.lora_B["default"].bias.data.float(), scale)))
+        found.append(("bias", AddBias(_tensor(module.lora_B, "bias"), scale)))
     return found
 
 
-def _plain_or_dora(module: LoraLayer, low_rank: LowRank) -> Change:
+def _plain_or_dora(module: Linear | Embedding, low_rank: LowRank) -> Change:
     if not module.lora_variant:
         return AddLowRank((low_rank,))
-    magnitude = module.lora_magnitude_vector["default"].weight.data.float()
+    magnitude = _tensor(module.lora_magnitude_vector)
     if isinstance(module, Embedding) or module.fan_in_fan_out:
         return ScaleColumns(low_rank, magnitude, torch.zeros(len(magnitude), dtype=torch.float64))
     return ScaleRows(low_rank, magnitude)
@@ -308,7 +314,7 @@ def _embedding(module: Embedding) -> list[tuple[str, Change]]:
 
 
 def _parameter(module: ParamWrapper) -> list[tuple[str, Change]]:
-    a, b = module.lora_A["default"].weight.data.float(), module.lora_B["default"].weight.data.float()
+    a, b = _tensor(module.lora_A), _tensor(module.lora_B)
     scale = float(module.scaling["default"])
     if module.get_param().dim() == 2:
         return [(module.parameter_name, AddLowRank((LowRank(b, a, scale),)))]
@@ -318,8 +324,9 @@ def _parameter(module: ParamWrapper) -> list[tuple[str, Change]]:
 
 
 def _adalora(module: SVDLinear) -> list[tuple[str, Change]]:
-    a = (module.lora_A["default"] * module.lora_E["default"]).data.float()
-    b, scale = module.lora_B["default"].data.float(), float(module.scaling["default"])
+    factors: tuple[Any, Any] = module.lora_A, module.lora_B  # of parameters, which LoRA's own class has of layers
+    a = (factors[0]["default"] * module.lora_E["default"]).data.float()
+    b, scale = factors[1]["default"].data.float(), float(module.scaling["default"])
     divisor = float(module.ranknum["default"] + 1e-5)  # as in peft's SVDLinear
     if module.fan_in_fan_out:
         return [("weight", AddLowRank((LowRank(a.T, b.T, scale, divisor),)))]

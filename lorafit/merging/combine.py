@@ -11,10 +11,10 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, LoraModel, PeftModel
 from safetensors import safe_open
 
 from lorafit.builders.library_config import load_config
@@ -262,14 +262,14 @@ def _settle_configs(model: PeftModel, inputs: Mapping[str, Adapter]) -> None:
     It is given alpha = rank, a scale of 1, which with use_rslora would be sqrt(rank); and layers or modules that the
     first leaves out would be left out of it.
     """
-    configs = [model.peft_config[f"input{index}"] for index in range(len(inputs))]
+    configs = [cast(LoraConfig, model.peft_config[f"input{index}"]) for index in range(len(inputs))]
     keys = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
     alike = all(getattr(config, key) == getattr(configs[0], key) for config in configs for key in keys)
     for config, adapter in zip(configs, inputs.values(), strict=True):
         config.use_rslora = False
         config.init_lora_weights = True
         if not alike:
-            config.target_modules = {
+            config.target_modules = {  # type: ignore[assignment]  # peft itself keeps a set
                 _FACTOR_A.sub("", name).removeprefix("base_model.model.")
                 for name in adapter.tensors
                 if _FACTOR_A.search(name)
@@ -291,18 +291,18 @@ def _add(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*tie_word_embeddings.*")
-            model.base_model.add_weighted_adapter(
+            cast(LoraModel, model.base_model).add_weighted_adapter(
                 [f"input{index}" for index in range(len(weights))],
                 list(weights.values()),
                 COMBINED,
-                combination_type=method,
+                combination_type=cast(Any, method),  # one of METHODS
                 svd_rank=rank,
                 svd_full_matrices=False,  # the columns past the rank are thrown away
                 density=density,
             )
     except ValueError as error:
         raise AdapterError(f"peft cannot combine these: {error}", where="combine") from error
-    new = int(model.peft_config[COMBINED].r)
+    new = int(cast(LoraConfig, model.peft_config[COMBINED]).r)
     factors = {name: p for name, p in model.named_parameters() if ".lora_" in name and COMBINED in name}
     broken = [name for name, factor in factors.items() if not torch.isfinite(factor).all()]
     narrow = [name for name, factor in factors.items() if new not in factor.shape]

@@ -33,13 +33,11 @@ def overlaps(model: PeftModel, weights: Mapping[str, float], *, combined: str) -
         if not isinstance(module, LoraLayer) or combined not in module.scaling:
             continue
         updates = [
-            weight * module.get_delta_weight(adapter).float()
-            for adapter, weight in weights.items()
-            if adapter in module.scaling
+            weight * _update(module, adapter) for adapter, weight in weights.items() if adapter in module.scaling
         ]
         pairs = list(combinations(updates, 2))
         total = sum(updates[1:], start=updates[0])
-        off = module.get_delta_weight(combined).float() - total
+        off = _update(module, combined) - total
         yield Overlap(
             module=name,
             adapters=len(updates),
@@ -47,6 +45,10 @@ def overlaps(model: PeftModel, weights: Mapping[str, float], *, combined: str) -
             sign_conflict=_mean([_conflict(one, other) for one, other in pairs]),
             off_the_sum=float(off.norm() / total.norm().clamp_min(1e-30)),
         )
+
+
+def _update(layer: LoraLayer, adapter: str) -> Tensor:
+    return layer.get_delta_weight(adapter).float()  # type: ignore[attr-defined]  # each kind of layer has its own
 
 
 def _cosine(one: Tensor, other: Tensor) -> float:

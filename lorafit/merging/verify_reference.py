@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lorafit.builders.model_modules import weight_of
 from lorafit.builders.weight_files import TensorInfo
 from lorafit.merging.verify_job import Difference, Job, load_model, logits, stored_types
 from lorafit.merging.weight_sketches import distance, floating_tensors, round_once, sketch, sketches
@@ -56,19 +57,19 @@ def grow_to(model: PreTrainedModel, tensors: Mapping[str, Tensor | TensorInfo]) 
     """Give the base as many tokens as the adapter was trained with; the adapter brings what the new rows hold."""
     rows = {tensor.shape[0] for name, tensor in tensors.items() if is_vocabulary(name)}
     embeddings = model.get_input_embeddings()
-    if rows and max(rows) != embeddings.weight.shape[0]:
+    if rows and max(rows) != weight_of(embeddings).shape[0]:
         model.resize_token_embeddings(max(rows), mean_resizing=False)
 
 
 @torch.no_grad()
 def with_rows(model: PreTrainedModel, rows: int) -> None:
     """At least so many rows in embedding and head; those of new tokens are zero until the adapter brings them."""
-    there = model.get_input_embeddings().weight.shape[0]
+    there = weight_of(model.get_input_embeddings()).shape[0]
     if rows > there:
         model.resize_token_embeddings(rows, mean_resizing=False)
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             if layer is not None:
-                layer.weight[there:] = 0
+                weight_of(layer)[there:] = 0
 
 
 def is_vocabulary(name: str) -> bool:

@@ -28,7 +28,7 @@ aten = torch.ops.aten
 def stand_in_for_cuda() -> None:
     """TRL's head as its CUDA path runs it: Triton kernels work in place on the tile, cuBLAS adds into float32."""
     trl_utils._use_triton = lambda device: True  # only the trained positions are scored
-    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *_, **__: None
+    chunked_logprob._forward_tile = chunked_logprob._backward_tile = lambda *_, **__: None  # type: ignore[assignment]
     chunked_logprob._addmm_fp32 = torch.ops.lorafit.addmm_float32
     AttentionInterface.register(varlen_attention.NAME, _packed_attention)
 
@@ -80,7 +80,7 @@ def set_rows(*, packed: bool, padded: bool) -> None:
     """What transformers finds when it looks at a batch: packed documents and padding need a mask, full rows do not."""
     if not packed:
         masking.is_tracing = lambda tensor=None: False
-        masking.fast_all = lambda mask: not padded
+        masking.fast_all = lambda mask: not padded  # type: ignore[assignment, return-value]  # told apart by its truth
 
 
 class Answers(TorchDispatchMode):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import bitsandbytes as bnb
 import torch
@@ -47,7 +47,7 @@ def _dtype(section: ModelSection, config: PreTrainedConfig) -> torch.dtype:
     """`auto` is the type the weights were saved in, as config.json repeats it; else transformers takes float32."""
     if section.dtype != "auto":
         return getattr(torch, section.dtype)
-    return config.dtype or config.get_text_config().dtype or torch.float32
+    return cast(torch.dtype, config.dtype or config.get_text_config().dtype or torch.float32)  # no string once read
 
 
 def _quantize(model: PreTrainedModel, section: QuantizationSection) -> None:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedConfig
 from transformers.integrations.neftune import activate_neftune
 
-from lorafit.builders.adapter import attach_adapter
+from lorafit.builders.adapter import attach_adapter, rank_allocator
 from lorafit.builders.lora_config import lora_config
 from lorafit.planning.cuda_emulation import (
     Answers,
@@ -227,7 +227,7 @@ class FakeRun:
         """The optimizer's step, and AdaLoRA's averages of the importance of each rank."""
         self._optimizer.step()
         if isinstance(self._model.peft_config["default"], AdaLoraConfig):
-            self._model.base_model.rankallocator.update_ipt(self._model)
+            rank_allocator(self._model).update_ipt(self._model)
         self._optimizer.zero_grad(set_to_none=True)
 
     def _one_step(self, tracker: StorageTracker, hooks: _Places, batch: Batch, *, passes: int) -> None:

@@ -146,7 +146,7 @@ def _taken_along(model: PreTrainedModel, *, r: int) -> TakenAlong:
 
     chosen = LoraConfig(r=r, target_modules="all-linear")
     convert_peft_config_for_transformers(chosen, model, None)
-    return TakenAlong(tuple(chosen.target_parameters or ()), chosen.rank_pattern)
+    return TakenAlong(tuple(chosen.target_parameters or ()), chosen.rank_pattern or {})
 
 
 def _is_taken(along: TakenAlong, name: str) -> bool:

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from lorafit.builders.adapter import HeadWithTrainedRows
+from lorafit.builders.adapter import HeadWithTrainedRows, base_of
 from lorafit.speed.lever import Lever
 
 TILE_ELEMENTS = 2**24
@@ -147,7 +148,8 @@ def use_answer_head(model: PreTrainedModel) -> None:
 
 def _engage(trainer: Trainer) -> str:
     """After TRL's head is on."""
-    use_answer_head(trainer.model.get_base_model())
+    assert isinstance(trainer.model, PeftModel)
+    use_answer_head(base_of(trainer.model))
     return ""
 
 

@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import datasets
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from trl import SFTConfig
 
 from lorafit.recipe import Recipe
 from lorafit.speed.lever import BY_POSITION, Lever
@@ -71,7 +72,7 @@ class CallsItsModel(Protocol):
 
     called: Callable[[Any], Any]
     model: nn.Module
-    args: TrainingArguments
+    args: SFTConfig
     eval_dataset: datasets.Dataset
     processing_class: PreTrainedTokenizerBase
 
@@ -84,10 +85,11 @@ def use_fixed_length(trainer: CallsItsModel) -> str:
         return longest_held_out(trainer.eval_dataset, batch=trainer.args.per_device_eval_batch_size)
 
     def called(model: Callable[..., Any]) -> Callable[..., Any]:
-        args = trainer.args
-        length = args.per_device_train_batch_size * args.max_length if trainer.model.training else held_out()
+        args, longest = trainer.args, trainer.args.max_length
+        assert longest is not None  # of packed rows
+        length = args.per_device_train_batch_size * longest if trainer.model.training else held_out()
         pad_token_id = trainer.processing_class.pad_token_id
-        return with_fixed_length(model, length=length, longest=args.max_length, pad_token_id=pad_token_id)
+        return with_fixed_length(model, length=length, longest=longest, pad_token_id=pad_token_id)
 
     trainer.called = called
     return ""

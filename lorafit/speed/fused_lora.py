@@ -121,7 +121,7 @@ class FusedLinear8bit(Linear8bitLt):
         return Linear8bitLt.forward(self, x, *rest, **named) if rest or named or not _applies(self) else _fused(self, x)
 
 
-def _applies(layer: LoraLayer) -> bool:
+def _applies(layer: Linear | Linear4bit | Linear8bitLt) -> bool:
     """In training alone: evaluation stays bit for bit peft's."""
     return layer.training and not layer.disable_adapters and not layer.merged
 
@@ -166,7 +166,7 @@ def fuse(model: nn.Module) -> tuple[int, dict[str, int]]:
     fused = 0
     kept: dict[str, int] = {}
     for layer in model.modules():
-        if type(layer) not in _FUSED:
+        if not isinstance(layer, LoraLayer) or type(layer) not in _FUSED:
             continue
         reason = why_not(layer)
         if reason is None:

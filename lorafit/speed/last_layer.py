@@ -10,11 +10,13 @@ import functools
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel, Trainer
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lorafit.builders.adapter import base_of
 from lorafit.speed.lever import Lever
 from lorafit.speed.trial import LENGTHS, trial, why_differs
 
@@ -103,7 +105,8 @@ def use_last_layer(model: PreTrainedModel) -> None:
 
 
 def _engage(trainer: Trainer) -> str:
-    use_last_layer(trainer.model.get_base_model())
+    assert isinstance(trainer.model, PeftModel)
+    use_last_layer(base_of(trainer.model))
     return ""
 
 

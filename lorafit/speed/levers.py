@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
+from lorafit.builders.adapter import base_of
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import SpeedSection
 from lorafit.speed.lever import Lever
@@ -48,7 +49,7 @@ def engage_all(
     `dtype` is what products are computed in; `is_whole` is false where FSDP or ZeRO spread the weights over processes,
     whose own hooks the levers would pass by.
     """
-    base, engaged, lines = model.get_base_model(), [], []
+    base, engaged, lines = base_of(model), [], []
     asked = [lever for lever in levers if _is_asked_for(lever, recipe)]
     passed_by = [lever for lever in asked if not lever.is_for_compiled]
     if is_whole and not recipe.training.torch_compile:
@@ -75,7 +76,7 @@ def engage_planned(
     """Those that change what a step takes, on a model that is nowhere yet."""
     if recipe.training.torch_compile or recipe.launch.strategy != "ddp":
         return
-    base = model.get_base_model()
+    base = base_of(model)
     for lever in levers:
         if _is_asked_for(lever, recipe) and lever.is_planned and lever.is_planned(base, on_cuda, in_16_bits):
             lever.engage(base)

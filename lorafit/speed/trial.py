@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from lorafit.builders.model_modules import weight_of
+
 LENGTHS = (5, 11, 8)
 """Tokens of each document."""
 
@@ -25,7 +27,7 @@ def trial(model: PreTrainedModel, dtype: torch.dtype, *, counts: torch.Tensor | 
     lead to no loss, and come out as zero."""
     lengths = torch.tensor(LENGTHS)
     bounds = torch.cat([torch.zeros(1, dtype=torch.long), lengths.cumsum(0)]).int().to(model.device)
-    table = model.get_input_embeddings().weight
+    table = weight_of(model.get_input_embeddings())
     chance = torch.Generator().manual_seed(0)
     shape = (1, sum(LENGTHS), model.config.get_text_config().hidden_size)
     inputs = (torch.randn(shape, generator=chance) * table.detach().float().std().cpu()).to(model.device, table.dtype)

@@ -37,6 +37,7 @@ from lorafit.training.out_of_memory import peak_memory_bytes
 from lorafit.training.progress import SignsOfLife
 from lorafit.training.start_point import finished_manifest
 from lorafit.training.train import run_training
+from lorafit.training.trainer.committed import callback_states
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +262,7 @@ class _Marks(TrainerCallback):
         facts = {
             "steps": state.global_step,
             "planned_steps": state.max_steps,
-            "tokens": int(state.stateful_callbacks["loss window"]["tokens"]),
+            "tokens": int(callback_states(state)["loss window"]["tokens"]),
             "seconds": round(self._seconds_before() + time.monotonic() - self._started, 2),
             "peak_memory_bytes": peak_memory_bytes(),
             "outcome": "paused",

@@ -119,7 +119,8 @@ def lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
 def factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
     """A [r, in] and B [out, r]; of an embedding, whose update is (B·A)ᵀ, the same two."""
     if "default" in layer.lora_A:
-        return layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        a, b = layer.lora_A["default"], layer.lora_B["default"]
+        return a.get_parameter("weight"), b.get_parameter("weight")
     return layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
 
 

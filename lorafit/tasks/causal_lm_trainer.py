@@ -152,7 +152,7 @@ class CausalLm(RunTrainer, SFTTrainer):
     def evaluation_loop(self, *rest: Any, **named: Any) -> Any:
         """`eval_loss` is the mean over held-out tokens, not over batches: the same for every batch size."""
         self._held_out = []
-        output = super().evaluation_loop(*rest, **named)
+        output: Any = super().evaluation_loop(*rest, **named)
         if self._held_out:
             nll, tokens = torch.cat(self._held_out).double().sum(dim=0).tolist()
             prefix = named.get("metric_key_prefix", "eval")

@@ -54,7 +54,7 @@ class MetricsFile(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             write_file(self._path, "".join(f"{json.dumps(entry)}\n" for entry in self.history))
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # given by name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """Append one line."""
@@ -94,7 +94,7 @@ class Updates(TrainerCallback, ExportableState):
         """What the library puts into a checkpoint; the trainer sets the attributes of a run that goes on."""
         return {"attributes": {"count": self.count}}
 
-    def on_optimizer_step(
+    def on_optimizer_step(  # type: ignore[override]  # given by name
         self,
         args: TrainingArguments,
         state: TrainerState,
@@ -184,7 +184,7 @@ class EarlyStopping(EarlyStoppingCallback):
 class RankAllocation(TrainerCallback):
     """AdaLoRA: share out the ranks anew after each optimizer step, while the gradients are still there."""
 
-    def on_optimizer_step(
+    def on_optimizer_step(  # type: ignore[override]  # given by name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
         """peft's own rule, at the step just done."""

@@ -28,7 +28,7 @@ def shortage_is_said(
     forget_peak()
     with (
         full_disk_is_said(run.path, writing="a checkpoint", needed=checkpoint_bytes),
-        out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=trainer.args.gradient_checkpointing),
+        out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=bool(trainer.args.gradient_checkpointing)),
     ):
         yield
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import PartialState
 from torch import nn
@@ -25,9 +27,10 @@ def whole_adapter(trainer: Trainer) -> dict[str, torch.Tensor] | None:
     """
     match distribution(trainer.accelerator):
         case "FSDP2":
+            assert trainer.model is not None
             return gathered_adapter(trainer.model)
         case "ZeRO-3":
-            engine = trainer.model_wrapped
+            engine: Any = trainer.model_wrapped  # deepspeed's
             return engine._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters=True) or {}
     return None
 

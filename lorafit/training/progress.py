@@ -76,7 +76,7 @@ class ProgressLines(SignsOfLife):
 
     _is_training = True
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # given by name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any], **_: Any
     ) -> None:
         """The newest figures."""

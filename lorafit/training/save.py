@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -40,9 +40,10 @@ def initial_adapter(model: PeftModel, *, init_method: bool | str) -> Iterator[Pa
         return
     with scratch() as directory:
         config = model.peft_config["default"]
+        assert isinstance(config, LoraConfig)
         recorded = config.init_lora_weights, config.corda_config
         config.init_lora_weights, config.corda_config = True, None
-        model.save_pretrained(directory)
+        model.save_pretrained(str(directory))
         config.init_lora_weights, config.corda_config = recorded
         yield directory
 
@@ -143,7 +144,7 @@ def generation_settings(
         return None
     path = base_files.directory / GENERATION
     settings = read_json(path) if path.is_file() else {}
-    named = int(tokenizer.convert_tokens_to_ids(stop_token))
+    named = cast(int, tokenizer.convert_tokens_to_ids(stop_token))
     return settings | {"eos_token_id": [named, *sorted(base_files.stop_token_ids - {named})]}
 
 

@@ -22,10 +22,11 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, PeftType
 from transformers import PreTrainedTokenizerBase
 
 from lorafit import __version__
+from lorafit.builders.adapter import base_of
 from lorafit.errors import VerificationError
 from lorafit.recipe import LoadedRecipe, Recipe
 from lorafit.speed.levers import Engaged
@@ -85,8 +86,8 @@ def remember_passed(cache: Path | None, tested: SelfTest) -> None:
 
 def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str, Any]:
     """All that decides which code computes a step."""
-    base = model.get_base_model()
-    config = model.peft_config["default"]
+    base, config = base_of(model), model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
     quantization = recipe.quantization
     packages = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes")
     return {
@@ -95,7 +96,7 @@ def combination_of(model: PeftModel, recipe: Recipe, *, bf16: bool) -> dict[str,
         "packing": recipe.training.is_packed,
         "loss": recipe.training.loss,
         "speed": recipe.speed.model_dump(),
-        "adapter": [config.peft_type.value, config.use_dora, sorted(config.modules_to_save or ())],
+        "adapter": [PeftType(config.peft_type).value, config.use_dora, sorted(config.modules_to_save or ())],
         "quantization": None if quantization is None else quantization.model_dump(mode="json"),
         "dtype": str(base.dtype),
         "autocast": "bf16" if bf16 else "fp16" if recipe.training.fp16 else "no",
@@ -163,7 +164,7 @@ def self_test_once(
     With several processes it is left out: their trainers gather figures from one another in every step, and not all
     would come to the same end.
     """
-    bf16, checkpointing = trainer.args.bf16, trainer.args.gradient_checkpointing
+    bf16, checkpointing = trainer.args.bf16, bool(trainer.args.gradient_checkpointing)
     if not only and is_remembered(cache_dir, combination_of(trainer.model, loaded.recipe, bf16=bf16)):
         return None
     if PartialState().num_processes > 1:

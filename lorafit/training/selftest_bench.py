@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import PeftModel
+from peft import PeftModel, PeftType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -24,6 +24,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from lorafit.builders.adapter import base_of
 from lorafit.launching.signals import StopRequest
 from lorafit.lines import unsaid
 from lorafit.precision import compute_dtype
@@ -162,7 +163,7 @@ class Bench:
         return Check("padding", difference, self._tolerances[0], "model.attn_implementation", failure)
 
     def _adapter_off(self, base: torch.Tensor, switched_off: torch.Tensor) -> Check:
-        difference, kind = _distance(base, switched_off), self._model.peft_config["default"].peft_type.value
+        difference, kind = _distance(base, switched_off), PeftType(self._model.peft_config["default"].peft_type).value
         failure = (
             f"switched off, the {kind} adapter still moves the model by {difference:.2g} {self._unit} (at most "
             f"{self._tolerances[0]:.2g}), so nothing can be compared with the base; leave out lora.extra and the "
@@ -171,7 +172,7 @@ class Bench:
         return Check("adapter off", difference, self._tolerances[0], "lora", failure)
 
     def _attention(self) -> str:
-        return str(self._model.get_base_model().config._attn_implementation)
+        return str(base_of(self._model).config._attn_implementation)
 
     def _gradient(self, *, per_pass: int) -> _Step:
         """Of one optimizer step over all rows. A loss scale at which it overflows is lowered, as training lowers it."""
@@ -223,7 +224,7 @@ class _Step(TrainerCallback):
     trainer: RunTrainer
     loss: float
 
-    def on_pre_optimizer_step(
+    def on_pre_optimizer_step(  # type: ignore[override]  # given by name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
         """Take a copy, complete and before anything is done with it."""

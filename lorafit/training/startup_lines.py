@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sized
+from typing import cast
 
 from peft import PeftModel
 from transformers import Trainer
@@ -45,4 +47,4 @@ def say_steps(loaded: LoadedRecipe, trainer: Trainer, steps: int) -> None:
     unit = "packed rows" if training.is_packed else "sequences"
     shares = f"{per_device} per device x {accumulated} accumulated x {processes} process{'es' * (processes > 1)}"
     logger.info(f"{sequences} {unit} per step = {shares}")
-    logger.info(f"{steps} steps over {len(trainer.train_dataset):,} {unit}")
+    logger.info(f"{steps} steps over {len(cast(Sized, trainer.train_dataset)):,} {unit}")

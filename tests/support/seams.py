@@ -195,7 +195,10 @@ def values_set() -> dict[str, list[str]]:
     """Seam -> where a class of ours sets a value that a library's class sets, too."""
     found = defaultdict(list)
     for own in own_classes():
-        in_class = [one for line in own.node.body for one in _targets(line) if isinstance(one, ast.Name)]
+        lines = [
+            line for line in own.node.body if not (isinstance(line, ast.AnnAssign) and line.value is None)
+        ]  # a type
+        in_class = [one for line in lines for one in _targets(line) if isinstance(one, ast.Name)]
         names = [(one.id, one.lineno) for one in in_class] + [(one.attr, one.lineno) for one in _set_on_self(own.node)]
         for name, line in names:
             if holders := [one for one in own.above if name in instance_names(one)]:

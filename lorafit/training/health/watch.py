@@ -43,7 +43,7 @@ class HealthWatch(TrainerCallback):
         self._first_step = 0
         self._count = 0
 
-    def on_train_begin(
+    def on_train_begin(  # type: ignore[override]  # given by name
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any, **_: Any
     ) -> None:
         """Take down where the B matrices start; a run that goes on has its history in the trainer's state."""
@@ -53,10 +53,10 @@ class HealthWatch(TrainerCallback):
         }
         self._count, self._first_step = len(self._starts), state.global_step
         for entry in state.log_history:
-            self._history.add(entry, step=entry["step"])
+            self._history.add(entry, step=int(entry["step"]))
             self._judge(self._setting)  # what was said before is not said again
 
-    def on_log(
+    def on_log(  # type: ignore[override]  # given by name
         self,
         args: TrainingArguments,
         state: TrainerState,

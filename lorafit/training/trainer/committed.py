@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import broadcast_object_list, gather_object, reduce
@@ -46,12 +46,19 @@ class CheckpointPolicy:
     """What one takes, at most."""
 
 
+def callback_states(state: TrainerState) -> dict[str, Any]:
+    """What a checkpoint keeps of each callback, by its class; the library calls it a list, and makes it a mapping."""
+    return cast(dict[str, Any], state.stateful_callbacks)
+
+
 class Committed(Trainer):
     """Saves through the library into a stage, commits it, and takes up a run exactly where it was saved.
 
     An evaluation that was due at the step of the checkpoint and is not recorded in it is done first: a stop breaks it
     off, and one at the end of an epoch comes after the step's checkpoint.
     """
+
+    model: nn.Module
 
     policy: CheckpointPolicy
     """Given before training; `facts` are known only when the model and this trainer are built."""
@@ -105,7 +112,7 @@ class Committed(Trainer):
         step = self.state.global_step
         loss = reduce(self._tr_loss.detach().clone(), reduction="mean").item()
         so_far = {"loss": loss, "since": self._globalstep_last_logged}
-        self.state.stateful_callbacks["loss window"] = so_far | self.window
+        callback_states(self.state)["loss window"] = so_far | self.window
         with self._staged() as stage:
             super()._save_checkpoint(model, trial)
             written = checkpoints.path_of(stage, step)
@@ -181,6 +188,7 @@ class Committed(Trainer):
         hold a token, and the whole embedding where tokens were added, of which their rows are enough."""
         if not self.args.should_save:  # all processes come here, one writes
             return
+        assert self.args.output_dir is not None and self.processing_class is not None
         directory = Path(output_dir or self.args.output_dir)
         self.accelerator.unwrap_model(self.model, keep_torch_compile=False).save_pretrained(
             str(directory), state_dict=state_dict, save_embedding_layers=False
@@ -199,11 +207,11 @@ class Committed(Trainer):
         position = super()._init_training_state(max_steps, *rest)
         self.state.compute_steps(self.args, max_steps)  # the recipe's logging_steps, not the checkpoint's
         for callback in self._stateful():  # of those that the checkpoint does not know
-            self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
+            callback_states(self.state).setdefault(type(callback).__name__, callback.state())
         if self.state.best_global_step:
             best = checkpoints.path_of(self.policy.directory, self.state.best_global_step)
             self.state.best_model_checkpoint = str(best)
-        if window := self.state.stateful_callbacks.get("loss window"):
+        if window := callback_states(self.state).get("loss window"):
             self.window = window
         return position
 
@@ -214,7 +222,7 @@ class Committed(Trainer):
         """In place. The library would make new callbacks, where others hold on to these."""
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, ExportableState):
-                state = self.state.stateful_callbacks.get(type(callback).__name__, {})
+                state = callback_states(self.state).get(type(callback).__name__, {})
                 for name, value in state.get("attributes", {}).items():
                     setattr(callback, name, value)
 
@@ -228,6 +236,7 @@ class Committed(Trainer):
     def _load_best_model(self) -> None:
         """The adapter with the lowest held-out loss. Raises RunDirError when its checkpoint was damaged meanwhile."""
         kept = self.state.best_model_checkpoint
+        assert kept is not None  # the library asks only then
         with seen_here(Path(kept)) as best:
             try:
                 checkpoints.verified(best)
@@ -262,7 +271,7 @@ class Committed(Trainer):
         if checkpoint is not None:
             with self._rng_state_of_this_process(Path(checkpoint)) as directory:
                 super()._load_rng_state(str(directory))
-        window = self.state.stateful_callbacks["loss window"]
+        window = callback_states(self.state)["loss window"]
         self._tr_loss = torch.tensor(window["loss"], device=self.args.device)
         self._globalstep_last_logged = window["since"]
 
@@ -280,7 +289,7 @@ class Committed(Trainer):
             shutil.copyfile(saved[process % len(saved)], directory / own)
             yield directory
 
-    def _run_epoch(self, **named: Any) -> None:
+    def _run_epoch(self, **named: Any) -> None:  # type: ignore[override]  # the library names all arguments
         """Nothing, when the checkpoint was that of a run which had come to its end."""
         if not self.control.should_training_stop and self.state.global_step < self.state.max_steps:
             super()._run_epoch(**named)

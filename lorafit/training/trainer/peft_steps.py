@@ -16,6 +16,8 @@ from transformers import Trainer
 class PeftSteps(Trainer):
     """The optimizer and the loss of a step, for training and for planning alike."""
 
+    model: nn.Module
+
     def __init__(self, *, loraplus_lr_ratio: float | None, **arguments: Any) -> None:
         self._loraplus_lr_ratio = loraplus_lr_ratio
         super().__init__(**arguments)
@@ -28,7 +30,10 @@ class PeftSteps(Trainer):
         """The recipe's optimizer; with LoRA+ through peft's own grouping, B learning faster than A."""
         if self._loraplus_lr_ratio is None:
             return super().create_optimizer(model)
-        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(self.args, model or self.model)
+        optimizer_class, settings = self.get_optimizer_cls_and_kwargs(
+            self.args,
+            model or self.model,  # type: ignore[arg-type]  # the library gives it any module, too
+        )
         settings.setdefault("weight_decay", self.args.weight_decay)
         self.optimizer = create_loraplus_optimizer(
             self.accelerator.unwrap_model(model or self.model),

@@ -14,6 +14,8 @@ from peft import AdaLoraConfig, PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from lorafit.builders.adapter import rank_allocator
+
 FILE = "rank_allocation.safetensors"
 _AVERAGES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -25,7 +27,7 @@ def save(model: PeftModel, directory: Path) -> None:
         return
     tensors = {f"weight {name}": tensor for name, tensor in _trained(model).items()}
     for kind in _AVERAGES:
-        averages = getattr(model.base_model.rankallocator, kind)
+        averages = getattr(rank_allocator(model), kind)
         tensors |= {f"{kind} {name}": tensor for name, tensor in averages.items()}
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(whole, directory / FILE, metadata={"rank_pattern": json.dumps(config.rank_pattern)})
@@ -35,10 +37,11 @@ def save(model: PeftModel, directory: Path) -> None:
 def load(model: PeftModel, directory: Path) -> None:
     """Be as the model was when `save` wrote."""
     trained = _trained(model)
-    allocator = model.base_model.rankallocator
+    config = model.peft_config["default"]
+    assert isinstance(config, AdaLoraConfig)
     averages: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in _AVERAGES}
     with safe_open(directory / FILE, "pt") as file:
-        model.peft_config["default"].rank_pattern = json.loads(file.metadata()["rank_pattern"])
+        config.rank_pattern = json.loads(file.metadata()["rank_pattern"])
         for key in file.keys():  # noqa: SIM118  (not a dict)
             kind, name = key.split(" ", 1)
             if kind == "weight":
@@ -46,10 +49,10 @@ def load(model: PeftModel, directory: Path) -> None:
             else:
                 averages[kind][name] = file.get_tensor(key).to(trained[name].device)
     for kind, tensors in averages.items():
-        setattr(allocator, kind, tensors)
+        setattr(rank_allocator(model), kind, tensors)
 
 
 def _trained(model: PeftModel) -> dict[str, torch.nn.Parameter]:
     """By the names that the allocator knows them by."""
-    named = model.base_model.model.named_parameters()
+    named = model.get_base_model().named_parameters()
     return {name: tensor for name, tensor in named if tensor.requires_grad or "ranknum" in name}

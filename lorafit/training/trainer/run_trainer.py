@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from peft import PeftModel
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from lorafit.speed.levers import Engaged
 from lorafit.training.callbacks import EarlyStopping, MetricsFile, Updates
@@ -19,6 +21,9 @@ from lorafit.training.trainer.stoppable import Stoppable
 
 class RunTrainer(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps):
     """`class OfATask(RunTrainer, SFTTrainer)` trains one adapter."""
+
+    model: PeftModel
+    processing_class: PreTrainedTokenizerBase
 
     called: Callable[[Any], Any]
     """What the model is called through; a lever may put something around it."""

@@ -174,6 +174,13 @@ class HalveBatch(TrainerCallback, ExportableState):
 class SplitOnOom(Trainer):
     """Leaves each micro-batch to `halving`, where that was asked for."""
 
+    model: nn.Module
+    rows_of: RowsOf
+    padding_free: bool
+    """These two are of the trainer of a task."""
+    window: dict[str, Any]
+    """Of `Committed`."""
+
     def __init__(self, *, halving: HalveBatch | None, **arguments: Any) -> None:
         self._halving = halving
         super().__init__(**arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ class EvaluationBrokenOff(Exception):
 
 class Stoppable(Trainer):
     """Stops on request with a checkpoint, from which the run goes on as if nothing had been; over `Committed`."""
+
+    save_now: Callable[[], None]
+    """Of `Committed`."""
 
     def __init__(self, *, stop: StopRequest, **arguments: Any) -> None:
         self._stop = stop
