@@ -97,8 +97,6 @@ def why_not(model: PreTrainedModel) -> str | None:
     scaled = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
     if scaled:
         return f"the model scales its logits ({scaled[0]})"
-    if getattr(config, "output_router_logits", False):
-        return "the model adds the loss of its router"
     return None
 
 
@@ -159,4 +157,5 @@ LEVER = Lever(
     why_not=lambda model, recipe, dtype: why_not(model),
     engage=_engage,
     goes_on="trainer",
+    keeps_router_loss=False,
 )

@@ -30,8 +30,6 @@ def why_not(model: PreTrainedModel, recipe: Recipe) -> str | None:
     strange = sorted(set(getattr(config, "layer_types", None) or ()) - BY_POSITION)
     if strange:
         return f"the model has layers of {strange[0]}"
-    if getattr(config, "output_router_logits", False):
-        return "the loss of the model's router counts every position"
     if recipe.training.neftune_noise_alpha:
         return "training.neftune_noise_alpha depends on the length"
     if recipe.health.on_oom == "halve_batch":
@@ -101,6 +99,7 @@ LEVER = Lever(
     why_not=lambda model, recipe, dtype: why_not(model, recipe),
     engage=use_fixed_length,
     goes_on="trainer",
+    keeps_router_loss=False,
     is_for_packed=True,
     is_for_compiled=True,
 )

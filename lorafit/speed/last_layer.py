@@ -71,8 +71,6 @@ def why_not(model: PreTrainedModel, *, dtype: torch.dtype) -> str | None:
         return f"the last layer has no {', '.join(PARTS[:-1])} or {PARTS[-1]}"
     if any(isinstance(module, nn.Dropout) and module.p for part in parts for module in part.modules()):
         return "dropout would draw other numbers"
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        return "the loss of the model's router counts every position"
     counts = torch.cat([torch.arange(length) >= length // 2 for length in LENGTHS])[None]
     counts[0, -1] = False
     usual = trial(model, dtype, counts=counts)
@@ -116,4 +114,5 @@ LEVER = Lever(
     why_not=lambda model, recipe, dtype: why_not(model, dtype=dtype),
     engage=_engage,
     goes_on="trainer",
+    keeps_router_loss=False,
 )

@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 
 from lorafit.recipe import Recipe
 
+ROUTED = "the loss of the model's router counts every position"
+
 BY_POSITION = {"full_attention", "sliding_attention"}
 """Layers, by transformers' names, in which packed documents see each other or not by positions and bounds alone."""
 
@@ -32,6 +34,9 @@ class Lever:
 
     goes_on: Literal["model", "trainer"] = "model"
 
+    keeps_router_loss: bool = True
+    """Whether the loss of a router, a mean over all positions, comes out the same."""
+
     is_for_packed: bool = False
     """For packed rows alone."""
 
@@ -44,3 +49,16 @@ class Lever:
     is_planned: Callable[[PreTrainedModel, bool, bool], bool] | None = None
     """Whether a planned step has it, told without a trial from: the empty model, is it on CUDA, is it in 16 bits. None
     where it changes nothing that is planned."""
+
+
+def has_router_loss(model: PreTrainedModel, recipe: Recipe) -> bool:
+    """Whether the balance of a router goes into the loss.
+
+    TRL decides it by these, and writes it into the model's config, when its trainer is made: after the levers are
+    pulled (trl 1.16, `SFTTrainer.__init__`).
+    """
+    config = model.config.get_text_config()
+    weight = recipe.training.extra.get("router_aux_loss_coef")
+    if weight is None:
+        weight = getattr(config, "router_aux_loss_coef", 0.0)
+    return hasattr(config, "output_router_logits") and weight != 0.0

@@ -12,7 +12,7 @@ from peft import PeftModel
 from lorafit.builders.adapter import base_of
 from lorafit.recipe import Recipe
 from lorafit.recipe.sections import SpeedSection
-from lorafit.speed.lever import Lever
+from lorafit.speed.lever import ROUTED, Lever, has_router_loss
 
 LEVERS: tuple[Lever, ...] = tuple(import_module(f"{__package__}.{key}").LEVER for key in SpeedSection.model_fields)
 """One for each key of `speed`, from the file of its name: so that a new one is a key and a file, and nothing else."""
@@ -57,7 +57,8 @@ def engage_all(
     for lever in asked:
         if lever in passed_by:
             continue
-        reason = lever.why_not(base, recipe, dtype)
+        is_lost = not lever.keeps_router_loss and has_router_loss(base, recipe)
+        reason = ROUTED if is_lost else lever.why_not(base, recipe, dtype)
         if reason is not None:
             lines.append(f"{lever.name} off: {reason}")
             continue

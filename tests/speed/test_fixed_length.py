@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
-from transformers import GPT2Config, MistralConfig, MixtralConfig, TrainerCallback
+from transformers import GPT2Config, MistralConfig, TrainerCallback
 
 from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe
@@ -126,8 +126,6 @@ def test_what_sees_the_padding_keeps_its_lengths(tmp_path: Path) -> None:
     llama.config._attn_implementation = "flash_attention_2"
     reason = "attention is flash_attention_2, which is told the bounds of documents"
     assert why_not(llama, plain.recipe) == reason
-    experts = MixtralConfig(**SMALL, **HEADS, num_local_experts=2, output_router_logits=True)
-    assert why_not(built(experts), plain.recipe) == "the loss of the model's router counts every position"
     linear = built(llama_config())
     linear.config.layer_types = ["full_attention", "linear_attention"]
     assert why_not(linear, plain.recipe) == "the model has layers of linear_attention"
