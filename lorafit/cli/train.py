@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import shlex
 import sys
 from contextlib import nullcontext
@@ -14,14 +13,11 @@ import typer
 
 from lorafit.cli.app import AsJson, Debug, Overrides, Quiet, RecipePath, app, print_result, quiet_libraries
 from lorafit.cli.stderr import keep_quiet
-from lorafit.errors import LorafitError, RecipeError
+from lorafit.errors import RecipeError
 from lorafit.imports import quick_imports
 from lorafit.launching import launch
-from lorafit.storage.stage import scratch
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
     from lorafit.launching.machines import Link
     from lorafit.launching.placement import Place
     from lorafit.launching.signals import StopRequest
@@ -30,8 +26,6 @@ if TYPE_CHECKING:
     from lorafit.training.progress import Progress
     from lorafit.training.start_point import Begin
     from lorafit.training.train import TrainResult
-
-logger = logging.getLogger(__name__)
 
 OutputDir = Annotated[
     Path | None, typer.Option("--output-dir", metavar="DIR", help="The run directory, instead of the recipe's.")
@@ -132,7 +126,9 @@ def train(
             from lorafit.storage.run_dir import RunDir
             from lorafit.storage.run_lock import held
 
-            place = _place(loaded, context.obj or {}, rank=machine_rank, main_address=main_address)
+            place = launch.place_of_this_machine(
+                loaded.recipe.launch, context.obj or {}, rank=machine_rank, main_address=main_address
+            )
             is_ours = launch.is_first_machine(loaded.recipe.launch) and place.rank == 0
             rank = launch.rank() if launch.is_worker() else None
             with held(RunDir(loaded.output_dir()), rank=rank) if is_ours else nullcontext():
@@ -156,29 +152,6 @@ def _resume_command() -> str:
     """What the user types to go on with a run that was stopped."""
     words = (word for word in sys.argv[1:] if word not in ("--resume", "--restart"))
     return shlex.join(["lorafit", *words, "--resume"])
-
-
-def _place(
-    loaded: "LoadedRecipe",
-    variables: "Mapping[str, str]",
-    *,
-    rank: int | None,
-    main_address: str | None,
-) -> "Place":
-    """Which machine of the run this is; what other launchers left in the environment is said in a line."""
-    from lorafit.launching import placement
-
-    if launch.is_worker():
-        return placement.ALONE
-    told = placement.told(variables)
-    machines = loaded.recipe.launch.machines
-    count = None if machines == "auto" else machines
-    place = placement.settled(told.place, machines=count, rank=rank, main_address=main_address)
-    if told.left_aside:
-        logger.info(f"left aside: {', '.join(told.left_aside)} of another launcher, which did not start this process")
-    if place.told_by and place.count > 1:
-        logger.info(str(place))
-    return place
 
 
 def _train(
@@ -287,36 +260,14 @@ def processes(
     requests = PassOn()
     requests.listen()
     keep_quiet()  # those that train speak
+    from lorafit.launching.handed_over import handed_over
     from lorafit.storage.run_dir import RunDir
     from lorafit.storage.run_lock import held
 
-    with nullcontext() if run_dir is None else held(RunDir(run_dir)), _linked(link) as others:
+    with nullcontext() if run_dir is None else held(RunDir(run_dir)), handed_over(link) as others:
         from lorafit.training.processes import run_processes
 
         code = run_processes(context.args, requests=requests, link=others)
         if others is not None:
             others.close(code)
         raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def _linked(handed: str | None) -> "Iterator[Link | None]":
-    """The other machines of the run, watched from now on; how this one ends badly is told to them."""
-    if handed is None:
-        yield None
-        return
-    from lorafit.launching.machines import taken_over
-    from lorafit.launching.signals import end_after_lost_machine
-
-    link = taken_over(handed)
-    with scratch() as directory:
-        sign = directory / "lost-machine"
-        launch.name_sign_of_lost_machine(sign)
-        link.watch(lambda: end_after_lost_machine(sign, lambda: link.lost, is_over=link.is_over))
-        try:
-            yield link
-        except LorafitError as error:
-            link.close(error.exit_code, said=str(error).splitlines()[0])
-            raise
-        finally:
-            link.close(1)

@@ -5,11 +5,12 @@ With `preflight.py` the only place that reads the environment. No torch: the com
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,8 @@ from lorafit.launching.placement import ALONE, Place
 
 if TYPE_CHECKING:  # `lorafit --help` answers without pydantic
     from lorafit.recipe.sections import LaunchSection
+
+logger = logging.getLogger(__name__)
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 """The shipped accelerate files; a link to `configs/` in a checkout, the files themselves in a wheel."""
@@ -42,6 +45,22 @@ def is_worker() -> bool:
 def machine_rank() -> int:
     """The number of this machine among those of the run, in a process that trains there."""
     return int(os.environ.get("GROUP_RANK") or "0") if is_worker() else 0
+
+
+def place_of_this_machine(
+    section: LaunchSection, variables: Mapping[str, str], *, rank: int | None, main_address: str | None
+) -> Place:
+    """Which machine of the run this is; what other launchers left behind in `variables` is said in a line."""
+    if is_worker():
+        return ALONE
+    told = placement.told(variables)
+    count = None if section.machines == "auto" else section.machines
+    place = placement.settled(told.place, machines=count, rank=rank, main_address=main_address)
+    if told.left_aside:
+        logger.info(f"left aside: {', '.join(told.left_aside)} of another launcher, which did not start this process")
+    if place.told_by and place.count > 1:
+        logger.info(str(place))
+    return place
 
 
 def take_variables() -> dict[str, str]:
