@@ -27,7 +27,12 @@ def is_safe() -> bool:
     Not once torch was there, whose own threads a copy lacks and waits for; not where other threads of Python may hold
     what they would never let go of in a copy, or where a GPU's driver knows this process and no copy of it.
     """
-    return operating_system.can_copy_processes() and "torch" not in sys.modules and threading.active_count() == 1
+    return "torch" not in sys.modules and is_safe_without_torch_threads()
+
+
+def is_safe_without_torch_threads() -> bool:
+    """The same of a process that has torch, and has computed with one thread at most and no gradient."""
+    return operating_system.can_copy_processes() and threading.active_count() == 1
 
 
 class Fork:

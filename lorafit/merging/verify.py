@@ -1,4 +1,4 @@
-"""Is what was written the base with the adapter in it? Read from disk in a fresh process, and compared with both.
+"""Is what was written the base with the adapter in it? Read from disk in a process of its own, and compared with both.
 
 What "right" is comes out of the merge itself, not from a table of thresholds. The reference merges in memory, in
 float32, with peft, and rounds every weight once to the type it is stored in. A right merge differs from that

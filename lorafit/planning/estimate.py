@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from transformers import PreTrainedConfig
 
-from lorafit.planning.extrapolate_layers import WholeStep, whole_step
+from lorafit import operating_system
+from lorafit.launching import fork
+from lorafit.planning.extrapolate_layers import WholeStep, begin_replay, whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Rows
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.plan_result import Verdict, surroundings, verdict
@@ -84,6 +86,15 @@ class Estimator:
             said += f", but {without.verdict} beside what CUDA takes"
         return self._estimate(recipe, is_on, said, replay=replay)
 
+    def begin_replay(self, recipe: Recipe) -> None:
+        """Begin what the first estimate with `replay` waits for longest, where it can run beside the rest of it."""
+        is_spread = self.count > 1 and recipe.launch.strategy == "fsdp2"
+        has_room = operating_system.usable_cores() > 1 and fork.is_safe_without_torch_threads()
+        if self.gpu.is_cpu or is_spread or self._runs or not has_room:
+            return
+        run = self._run(recipe, checkpointing=recipe.training.gradient_checkpointing is True)
+        begin_replay(run, train_batch(recipe), eval_batch=eval_batch(recipe), passes=_passes(recipe))
+
     def _estimate(self, recipe: Recipe, checkpointing: bool, reason: str, *, replay: bool) -> Estimate:
         step = self._step(recipe, checkpointing=checkpointing, replay=replay)
         run = self._run(recipe, checkpointing=checkpointing)
@@ -122,7 +133,7 @@ class Estimator:
                 self._run(recipe, checkpointing=checkpointing),
                 train_batch(recipe),
                 eval_batch=eval_batch(recipe),
-                passes=min(2, recipe.training.gradient_accumulation_steps),
+                passes=_passes(recipe),
                 replay=replay,
             )
         return self._steps[key]
@@ -163,6 +174,11 @@ def _held_as(recipe: Recipe, machine: Machine) -> Recipe:
     if choice is None:
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": choice.value})})
+
+
+def _passes(recipe: Recipe) -> int:
+    """From the second on all are alike."""
+    return min(2, recipe.training.gradient_accumulation_steps)
 
 
 def train_batch(recipe: Recipe) -> Batch:

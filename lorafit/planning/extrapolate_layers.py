@@ -68,6 +68,14 @@ def whole_step(
     return WholeStep(moments[label], label, moments[label].total + overhead, _work(base, deeper))
 
 
+def begin_replay(run: FakeRun, batch: Batch, *, eval_batch: Batch | None, passes: int) -> None:
+    """Begin the longest run of `whole_step`, beside those that it makes first."""
+    base = run.layers.sample(ends=run.ends).base
+    indices = _spread(base, depth=len(run.layers.all))
+    if len(indices) > len(base):
+        run.begin(indices, batch, eval_batch=eval_batch, passes=passes)
+
+
 def _moment(label: str, base: Measured, deeper: Sequence[_Deeper]) -> Moment:
     start = base.moments[label]
     total, parts = start.total, Counter(start.parts)

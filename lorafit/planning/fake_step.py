@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
+import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -19,6 +21,7 @@ from transformers.integrations.neftune import activate_neftune
 
 from lorafit.builders.adapter import attach_adapter, rank_allocator
 from lorafit.builders.lora_config import lora_config
+from lorafit.launching.fork import Fork
 from lorafit.planning.cuda_emulation import (
     Answers,
     CudaAutocast,
@@ -137,6 +140,7 @@ class FakeRun:
             activate_neftune(model, self._recipe.training.neftune_noise_alpha, self._trainer.accelerator)
         self._asked: tuple[Batch, Batch | None, int] | None = None
         self._measured: dict[tuple[int, ...], Measured] = {}
+        self._elsewhere: StepElsewhere | None = None
         gc.freeze()  # all that was imported and built stays: collecting garbage after a step need not look at it
 
     def step(
@@ -156,8 +160,17 @@ class FakeRun:
         if asked != self._asked:
             self._asked, self._measured = asked, {}
         if kept not in self._measured or self._spread > 1:  # where DTensor's first step counts its own planning, too
-            self._measured[kept] = self._run(kept, batch, eval_batch=eval_batch, passes=passes)
+            found = self._elsewhere.answer(kept, *asked) if self._elsewhere else None
+            self._measured[kept] = found or self._run(kept, batch, eval_batch=eval_batch, passes=passes)
         return self._measured[kept]
+
+    def begin(self, indices: Sequence[int], batch: Batch, *, eval_batch: Batch | None, passes: int) -> None:
+        """Run a step in a copy of this process, which has run none of any run, while others are run here."""
+        kept = tuple(indices)
+        self._elsewhere = StepElsewhere(
+            (kept, batch, eval_batch, passes),
+            lambda: self._run(kept, batch, eval_batch=eval_batch, passes=passes),
+        )
 
     def _run(self, indices: tuple[int, ...], batch: Batch, *, eval_batch: Batch | None, passes: int) -> Measured:
         set_rows(packed=batch.rows == "packed", padded=batch.rows == "padded")
@@ -276,6 +289,22 @@ class FakeRun:
         self._model.eval()
         with torch.no_grad(), self._trainer.compute_loss_context_manager():
             self._page.score(self._model, self._inputs(batch))
+
+
+class StepElsewhere:
+    """A step in a copy of this process, which ends with it."""
+
+    def __init__(self, asked: tuple[Any, ...], run: Callable[[], Measured]) -> None:
+        self._asked = asked
+        with tempfile.TemporaryFile() as errors:  # what goes wrong there goes wrong here, too, and is said
+            self._process = Fork(lambda _, said: pickle.dump(run(), said), errors=errors)
+
+    def answer(self, *asked: Any) -> Measured | None:
+        """What it has found, if it was asked for this and found anything."""
+        if asked != self._asked:
+            return None
+        said, _ = self._process.communicate()
+        return pickle.loads(said) if said else None
 
 
 class _Places:

@@ -42,6 +42,7 @@ def answer(question: Question) -> Plan:
     config = _config(question)
     estimator = Estimator(question.loaded, config=config, gpu=question.gpu, count=question.count)
     recipe = question.loaded.recipe
+    estimator.begin_replay(recipe)
     estimate = estimator.estimate(recipe, replay=True)
     speed = estimate.tokens_per_second
     rows = None if recipe.training.max_steps else rows_of_run(recipe, has_model=question.model_shape is None)

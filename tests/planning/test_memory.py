@@ -69,6 +69,11 @@ def test_a_step_is_run_once_for_a_batch(answers: Any) -> None:
     assert of_another_batch == of_the_first_again == first
 
 
+def test_a_replay_in_a_copy_of_the_process_comes_to_the_same_and_is_made_up_for(answers: Any) -> None:
+    beside_it, without_it, is_same = answers["elsewhere"]
+    assert (beside_it, without_it, is_same) == ([2, 3], [2, 3, 6], True)
+
+
 def test_the_peak_is_exactly_affine_in_depth_with_two_kinds_of_layers(answers: Any) -> None:
     ((extrapolated, whole),) = answers["affine"]
     assert extrapolated == whole

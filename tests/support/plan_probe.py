@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import tempfile
 import warnings
@@ -26,7 +27,7 @@ import torch
 from transformers import Gemma2Config, PreTrainedConfig
 
 from lorafit.planning.estimate import Estimator
-from lorafit.planning.extrapolate_layers import WholeStep, whole_step
+from lorafit.planning.extrapolate_layers import WholeStep, begin_replay, whole_step
 from lorafit.planning.fake_step import Batch, FakeRun, Measured
 from lorafit.planning.gpus import Gpu
 from lorafit.planning.known_shapes import architecture
@@ -94,22 +95,40 @@ def affine(checkpointing: bool) -> list[int]:
     return [extrapolated, run.step(range(7), batch, eval_batch=batch, passes=2).most_allocated]
 
 
+class Counted(FakeRun):
+    """Knows how many layers each step had that ran here."""
+
+    def __init__(self, *, fails_elsewhere: bool = False) -> None:
+        self.depths: list[int] = []
+        self._here = os.getpid() if fails_elsewhere else None
+        super().__init__(recipe(), config=copy.deepcopy(plan_vs_cpu.TINY), bf16=True, checkpointing=True)
+
+    def _run(self, indices: tuple[int, ...], *rest: Any, **named: Any) -> Measured:
+        if self._here not in (None, os.getpid()):
+            raise MemoryError
+        self.depths.append(len(indices))
+        return super()._run(indices, *rest, **named)
+
+
 def steps_run() -> list[list[int]]:
     """Layers of each step that is run for an estimate, for it and its replay, for another batch, and for the first."""
-    depths: list[int] = []
-
-    class Counted(FakeRun):
-        def _run(self, indices: tuple[int, ...], *rest: Any, **named: Any) -> Measured:
-            depths.append(len(indices))
-            return super()._run(indices, *rest, **named)
-
-    run = Counted(recipe(), config=copy.deepcopy(plan_vs_cpu.TINY), bf16=True, checkpointing=True)
-    found = []
+    run, found = Counted(), []
     for length, replay in ((32, False), (32, True), (48, False), (32, False)):
         whole_step(run, Batch("full", 1, length), eval_batch=None, passes=1, replay=replay)
-        found.append(depths[:])
-        depths.clear()
+        found.append(run.depths[:])
+        run.depths.clear()
     return found
+
+
+def step_elsewhere() -> list[Any]:
+    """Layers of each step that runs here where the replay runs in a copy, and where the copy fails; whether both come
+    to the same as a process alone."""
+    batch, how = Batch("full", 1, 32), {"eval_batch": Batch("full", 2, 32), "passes": 2}
+    run, failing, alone = Counted(), Counted(fails_elsewhere=True), Counted()
+    for one in (run, failing):
+        begin_replay(one, batch, **how)  # type: ignore[arg-type]
+    found = [whole_step(one, batch, replay=True, **how) for one in (run, failing, alone)]  # type: ignore[arg-type]
+    return [run.depths, failing.depths, found[0] == found[2] and found[1] == found[2]]
 
 
 def monotone() -> dict[str, list[int]]:
@@ -202,6 +221,7 @@ def quick() -> dict[str, Any]:
         "published": [apart(plan_vs_published.predicted, row) for row in plan_vs_published.ROWS[2:3]],
         "affine": [apart(affine, True)],
         "steps": apart(steps_run),
+        "elsewhere": apart(step_elsewhere),
         "monotone": apart(monotone),
         "spread": apart(spread, 4),
         "loading": apart(loading_in_4_bits),
