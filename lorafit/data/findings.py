@@ -135,6 +135,9 @@ KINDS = {
     "eval_like_train": Kind(
         "warning", "eval rows that are also in train but for case and white space", "remove them from one side"
     ),
+    "eval_near_train": Kind(
+        "warning", "eval rows of which nearly all is also in one row of train", "remove them from one side"
+    ),
 }
 
 

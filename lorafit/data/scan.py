@@ -16,6 +16,7 @@ from itertools import accumulate
 from lorafit.data.findings import Findings, refuse_too_many_lost, where
 from lorafit.data.groups import Groups
 from lorafit.data.listing import Listed, Side, bytes_of, listing
+from lorafit.data.near import NearRows
 from lorafit.data.progress import watched
 from lorafit.data.readers import HubRows
 from lorafit.data.reading import Reading
@@ -156,9 +157,13 @@ def scan(
     def estimate(read: int) -> int | None:
         return read * size // reading.bytes_read if 0 < reading.bytes_read <= size else None
 
-    all_rows = (row for source in sources for row in reading.rows(source))
-    for row in watched(all_rows, "reading", is_shown=show_progress, total=estimate):
+    near = NearRows()
+    near.hold(_held_out_on_disk(section, sources))
+    all_rows = ((source.side, row) for source in sources for row in reading.rows(source))
+    for side, row in watched(all_rows, "reading", is_shown=show_progress, total=estimate):
         rows.add(row)
+        if side == "train":
+            near.see(row)
         if each is not None:
             each(row)
     ends = list(accumulate(reading.kept[source.first] for source in sources))
@@ -167,7 +172,7 @@ def scan(
     counts = [end - start for start, end in zip([0, *ends], ends, strict=False)]
     train_rows = sum(count for count, source in zip(counts, sources, strict=True) if source.side == "train")
     firsts = rows.groups.firsts()
-    _find_duplicates(rows, firsts, train_rows, reading.findings, files)
+    _find_duplicates(rows, firsts, train_rows, dict(near.pairs()), findings=reading.findings, files=files)
     held_out = None
     if section.eval_fraction is not None and _is_whole("train", sources, hub_rows):
         held_out = _drawn(firsts, section.eval_fraction, seed=seed)
@@ -255,7 +260,13 @@ def _refuse_sources_without_rows(
 
 
 def _find_duplicates(
-    rows: _Rows, firsts: array[int], train_rows: int, findings: dict[Side, Findings], files: list[str]
+    rows: _Rows,
+    firsts: array[int],
+    train_rows: int,
+    near: dict[Place, Place],
+    *,
+    findings: dict[Side, Findings],
+    files: list[str],
 ) -> None:
     """Rows that are there twice, and eval rows that are also in train, with the row that they are there."""
     alike = firsts if rows.alike is None else rows.alike.firsts()
@@ -264,6 +275,8 @@ def _find_duplicates(
             findings["eval"].add("eval_in_train", rows.place(row), where(rows.place(first), files))
         elif row >= train_rows > alike[row]:
             findings["eval"].add("eval_like_train", rows.place(row), where(rows.place(alike[row]), files))
+        elif row >= train_rows and (other := near.get(rows.place(row))):
+            findings["eval"].add("eval_near_train", rows.place(row), where(other, files))
         elif first != row:
             findings["train" if row < train_rows else "eval"].add("duplicate", rows.place(row))
     leaked = findings["eval"].counts["eval_in_train"]
@@ -273,6 +286,14 @@ def _find_duplicates(
             "data.eval_fraction instead",
             where="data.eval",
         )
+
+
+def _held_out_on_disk(section: DataSection, sources: tuple[Listed, ...]) -> Iterator[Row]:
+    """The eval rows, for a first look; of what is elsewhere none. Whoever reads them again says what is wrong."""
+    reading = Reading(section, None)
+    for source in sources:
+        if source.side == "eval" and not any(not file.is_local for file in source.files):
+            yield from reading.rows(source)
 
 
 def _drawn(firsts: array[int], share: float, *, seed: int) -> bytes:

@@ -13,6 +13,9 @@ from lorafit.errors import RunDirError
 from lorafit.storage.files import append_line, read_regular, sha256_of, write_file
 from lorafit.storage.stage import flush, make_directory, remove_abandoned
 
+LONGEST_LINE = 2**20
+"""Bytes of a line of metrics.jsonl or events.jsonl: a thousand times what is written there. Longer: not ours."""
+
 
 @dataclass(frozen=True)
 class RunDir:
@@ -149,7 +152,9 @@ class RunDir:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    """The event of a line; None where it is not whole."""
+    """The event of a line; None where it is not whole, or longer than any."""
+    if len(line) > LONGEST_LINE:
+        return None
     try:
         event = json.loads(line)
     except (ValueError, RecursionError):  # not UTF-8 is a ValueError, too

@@ -1,5 +1,6 @@
 """What the audit counts, what it refuses, and what one epoch holds."""
 
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -209,6 +210,32 @@ def test_chats_of_the_same_words_that_call_otherwise_are_not_alike(tmp_path: Pat
 
     found = scan(held_out(tmp_path, [call("north"), call("west")], [call("south")]), seed=0)
     assert not any("but for case" in warning for warning in found.warnings)
+
+
+def essays(*seeds: int, opening: str = "") -> list[dict[str, str]]:
+    """Rows of a hundred words, of which two have no run of five in common, behind the same opening."""
+    draws = (random.Random(seed) for seed in seeds)
+    return [
+        {"prompt": opening + "Go on.", "completion": " ".join(f"w{draw.randrange(3000)}" for _ in range(100))}
+        for draw in draws
+    ]
+
+
+def test_eval_rows_that_are_nearly_a_row_of_train_are_reported_with_their_pair(tmp_path: Path) -> None:
+    words = essays(2)[0]["completion"].split()
+    reworded = {"prompt": "Start anew.", "completion": " ".join(["Well,", *words[:40], "changed", *words[41:], "End."])}
+    half = {"prompt": "Go on.", "completion": " ".join(words[:50] + essays(9)[0]["completion"].split()[:50])}
+    found = scan(held_out(tmp_path, essays(1, 2, 3), [*essays(4), half, reworded]), seed=0)
+    (warning,) = found.warnings
+    assert warning.startswith("eval rows of which nearly all is also in one row of train: 1, at ")
+    assert "b.jsonl:3 (" in warning and "a.jsonl:2);" in warning
+
+
+def test_what_all_rows_begin_with_makes_none_nearly_another(tmp_path: Path) -> None:
+    opening = essays(0)[0]["completion"] * 3
+    short = [row | {"completion": row["completion"][:40]} for row in essays(3, 4, opening=opening)]
+    found = scan(held_out(tmp_path, essays(1, 2, opening=opening), short), seed=0)
+    assert not found.warnings
 
 
 def test_an_eval_set_that_is_all_in_train_is_refused(tmp_path: Path) -> None:

@@ -270,6 +270,15 @@ def test_lines_that_are_broken_are_named_all_at_once(tmp_path: Path) -> None:
     assert "is not JSON (" in found[1] and "remove the line" in found[1] and "not UTF-8" in found[-1]
 
 
+def test_a_line_longer_than_any_is_named_and_not_put_on_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path, steps=3)
+    before = len(run.events.read_text().splitlines())
+    with run.events.open("a") as events:
+        events.write(json.dumps({"step": 1, "kind": "stop", "message": "A" * 2**20}) + "\n")
+    (line,) = problems(tmp_path)
+    assert line.startswith(f"RUN/events.jsonl:{before + 1}: has 1,048,6") and line.endswith("remove the line")
+
+
 @pytest.mark.parametrize("write", [write_run, write_sweep])
 def test_a_file_of_another_structure_is_named_or_left_out(
     tmp_path: Path, write: Any, monkeypatch: pytest.MonkeyPatch

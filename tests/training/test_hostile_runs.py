@@ -22,10 +22,15 @@ from support import ROOT
 from support.recipes import SMALLEST, written
 
 WHOLE = b'{"step": 1, "kind": "selftest", "message": "passed"}'
+LONG = b'{"step": 2, "kind": "stop", "message": "' + b"A" * 2**20 + b'"}'
 
 
 @pytest.mark.parametrize(
-    "torn", [b'{"step": 2, "ki', b'{"step": 2}', b'{"step": 2, "kind": "\xff"}', b"[1]", b"7", b"[" * 9999]
+    "torn",
+    [
+        *(b'{"step": 2, "ki', b'{"step": 2}', b'{"step": 2, "kind": "\xff"}', b"[1]", b"7", b"[" * 9999),
+        pytest.param(LONG, id="long"),
+    ],
 )
 @pytest.mark.parametrize("end", [b"", b"\n"])
 def test_torn_events_are_set_aside_and_the_others_kept(tmp_path: Path, torn: bytes, end: bytes) -> None:

@@ -13,7 +13,7 @@ from lorafit.errors import LorafitError, Problem, RecipeError, RunDirError
 from lorafit.launching.child import Child, ChildFailed
 from lorafit.recipe.yaml_reader import parse
 from lorafit.storage.files import read_regular
-from lorafit.storage.run_dir import RunDir
+from lorafit.storage.run_dir import LONGEST_LINE, RunDir
 from lorafit.tasks import DEFAULT_TASK, TASKS, Task
 
 MERGE_REPORT = "merge_report.json"
@@ -155,6 +155,10 @@ class _Reader:
         lines = text.split("\n")
         unfinished = lines.pop()
         for number, line in enumerate(lines, 1):
+            if len(line) > LONGEST_LINE:
+                message = f"has {len(line):,} characters, and no line that lorafit writes has as many; remove the line"
+                self.problems.append(Problem(f"{file}:{number}", message))
+                continue
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError) as error:
