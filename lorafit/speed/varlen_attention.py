@@ -106,18 +106,17 @@ def _document_by_document(
     with torch.autocast("cpu", enabled=False) if is_short else nullcontext():
         for length, (own_query, own_key, own_value) in zip(lengths, of_each, strict=True):
             mask = _window(length, sliding_window)
-            documents.append(
-                scaled_dot_product_attention(
-                    own_query,
-                    own_key,
-                    own_value,
-                    attn_mask=mask,
-                    is_causal=mask is None,
-                    scale=scaling,
-                    enable_gqa=query.shape[1] != key.shape[1],
-                )
+            states = scaled_dot_product_attention(
+                own_query,
+                own_key,
+                own_value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
             )
-    return torch.cat(documents, dim=2).transpose(1, 2).to(dtype)
+            documents.append(states.transpose(1, 2))
+    return torch.cat(documents, dim=1).to(dtype)
 
 
 def _window(length: int, sliding_window: int | None) -> torch.Tensor | None:
