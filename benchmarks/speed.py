@@ -113,14 +113,16 @@ def write_rows(file: Path, *, count: int, tokens: int | None = None) -> None:
 
 
 def clock() -> Any:
-    """A callback that keeps the time at the end of each step."""
+    """A callback that keeps the time at the end of each step, and what all threads have computed until then."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         seconds: list[float] = []
+        cpu_seconds: list[float] = []
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
             self.seconds.append(time.monotonic())
+            self.cpu_seconds.append(time.process_time())
 
     return Clock()
 
@@ -176,7 +178,8 @@ def train_with_trl(rows: Path, model: Any, *, cache: Path, **settings: Any) -> d
         )
         trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return measured_steps([entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs], times.seconds)
+    losses, tokens = [entry["loss"] for entry in logs], [entry["num_tokens"] for entry in logs]
+    return measured_steps(losses, tokens, times.seconds, cpu_seconds=times.cpu_seconds)
 
 
 def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
@@ -203,7 +206,7 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
     model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
-    losses, tokens, seconds, total = [], [], [], 0
+    losses, tokens, seconds, cpu_seconds, total = [], [], [], [], 0
     size = rows_per_step(work, packed=True)
     for step in range(steps):
         batch = collate([packed[(step * size + i) % len(packed)] for i in range(size)])
@@ -219,7 +222,8 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
         losses.append(loss.item())
         tokens.append(total)
         seconds.append(time.monotonic())
-    return measured_steps(losses, tokens, seconds)
+        cpu_seconds.append(time.process_time())
+    return measured_steps(losses, tokens, seconds, cpu_seconds=cpu_seconds)
 
 
 def with_lorafit(work: Path, *, side: str, steps: int, bf16: bool) -> dict[str, Any]:
@@ -261,18 +265,26 @@ def train_with_lorafit(recipe: dict[str, Any], *, cache: Path) -> dict[str, Any]
         run_training(load(path), cache_dir=cache, watchers=[times])
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     logs = [entry for entry in lines if "loss" in entry]
-    return measured_steps([entry["loss"] for entry in logs], [entry["tokens"] for entry in logs], times.seconds)
+    losses, tokens = [entry["loss"] for entry in logs], [entry["tokens"] for entry in logs]
+    return measured_steps(losses, tokens, times.seconds, cpu_seconds=times.cpu_seconds)
 
 
 def measured_steps(
-    losses: list[float], tokens: list[int], seconds: list[float], *, peak: int | None = None
+    losses: list[float],
+    tokens: list[int],
+    seconds: list[float],
+    *,
+    cpu_seconds: list[float] | None = None,
+    peak: int | None = None,
 ) -> dict[str, Any]:
-    """Useful tokens per second after the first steps, from what was logged at each."""
+    """Useful tokens per second after the first steps, from what was logged at each; and per second that a thread
+    computed, which counts what others do on the machine for less."""
     first = min(WARM_UP_STEPS, len(losses) - 2)
     useful = tokens[-1] - tokens[first - 1]
     return {
         "losses": losses,
         "tokens_per_second": useful / (seconds[-1] - seconds[first - 1]),
+        "tokens_per_cpu_second": useful / (cpu_seconds[-1] - cpu_seconds[first - 1]) if cpu_seconds else None,
         "tokens_per_step": useful / (len(losses) - first),
         "peak_memory_bytes": _peak_memory_bytes() if peak is None else peak,
     }
