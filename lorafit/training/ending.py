@@ -9,6 +9,7 @@ from typing import Protocol
 from lorafit.errors import DiskError, HealthStop, LorafitError, StopRequested
 from lorafit.launching import launch
 from lorafit.launching.signals import ENDED_WITH_ANOTHER, StopRequest, has_lost_another
+from lorafit.operating_system import freed_memory_kept
 from lorafit.recipe import LoadedRecipe
 from lorafit.storage.run_dir import RunDir
 from lorafit.training.disk import full_disk_is_said
@@ -21,7 +22,8 @@ from lorafit.training.trainer.stoppable import EvaluationBrokenOff
 def shortage_is_said(
     trainer: RunTrainer, loaded: LoadedRecipe, run: RunDir, *, checkpoint_bytes: int
 ) -> Iterator[None]:
-    """A lack of memory, or of space for a checkpoint, is said in one line; the peak of memory is that of this block.
+    """A lack of memory, or of space for a checkpoint, is said in one line; the peak of memory is that of this
+    block, whose steps keep for the next what they free.
 
     Raises MachineError and DiskError.
     """
@@ -29,6 +31,7 @@ def shortage_is_said(
     with (
         full_disk_is_said(run.path, writing="a checkpoint", needed=checkpoint_bytes),
         out_of_memory_is_said(loaded, doing=trainer.doing, checkpointing=bool(trainer.args.gradient_checkpointing)),
+        freed_memory_kept(),
     ):
         yield
 

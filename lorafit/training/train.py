@@ -12,7 +12,6 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback
 
 from lorafit.launching.signals import StopRequest
-from lorafit.operating_system import freed_memory_kept
 from lorafit.recipe import LoadedRecipe
 from lorafit.training.ending import ending_is_recorded, shortage_is_said
 from lorafit.training.inputs import Inputs
@@ -107,7 +106,7 @@ def run_training(
     ):
         manifest.open(written, now=policy.facts, tested=tested)
         # Train.
-        with shortage_is_said(trainer, loaded, run, checkpoint_bytes=space.checkpoint), freed_memory_kept():
+        with shortage_is_said(trainer, loaded, run, checkpoint_bytes=space.checkpoint):
             trainer.train_by(policy, after=start.checkpoint)
             trainer.leave_if_stopping(steps=trainer.steps, where=str(run.path))
             # Verify: every trained tensor moved and is finite, nothing else did; and how good it is.
