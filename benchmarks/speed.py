@@ -48,7 +48,7 @@ from other_trainers import REQUIREMENTS
 BASE_TOKENIZER = Path(__file__).parent.parent / "recipes" / "quickstart" / "base"
 TEXT = Path(__file__).parent.parent / "recipes" / "quickstart" / "train.jsonl"
 WARM_UP_STEPS, EQUALITY_STEPS = 6, 4
-LEVERS = ("varlen_attention", "fused_lora", "answer_head")
+LEVERS = ("varlen_attention", "fused_lora", "answer_head", "last_layer")
 SIDES = (
     *("trl-defaults", "trl-padded", "trl-packed", "bare-loop", "lorafit-padded", "lorafit"),
     *(f"lorafit-no-{lever}" for lever in LEVERS),
