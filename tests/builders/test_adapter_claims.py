@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lorafit.builders.model_modules import weight_of
 from lorafit.cli import _exit_code
 from lorafit.evaluation.models import models
 from lorafit.evaluation.subject import read_subject
@@ -185,7 +186,7 @@ def test_eval_measures_what_merge_merges_of_a_vocabulary_that_grew(tmp_path: Pat
     model.resize_token_embeddings(270)
     config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False)
     with torch.no_grad():
-        model.get_input_embeddings().weight[264:] += 0.1
+        weight_of(model.get_input_embeddings())[264:] += 0.1
     larger = get_peft_model(model, config)
     larger.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
     tokenizer = byte_tokenizer()

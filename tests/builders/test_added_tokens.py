@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from lorafit.builders.added_tokens import added_tokens
 from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.model_modules import weight_of
 from lorafit.builders.new_rows import begin_rows
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.errors import DataError, ModelError
@@ -106,7 +107,7 @@ def test_new_tokens_of_a_quantised_base_reload(tied: bool, tmp_path: Path) -> No
     for name, tensor in rows.items():
         assert torch.equal(tensor.to(there[name].dtype), there[name])
     merged(run, tmp_path / "merged")
-    table = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings().weight
+    table = weight_of(AutoModelForCausalLM.from_pretrained(tmp_path / "merged").get_input_embeddings())
     assert torch.equal(table[259:], next(iter(rows.values())).float())
 
 
@@ -136,8 +137,8 @@ def test_a_new_row_begins_as_the_mean_of_its_pieces(tmp_path: Path) -> None:
     pieces = byte_tokenizer()("<tool>", add_special_tokens=False)["input_ids"]
     assert len(pieces) == 6
     for begun, before in (
-        (model.get_input_embeddings().weight, plain.get_input_embeddings().weight),
-        (model.get_output_embeddings().weight, plain.get_output_embeddings().weight),
+        (weight_of(model.get_input_embeddings()), weight_of(plain.get_input_embeddings())),
+        (weight_of(model.get_output_embeddings()), weight_of(plain.get_output_embeddings())),
     ):
         assert begun.shape[0] == 260
         assert torch.equal(begun[259], before[pieces].mean(dim=0))
@@ -147,15 +148,15 @@ def test_a_new_row_begins_as_the_mean_of_its_pieces(tmp_path: Path) -> None:
 def test_a_token_the_base_has_begins_anew_only_where_it_was_never_trained(tmp_path: Path) -> None:
     base = build_base(tmp_path / "base", config=llama_config(vocab_size=SPARE))
     model = AutoModelForCausalLM.from_pretrained(base)
-    before = model.get_input_embeddings().weight.detach().clone()
+    before = weight_of(model.get_input_embeddings()).detach().clone()
     with torch.no_grad():
-        model.get_output_embeddings().weight[2] = 0
+        weight_of(model.get_output_embeddings())[2] = 0
     added = added_tokens(byte_tokenizer(), ["<|im_end|>"], rows=SPARE)
     assert added.known == {"<|im_end|>"}
     assert added.trained == (2,)
     begin_rows(model, added)
-    assert torch.equal(model.get_input_embeddings().weight, before)
-    head = model.get_output_embeddings().weight
+    assert torch.equal(weight_of(model.get_input_embeddings()), before)
+    head = weight_of(model.get_output_embeddings())
     assert torch.equal(head[2], head[list(added.pieces["<|im_end|>"])].mean(dim=0))
     assert len(added.pieces["<|im_end|>"]) == len("<|im_end|>")
 
@@ -168,7 +169,7 @@ def test_rows_between_the_embedding_and_a_new_token_are_trained_and_saved_too(tm
     files = check_base_model(_section(base, "<tool>"))
     assert (files.trained_token_ids, files.vocab_size) == ((259, 260), 261)
     model = load_base_model(_section(base, "<tool>"), None, dtype="auto", device_map=None)
-    table = model.get_input_embeddings().weight
+    table = weight_of(model.get_input_embeddings())
     assert torch.allclose(table[259], table[:259].mean(dim=0), atol=1e-7)
 
 
@@ -182,7 +183,7 @@ def test_a_word_of_the_vocabulary_cuts_other_text_as_before(tmp_path: Path) -> N
 def test_a_head_with_a_bias_is_refused_before_a_weight_is_read(tmp_path: Path) -> None:
     from transformers import PhiConfig
 
-    settings = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    settings: dict[str, Any] = {"vocab_size": 264, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     base = build_base(tmp_path / "base", config=PhiConfig(**settings, num_attention_heads=4, eos_token_id=2))
     check_base_model(_section(base))
     with pytest.raises(ModelError, match="has a bias in its output head, which peft would leave out"):

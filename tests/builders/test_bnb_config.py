@@ -30,7 +30,7 @@ def test_every_key_is_tried() -> None:
 @pytest.mark.parametrize("key", FLIPPED)
 def test_a_flipped_key_changes_the_library_object(key: str) -> None:
     value, expected = FLIPPED[key]
-    base = {} if key == "load_in_8bit" else {"load_in_4bit": True}
+    base: dict[str, Any] = {} if key == "load_in_8bit" else {"load_in_4bit": True}
     before = bnb_config(QuantizationSection(**base))
     after = bnb_config(QuantizationSection(**{**base, key: value}))
     assert getattr(before, key) != expected

@@ -75,8 +75,9 @@ def test_every_named_template_is_saved_with_the_variables(tmp_path: Path) -> Non
     (tmp_path / "merged").mkdir()
     copy_tokenizer(tmp_path / "adapter", tmp_path / "merged")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    tools: Any
     for tools in (None, [TOOL]):
-        text = loaded.apply_chat_template(CONVERSATIONS["one turn"], tools=tools, tokenize=False)
+        text = str(loaded.apply_chat_template(CONVERSATIONS["one turn"], tools=tools, tokenize=False))
         assert text.startswith("calm<|im_start|>")
         assert ("<tools>" in text) == (tools is not None)
 
@@ -96,7 +97,7 @@ def test_a_tokenizer_without_a_default_template_names_those_it_has(tmp_path: Pat
         prepared(section(without), tokenizer)
     assert "<tools>" in tokenizer.decode(prepared(with_tools, tokenizer).train[0]["input_ids"])
     chosen = prepared(section(without, template="chat:rag"), tokenizer)
-    assert tokenizer.decode(chosen.train[0]["input_ids"]).startswith("<|im_start|>user\nOne?")
+    assert str(tokenizer.decode(chosen.train[0]["input_ids"])).startswith("<|im_start|>user\nOne?")
     with pytest.raises(
         ModelError, match=r'has no chat template "rga"; .* write data\.template: chat:rag or chat:tool_use'
     ):
@@ -106,9 +107,10 @@ def test_a_tokenizer_without_a_default_template_names_those_it_has(tmp_path: Pat
 def test_a_template_file_is_read_whoever_wrote_it(tmp_path: Path) -> None:
     text = (FILES / "chatml.jinja").read_text(encoding="utf-8")
     made_of = {}
-    for name, data in {"linux": text, "bom": "\ufeff" + text, "windows": "\ufeff" + text.replace("\n", "\r\n")}.items():
+    texts = {"linux": text, "bom": "\ufeff" + text, "windows": "\ufeff" + text.replace("\n", "\r\n")}
+    for name, written in texts.items():
         path = tmp_path / f"{name}.jinja"
-        path.write_bytes(data.encode())
+        path.write_bytes(written.encode())
         data, settings, tokenizer = made(tmp_path, "qwen3", [conversation_row("one turn")], template=str(path))
         refuse_other_prompts(data, settings, tokenizer)
         made_of[name] = data.train[0]["input_ids"], saved_chat_template(settings, tokenizer)
@@ -144,7 +146,7 @@ def test_the_alpaca_layout_is_saved_with_and_without_an_input(tmp_path: Path, op
     data = prepared(settings, tokenizer)
     refuse_other_prompts(data, settings, tokenizer)
     assert [prompt.messages[0]["content"] for prompt in data.prompts] == ["Add 'em.", "Add 'em.\n\n### Input:\n1, 1"]
-    assert tokenizer.decode(data.train[0]["input_ids"]).startswith(f"{opening}Below is")
+    assert str(tokenizer.decode(data.train[0]["input_ids"])).startswith(f"{opening}Below is")
 
 
 def test_a_generation_prompt_that_training_does_not_have_is_refused(tmp_path: Path) -> None:
@@ -200,8 +202,8 @@ def test_a_template_that_writes_the_date_is_checked_on_its_day(tmp_path: Path, m
 
     class Tomorrow(datetime.date):
         @classmethod
-        def today(cls) -> datetime.date:
-            return datetime.date(2999, 1, 1)
+        def today(cls) -> Tomorrow:
+            return cls(2999, 1, 1)
 
     monkeypatch.setattr(saved_template, "date", Tomorrow)
     monkeypatch.setattr(saved_template, "saved_chat_template", lambda *_: "other")

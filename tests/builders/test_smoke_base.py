@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from lorafit.builders.base_model import check_base_model, load_base_model
+from lorafit.builders.model_modules import weight_of
 from lorafit.builders.smoke_base import shrunken_config, write_smoke_base
 from lorafit.builders.tokenizer import load_tokenizer
 from lorafit.errors import ModelError
@@ -76,7 +77,7 @@ def test_its_loss_is_finite_and_reaches_every_layer(name: str, bits: int, tiny_b
     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
     assert torch.isfinite(loss)
     loss.backward()
-    embedding = model.get_input_embeddings().weight
+    embedding = weight_of(model.get_input_embeddings())
     assert embedding.grad is not None and torch.isfinite(embedding.grad).all() and embedding.grad.abs().sum() > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import peft
 import pytest
@@ -37,7 +38,7 @@ from lorafit.recipe.sections import ModelSection
 from lorafit.report.target_table import target_table_text
 from support.tiny import llama_config
 
-SMALL = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL: dict[str, Any] = {"vocab_size": 264, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES: dict[str, PretrainedConfig] = {
     "llama": llama_config(),
     "mistral": MistralConfig(**SMALL, intermediate_size=128, num_key_value_heads=2),
@@ -63,11 +64,11 @@ PUBLISHED = {
 """Parameters as the models' pages state them."""
 
 
-def adapter_parameters(config: PretrainedConfig, **lora: object) -> int:
+def adapter_parameters(config: PretrainedConfig, **lora: Any) -> int:
     """What PEFT itself puts on the model."""
     is_masked = config.architectures == ["BertForMaskedLM"]
     with torch.device("meta"):
-        model = BertForMaskedLM(config) if is_masked else AutoModelForCausalLM.from_config(config)
+        model = BertForMaskedLM(cast(BertConfig, config)) if is_masked else AutoModelForCausalLM.from_config(config)
     adapted = peft.get_peft_model(model, LoraConfig(fan_in_fan_out=config.model_type == "gpt2", **lora))
     return int(adapted.get_nb_trainable_parameters()[0])
 

@@ -95,7 +95,7 @@ BREAKS: dict[str, tuple[Callable[[Path], object], str]] = {
         ": its tokenizer cannot be read: ",
     ),
     "no files": (
-        lambda base: [path.unlink() for path in base.glob("tokenizer*")],
+        lambda base: list(map(Path.unlink, base.glob("tokenizer*"))),
         ": has no tokenizer: copy its files there (tokenizer.json, tokenizer_config.json)",
     ),
     "another model's": (

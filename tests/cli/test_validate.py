@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,7 +69,8 @@ def test_planned_steps_are_the_trainers(
     text = f"{SMALLEST}training: {{{sizes}, warmup_steps: 0}}\n"
     rows(tmp_path, rows_)
     recipe = validate(written(tmp_path, text)).loaded.recipe
-    loader = prepare_data_loader(DataLoader(range(rows_), batch_size=batch), num_processes=processes, process_index=0)
+    rows_read: Any = range(rows_)  # anything that has a length and is read by number
+    loader = prepare_data_loader(DataLoader(rows_read, batch_size=batch), num_processes=processes, process_index=0)
     expected = -(-len(loader) // accumulated)
     assert steps_per_epoch(recipe, rows_, processes=processes).value == expected
     assert total_steps(recipe, rows_, processes=processes).value == expected

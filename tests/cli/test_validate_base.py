@@ -56,6 +56,10 @@ def change(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in facts.items() if value is not ...}), "utf-8")
 
 
+def without_end(path: Path) -> None:
+    change(path, eos_token_id=None)
+
+
 def emptied(base: Path) -> None:
     shutil.rmtree(base)
     base.mkdir()
@@ -99,7 +103,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "base/config.json: is a LlamaForSequenceClassification, not a model that predicts the next token: name a",
     ),
     "no tokenizer": (
-        lambda base: [path.unlink() for path in base.glob("*token*")],
+        lambda base: list(map(Path.unlink, base.glob("*token*"))),
         "x.yaml:1: model.model_name_or_path: base: has no tokenizer: copy its files there",
     ),
     "no end of text": (
@@ -107,7 +111,7 @@ BROKEN: dict[str, tuple[Callable[[Path], object], str]] = {
         "x.yaml:1: model.model_name_or_path: base: the tokenizer has no end-of-text token: write",
     ),
     "nothing to stop on": (
-        lambda base: [change(base / name, eos_token_id=None) for name in ("config.json", "generation_config.json")],
+        lambda base: list(map(without_end, (base / "config.json", base / "generation_config.json"))),
         "x.yaml:1: model.model_name_or_path: base: names no token that generation stops on: write eos_token_id in",
     ),
     "a stop outside": (
@@ -154,7 +158,7 @@ def test_a_section_that_does_not_fit_is_refused_as_by_train(lora: str, base: Pat
 
 def test_rows_of_more_tokens_than_a_table_of_positions_has_are_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "rows.jsonl", sums(24))
-    ids = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
+    ids: dict[str, Any] = {"bos_token_id": None, "eos_token_id": 2, "pad_token_id": 0}
     build_base(
         tmp_path / "base", config=GPT2Config(vocab_size=264, n_embd=64, n_layer=1, n_head=4, n_positions=256, **ids)
     )

@@ -168,7 +168,7 @@ def test_an_answer_is_set_after_the_prompt_that_generation_sees_where_that_chang
     tokenizer = word_tokenizer("{{ messages | length }}" + CHATML)
     made = prepared(section(write_jsonl(tmp_path / "a.jsonl", [PAIR])), tokenizer)
     assert trained_texts(made, tokenizer) == [["Two.<|im_end|>\n"]]
-    assert tokenizer.decode(made.train[0]["input_ids"]).startswith("1<|im_start|>user\nOne?<|im_end|>")
+    assert str(tokenizer.decode(made.train[0]["input_ids"])).startswith("1<|im_start|>user\nOne?<|im_end|>")
     assert "answers set after the prompt that generation sees" in made.audit.warnings[0]
 
 
@@ -303,7 +303,7 @@ def test_a_hub_data_set_is_read_through_datasets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [{"hub": "nobody/nothing"}, {"split": "trian"}, {"name": "other"}])
-def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(tmp_path: Path, change: dict[str, str]) -> None:
+def test_a_hub_data_set_that_cannot_be_loaded_is_one_line(tmp_path: Path, change: dict[str, Any]) -> None:
     (tmp_path / "set").mkdir()
     write_jsonl(tmp_path / "set" / "train.jsonl", pairs(4))
     data = DataSection(train=(Source(**({"hub": str(tmp_path / "set")} | change)),))

@@ -213,7 +213,7 @@ def test_a_picture_that_no_format_reads_is_named_with_what_to_write(tmp_path: Pa
     assert learnt(rows_of(scanned(tmp_path / "a.jsonl", json_lines(row), source=advice(problem)))[0]) == ["A cat."]
 
 
-WELL_KNOWN = {
+WELL_KNOWN: dict[str, tuple[dict[str, Any], list[str]]] = {
     "gsm8k": ({"question": "2+2?", "answer": "4"}, ["4"]),
     "dolly": ({"instruction": "Add.", "context": "2, 2", "response": "4", "category": "qa"}, ["4"]),
     "open_orca": ({"id": "a", "system_prompt": "Count.", "question": "2+2?", "response": "4"}, ["4"]),

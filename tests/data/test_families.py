@@ -10,6 +10,7 @@ import tempfile
 from datetime import date
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +45,9 @@ def _marked(made: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[str]
         if row["line"] == 1:
             tokens = zip(row["input_ids"], row["labels"], strict=True)
             stretches = groupby(tokens, key=lambda token: token[1] != -100)
-            decoded = [(is_trained, tokenizer.decode([token for token, _ in some])) for is_trained, some in stretches]
+            decoded = [
+                (is_trained, str(tokenizer.decode([token for token, _ in some]))) for is_trained, some in stretches
+            ]
             texts.append("".join(f"⟦{text}⟧" if is_trained else text for is_trained, text in decoded))
     return texts
 
@@ -66,7 +69,7 @@ def test_a_familys_template_renders_as_transformers_renders_it(family: str) -> N
     for name, messages in CONVERSATIONS.items():
         if "tools" in name and family not in ("llama3", "qwen25", "qwen3", "mistral", "harmony", "named"):
             continue  # refused by the template, or not as rows hold them
-        tools = [TOOL] if "tools" in name else None
+        tools: Any = [TOOL] if "tools" in name else None
         template = ChatTemplate(tokenizer.get_chat_template(tools=tools), dict(tokenizer.special_tokens_map))
         if name == "system" and family == "gemma2":
             continue

@@ -15,8 +15,10 @@ from support.sources import (
     PAIR,
     TURNS,
     TWO_TURNS,
+    ids_of,
     prepare_problems,
     prepared,
+    prompt_ids,
     section,
     trained_texts,
     word_tokenizer,
@@ -54,7 +56,7 @@ def labels_of(tmp_path: Path, chat_template: str, rows: list[Any], **settings: A
     stop_names = settings.pop("stops", ["<|im_end|>"])
     tokenizer = word_tokenizer(chat_template, **settings.pop("names", {}))
     data = section(write_jsonl(tmp_path / "a.jsonl", rows), **settings)
-    stops = frozenset(tokenizer.convert_tokens_to_ids(stop_names))
+    stops = ids_of(tokenizer, *stop_names)
     made = prepared(data, tokenizer, stops=stops)
     assert all(
         label in (-100, token)
@@ -92,7 +94,7 @@ def test_every_assistant_turn_is_trained_with_its_stop_token_and_nothing_else(
 def test_the_stop_token_is_missing_when_generation_stops_on_another(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(CHATML)
     data = section(write_jsonl(tmp_path / "a.jsonl", [PAIR]))
-    assert prepare_problems(data, tokenizer, stops=frozenset(tokenizer.convert_tokens_to_ids(["</s>"]))) == [
+    assert prepare_problems(data, tokenizer, stops=ids_of(tokenizer, "</s>")) == [
         "a.jsonl:1: the answer ends with 'o.<|im_end|>\\n', generation stops on '</s>'; use a template that ends "
         "answers with it, or name the token that ends them: data.stop_token"
     ]
@@ -130,7 +132,7 @@ def test_tool_calls_are_trained_and_what_the_tool_says_is_not(tmp_path: Path) ->
     trained, made = labels_of(tmp_path, TOOLS, [{"messages": messages, "tools": [schema]}])
     called = '{"name": "weather", "arguments": {"city": "Rome"}}<|im_end|>\n'
     assert trained == [[called, "It is sunny.<|im_end|>\n"]]
-    assert word_tokenizer().decode(made.train[0]["input_ids"]).startswith(json.dumps([schema]))
+    assert str(word_tokenizer().decode(made.train[0]["input_ids"])).startswith(json.dumps([schema]))
 
 
 def test_answers_inside_a_prompt_are_not_trained(tmp_path: Path) -> None:
@@ -181,7 +183,7 @@ def test_a_template_file_takes_the_place_of_the_tokenizers(tmp_path: Path) -> No
 def test_template_kwargs_reach_the_template(tmp_path: Path) -> None:
     template = CHATML.replace("{% for", "{{ mood }}{% for")
     _, made = labels_of(tmp_path, template, [PAIR], template_kwargs={"mood": "calm"})
-    assert word_tokenizer().decode(made.train[0]["input_ids"]).startswith("calm<|im_start|>")
+    assert str(word_tokenizer().decode(made.train[0]["input_ids"])).startswith("calm<|im_start|>")
 
 
 def test_the_tokenizers_own_beginning_comes_once(tmp_path: Path) -> None:
@@ -217,14 +219,14 @@ def test_labels_equal_those_of_sfttrainer_for_prompts_and_completions(tmp_path: 
         for prompt in ("one?", "the question\n", " two  ", "ü 😀")
         for completion in ("the answer", "\n\nis", " three ", "é")
     ]
-    stops = frozenset(tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|eot|>", "<end_of_turn>"]))
+    stops = ids_of(tokenizer, "<|im_end|>", "<|eot|>", "<end_of_turn>")
     made = prepared(section(write_jsonl(tmp_path / "a.jsonl", rows)), tokenizer, stops=stops)
     for row, own in zip(rows, made.train, strict=True):
         # What SFTTrainer's preparation does with a conversational prompt and completion.
         prompt = [{"role": "user", "content": row["prompt"]}]
         completion = [{"role": "assistant", "content": row["completion"]}]
-        asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-        whole = tokenizer.apply_chat_template(prompt + completion)["input_ids"]
+        asked = prompt_ids(tokenizer, prompt)
+        whole = prompt_ids(tokenizer, prompt + completion, add_generation_prompt=False)
         start = common_prefix_length(asked, whole)
         assert own["input_ids"] == whole
         assert own["labels"] == [-100] * start + whole[start:]

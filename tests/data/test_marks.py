@@ -95,7 +95,7 @@ def test_a_mark_that_cannot_be_obeyed_is_refused(tmp_path: Path, message: dict[s
 
 
 def test_an_answer_of_the_prompt_cannot_be_asked_for(tmp_path: Path) -> None:
-    row = {"prompt": [USER, WRONG | {"train": True}, USER], "completion": [RIGHT]}
+    row: dict[str, Any] = {"prompt": [USER, WRONG | {"train": True}, USER], "completion": [RIGHT]}
     (problem,) = scan_problems(tmp_path / "a.jsonl", json_lines(row))
     assert problem.startswith("a.jsonl:1: prompt[1].train: true on a message which stands in the prompt, and only")
     row["prompt"][1]["train"] = False

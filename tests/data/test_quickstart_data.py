@@ -64,10 +64,10 @@ def test_the_turn_ends_with_the_token_that_generation_stops_on(tokenizer: PreTra
 def test_every_turn_is_a_prefix_of_the_conversation(tokenizer: PreTrainedTokenizerBase) -> None:
     roles = ["system", "user", "assistant", "user", "assistant"]
     turns = [{"role": role, "content": f" {role} says\n"} for role in roles]
-    whole = tokenizer.apply_chat_template(turns, tokenize=False)
+    whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
     for end in range(1, len(turns)):
         opens_answer = roles[end] == "assistant"
-        part = tokenizer.apply_chat_template(turns[:end], tokenize=False, add_generation_prompt=opens_answer)
+        part = str(tokenizer.apply_chat_template(turns[:end], tokenize=False, add_generation_prompt=opens_answer))
         assert whole.startswith(part)
         ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (part, whole)]
         assert ids[1][: len(ids[0])] == ids[0]

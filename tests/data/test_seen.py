@@ -8,7 +8,7 @@ import pytest
 
 from lorafit.data.seen import missing, missing_tool
 from support.families import FAMILIES, TOOL, answer, made_of, refused, user
-from support.sources import CHATML, prepare_problems, prepared, section, trained_texts, word_tokenizer
+from support.sources import CHATML, prepare_problems, prepared, prompt_ids, section, trained_texts, word_tokenizer
 from support.tiny import write_jsonl
 
 DROPPED = "rows of which the template drops part of an answer: 1, at a.jsonl:1"
@@ -212,8 +212,8 @@ def test_labels_are_those_of_sfttrainer_where_a_token_swallows_white_space(tmp_p
 
     tokenizer = FAMILIES["phi3"].tokenizer()
     prompt, completion = [user("One?")], [answer("  Two.")]
-    asked = tokenizer.apply_chat_template(prompt, add_generation_prompt=True)["input_ids"]
-    whole = tokenizer.apply_chat_template(prompt + completion)["input_ids"]
+    asked = prompt_ids(tokenizer, prompt)
+    whole = prompt_ids(tokenizer, prompt + completion, add_generation_prompt=False)
     _, made = made_of(tmp_path, "phi3", {"messages": prompt + completion})
     start = common_prefix_length(asked, whole)
     assert made.train[0]["labels"] == [-100] * start + whole[start:]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -253,7 +254,12 @@ def test_a_file_at_rest_is_not_hashed_again_and_one_with_its_time_set_back_is(
     first = prepared(section(path), word_tokenizer(CHATML), cache_dir=cache)
     opened = []
     whole = digest.DataFile.open
-    monkeypatch.setattr(digest.DataFile, "open", lambda file: (opened.append(file.name), whole(file))[1])
+
+    def open_and_note(file: digest.DataFile) -> Any:
+        opened.append(file.name)
+        return whole(file)
+
+    monkeypatch.setattr(digest.DataFile, "open", open_and_note)
     assert prepared(section(path), word_tokenizer(CHATML), cache_dir=cache).fingerprint == first.fingerprint
     assert opened == []
     stat = path.stat()

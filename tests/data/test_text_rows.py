@@ -21,7 +21,7 @@ def trained_on(tmp_path: Path, family: str, text: str, **settings: Any) -> tuple
     stops = FAMILIES[family].stop_token_ids(tokenizer)
     made = prepared(section(write_jsonl(tmp_path / "a.jsonl", [{"text": text}]), **settings), tokenizer, stops=stops)
     assert made.train[0]["input_ids"] == made.train[0]["labels"]
-    return tokenizer.decode(made.train[0]["input_ids"]), made
+    return str(tokenizer.decode(made.train[0]["input_ids"])), made
 
 
 @pytest.mark.parametrize("template", ["chat", "alpaca", "plain"])

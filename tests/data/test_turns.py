@@ -11,7 +11,7 @@ from lorafit.data.render import Renderer
 from lorafit.data.rows import Chat, system_merged
 from lorafit.recipe.sections import DataSection
 from support.families import CONVERSATIONS, FAMILIES, TOOL, answer, conversation_row, made_of, refused, user
-from support.sources import PAIR
+from support.sources import PAIR, prompt_ids
 
 
 def renderer_of(family: str) -> Renderer:
@@ -166,7 +166,7 @@ def test_a_system_text_goes_where_the_recipe_says(tmp_path: Path) -> None:
     assert "(the template refuses this row: System role not supported; data.system: merge puts the system text" in said
     trained, made = made_of(tmp_path, "gemma2", row, system="merge")
     assert trained == [["Two.<end_of_turn>\n", "Three.<end_of_turn>\n"]]
-    text = FAMILIES["gemma2"].tokenizer().decode(made.train[0]["input_ids"])
+    text = str(FAMILIES["gemma2"].tokenizer().decode(made.train[0]["input_ids"]))
     assert text.startswith("<bos><start_of_turn>user\nCount on.\n\nOne?<end_of_turn>")
     for template in ("plain", "alpaca"):
         pair = PAIR | {"system": "Count on."}
@@ -206,7 +206,7 @@ def test_every_answer_is_trained_once_after_the_tokens_of_its_prompt(
             continue  # what these templates drop or refuse
         _, made = made_of(tmp_path, family, conversation_row(name), train_on=train_on)
         prompts = [
-            tokenizer.apply_chat_template(messages[:index], tools, add_generation_prompt=True)["input_ids"]
+            prompt_ids(tokenizer, messages[:index], tools)
             for index, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
@@ -234,7 +234,7 @@ def test_an_answer_stands_after_the_prompt_that_generation_sees(tmp_path: Path) 
         thought.format("Tell.") + "<|channel|>final<|message|>Blue.<|return|>",
     ]
     tokenizer = FAMILIES["harmony"].tokenizer()
-    prompt = tokenizer.apply_chat_template(messages[:3], [TOOL], add_generation_prompt=True)["input_ids"]
+    prompt = prompt_ids(tokenizer, messages[:3], [TOOL])
     assert made.train[0]["input_ids"][: len(prompt)] == prompt
     assert "answers set after the prompt that generation sees" in made.audit.warnings[0]
 
@@ -244,7 +244,7 @@ def test_a_second_answer_in_a_row_stands_after_the_first_as_generation_sees_it(t
     trained, made = made_of(tmp_path, "qwen3", {"messages": messages})
     assert trained == [[f"<think>\n\n</think>\n\n{text}<|im_end|>\n" for text in ("Two.", "Three.")]]
     tokenizer = FAMILIES["qwen3"].tokenizer()
-    prompt = tokenizer.apply_chat_template(messages[:2], add_generation_prompt=True)["input_ids"]
+    prompt = prompt_ids(tokenizer, messages[:2])
     assert made.train[0]["input_ids"][: len(prompt)] == prompt
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import pytest
 from packaging.requirements import Requirement
@@ -212,7 +213,7 @@ def test_a_library_that_crashes_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("stub", [{"off": 0.5}, {"bitsandbytes": "raise RuntimeError('no kernel')"}])
 def test_four_bits_that_do_not_come_back_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: dict[str, object]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stub: dict[str, Any]
 ) -> None:
     line = device_lines(asked(tmp_path, monkeypatch, **stub))["bitsandbytes"]
     assert line.is_broken and "bitsandbytes" in line.mend

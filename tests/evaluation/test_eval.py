@@ -189,9 +189,12 @@ def test_labels_are_compared_as_a_classification(alone: Path, tmp_path: Path, ki
 def test_every_key_is_read(alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batches: list[int | None] = []
     answers = evaluate_module.answers
-    monkeypatch.setattr(
-        evaluate_module, "answers", lambda *rest, **keys: batches.append(keys["batch_size"]) or answers(*rest, **keys)
-    )
+
+    def answer_and_note(*rest: Any, **keys: Any) -> Any:
+        batches.append(keys["batch_size"])
+        return answers(*rest, **keys)
+
+    monkeypatch.setattr(evaluate_module, "answers", answer_and_note)
     (tmp_path / "general.txt").write_text("The sea is wide.\n")
 
     def facts(*overrides: str) -> dict[str, Any]:

@@ -75,8 +75,13 @@ def test_what_the_model_says_of_sampling_is_left_aside() -> None:
 def test_prompts_of_one_length_are_answered_together(monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = a_model(), some_prompts(12)
     shapes: list[tuple[int, ...]] = []
-    written = model.generate
-    monkeypatch.setattr(model, "generate", lambda **keys: shapes.append(keys["input_ids"].shape) or written(**keys))
+    written: Any = model.generate
+
+    def generate_and_note(**keys: Any) -> torch.Tensor:
+        shapes.append(keys["input_ids"].shape)
+        return written(**keys)
+
+    monkeypatch.setattr(model, "generate", generate_and_note)
     answers(model, prompts, stop_token_ids={2}, batch_size=4, **KEYS)
     assert [shape[0] for shape in shapes] == [4, 4, 4]
     assert [shape[1] for shape in shapes] == sorted((shape[1] for shape in shapes), reverse=True)

@@ -101,7 +101,7 @@ def test_answers_that_are_all_different_are_no_labels() -> None:
 
 
 def rows_of(count: int) -> Rows:
-    return Rows([None] * count, ("",) * count, np.full(count, 40), ("rows.jsonl",), ())  # type: ignore[arg-type]
+    return Rows([None] * count, ("",) * count, np.full(count, 40), ("rows.jsonl",), ())
 
 
 def losses(nll: np.ndarray) -> SequenceLosses:

@@ -17,8 +17,8 @@ from lorafit.tasks import sequences
 from lorafit.tasks.sequences import batches_by_length, sequence_losses
 from support.tiny import llama_config
 
-SMALL = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
-WIDTHS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+SMALL: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+WIDTHS: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 CONFIGS: dict[str, Any] = {
     "llama": lambda: llama_config(),
     "gpt2": lambda: GPT2Config(**SMALL, n_embd=32, n_layer=1, n_head=2),

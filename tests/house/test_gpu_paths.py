@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.utils import logging as transformers_logging
 from transformers.utils.import_utils import enable_tf32
@@ -57,11 +57,12 @@ def test_several_gpus_in_sight_of_one_process_are_not_taken_for_data_parallel(
 
 @pytest.fixture
 def with_tf32(monkeypatch: pytest.MonkeyPatch) -> Any:
-    before = torch.backends.fp32_precision
+    backends: Any = torch.backends  # whose module is replaced by an object
+    before = backends.fp32_precision
     enable_tf32(True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     yield
-    torch.backends.fp32_precision = before
+    backends.fp32_precision = before
 
 
 def test_tf32_widens_the_tolerances_of_the_self_test(with_tf32: None, tmp_path: Path, tiny_base: Path) -> None:
@@ -232,10 +233,10 @@ def test_data_parallel_training_looks_for_experts_without_tokens_where_those_car
 def test_only_a_run_with_such_experts_pays_for_looking(
     is_routed: bool, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[bool] = []
+    seen: list[bool | None] = []
 
     class Watcher(TrainerCallback):
-        def on_train_begin(self, args: SFTConfig, *_: Any, **__: Any) -> None:
+        def on_train_begin(self, args: TrainingArguments, *_: Any, **__: Any) -> None:
             seen.append(args.ddp_find_unused_parameters)
 
     if is_routed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -53,7 +54,7 @@ def test_accelerate_reads_the_file_and_the_command_in_its_header(name: str) -> N
     assert settled.num_machines == (2 if name == "two_nodes" else 1)
 
 
-def settled(name: str) -> object:
+def settled(name: str) -> Any:
     parser = launch_command_parser()
     return _validate_launch_command(parser.parse_args(["--config_file", str(CONFIGS / f"{name}.yaml"), "x.py"]))[0]
 

@@ -63,7 +63,7 @@ def by_peft(base: Path, parts: list[tuple[Path, float]], **keys: Any) -> dict[st
 
 def updates(model: PeftModel, adapter: str) -> dict[str, torch.Tensor]:
     return {
-        name: module.get_delta_weight(adapter)
+        name: module.get_delta_weight(adapter)  # type: ignore[attr-defined]  # each kind of layer has its own
         for name, module in model.get_base_model().named_modules()
         if isinstance(module, LoraLayer) and adapter in module.scaling
     }

@@ -54,8 +54,8 @@ def run_copy(trained: Path, tmp_path: Path) -> Path:
 def plain(directory: Path, base: Path, **settings: Any) -> Path:
     """A plain PEFT adapter with a random update."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    keys = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False} | settings
-    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **keys)).save_pretrained(directory)
+    keys: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(keys | settings))).save_pretrained(str(directory))
     return directory
 
 

@@ -108,7 +108,8 @@ def _loaded(directory: Path) -> tuple[torch.nn.Module, list[str]]:
     handler.emit = lambda record: notes.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("transformers").addHandler(handler)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
+        auto_class: Any = AutoModelForCausalLM  # gives two things when asked for both
+        model, found = auto_class.from_pretrained(directory, output_loading_info=True)
     finally:
         logging.getLogger("transformers").removeHandler(handler)
     notes += [f"{kind}: {names}" for kind, names in found.items() if names]

@@ -31,7 +31,8 @@ def test_neighbours_that_are_free_melt_together() -> None:
 def test_blocks_never_overlap_and_nothing_is_lost() -> None:
     for expandable in (False, True):
         chance = random.Random(1)
-        allocator, taken, live = CachingAllocator(expandable=expandable), {}, 0
+        allocator, live = CachingAllocator(expandable=expandable), 0
+        taken: dict[int, int] = {}
         for number in range(2000):
             if taken and chance.random() < 0.5:
                 gone = chance.choice(list(taken))

@@ -15,6 +15,7 @@ from accelerate import PartialState
 
 from lorafit.cli import _exit_code
 from lorafit.errors import MachineError, ModelError, RecipeError
+from lorafit.lines import heard
 from lorafit.planning import for_training
 from lorafit.planning.ask_planner import Question
 from lorafit.planning.fitting_changes import proposals
@@ -231,7 +232,7 @@ def test_a_plan_is_tight_within_five_percent_of_the_limit() -> None:
 
 def test_the_search_finds_the_largest_that_fits() -> None:
     for limit in range(1, 40):
-        assert search(lambda value, limit=limit: value <= limit, step=1, most=32) == min(limit, 32)
+        assert search(limit.__ge__, step=1, most=32) == min(limit, 32)
     assert search(lambda value: value <= 1000, step=256, most=8192) == 768
     assert search(lambda value: value <= 100, step=256, most=8192) is None
     assert search(lambda value: True, step=256, most=6000) == 5888
@@ -277,7 +278,8 @@ def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan
     machine = Machine("cuda", "NVIDIA A100-SXM4-80GB", 1, True, 79 * GIB)
     lines: list[str] = []
     planning = PlanOfRun(load(directory / "x.yaml"), machine, state=PartialState(cpu=True))
-    plan = planning.answer(lines.append)
+    with heard(lines.append):
+        plan = planning.answer()
     assert plan is not None and lines == [f"plan: {plan.line()}"]
     assert measured_beside(plan, plan.allocated_bytes).endswith("(+0.0%)")
     training = load(directory / "x.yaml").recipe.training
@@ -285,8 +287,10 @@ def test_a_run_on_a_gpu_is_planned_by_another_process_and_goes_on_without_a_plan
     assert (choice.value, choice.reason) == (False, plan.checkpointing_reason)
     refused = load(directory / "x.yaml", overrides=["quantization.load_in_8bit=true"])
     lines.clear()
-    assert PlanOfRun(refused, machine, state=PartialState(cpu=True)).answer(lines.append) is None
+    with heard(lines.append):
+        assert PlanOfRun(refused, machine, state=PartialState(cpu=True)).answer() is None
     assert len(lines) == 1 and lines[0].startswith("no plan: ") and "8-bit" in lines[0]
     on_cpu = Machine("cpu", "CPU", 0, False, GIB)
-    assert PlanOfRun(refused, on_cpu, state=PartialState(cpu=True)).answer(lines.append) is None
+    with heard(lines.append):
+        assert PlanOfRun(refused, on_cpu, state=PartialState(cpu=True)).answer() is None
     assert len(lines) == 1

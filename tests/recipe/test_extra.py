@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from lorafit.recipe.library_keys import LIBRARY_KEYS, NOT_FOR_RECIPES, library_keys
 from lorafit.recipe.rules.data import FORMAT_COLUMNS
@@ -17,14 +17,14 @@ SINCE_TRANSFORMERS_5_23 = {"activation_checkpointing", "activation_checkpointing
 
 def test_the_lists_are_those_of_the_installed_libraries() -> None:
     from peft import LoraConfig
-    from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments
+    from transformers import BitsAndBytesConfig, PreTrainedModel, TrainingArguments, modeling_utils
     from trl import SFTConfig
 
     def init_fields(config: type) -> set[str]:
         return {field.name for field in dataclasses.fields(config) if field.init}
 
-    from_pretrained = inspect.signature(PreTrainedModel.from_pretrained).parameters.keys()
-    from_pretrained -= {"cls", "pretrained_model_name_or_path", "model_args", "kwargs"}
+    taken = inspect.signature(PreTrainedModel.from_pretrained).parameters.keys()
+    from_pretrained = taken - {"cls", "pretrained_model_name_or_path", "model_args", "kwargs"}
     source = inspect.getsource(PreTrainedModel.from_pretrained)
     popped = set(re.findall(r'kwargs\.pop\("([a-z]\w*)"', source)) | set(re.findall(r'"(attn_\w+)" in kwargs', source))
     assert LIBRARY_KEYS["lora"] == init_fields(LoraConfig)
@@ -34,7 +34,7 @@ def test_the_lists_are_those_of_the_installed_libraries() -> None:
     assert LIBRARY_KEYS["model"] >= from_pretrained | popped
     assert len(popped) > 15
     for key in LIBRARY_KEYS["model"] - from_pretrained:
-        assert f'"{key}"' in source or f"{key}" in inspect.getsource(inspect.getmodule(PreTrainedModel)), key
+        assert f'"{key}"' in source or f"{key}" in inspect.getsource(modeling_utils), key
 
 
 def test_what_lorafit_sets_itself_cannot_be_set_by_extra() -> None:
@@ -49,16 +49,17 @@ def test_what_lorafit_sets_itself_cannot_be_set_by_extra() -> None:
 
 
 def test_every_schedule_and_its_arguments_are_the_librarys() -> None:
+    from torch.optim.lr_scheduler import ReduceLROnPlateau
     from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
     from transformers.trainer_utils import SchedulerType
 
     assert set(SCHEDULE_ARGUMENTS) == set(get_args(training.Scheduler))
     ours = {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     for name, known in SCHEDULE_ARGUMENTS.items():
-        function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
+        schedule: Any = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(name)]
         if name == "reduce_lr_on_plateau":
-            from torch.optim.lr_scheduler import ReduceLROnPlateau as function
-        assert inspect.signature(function).parameters.keys() - ours == known.keys(), name
+            schedule = ReduceLROnPlateau
+        assert inspect.signature(schedule).parameters.keys() - ours == known.keys(), name
 
 
 def test_values_of_further_arguments_are_of_the_librarys_types() -> None:

@@ -121,7 +121,7 @@ LORA_FLIPS: dict[str, Any] = {
     "lora_bias": True,
     "extra": {"ensure_weight_tying": True},
 }
-NEEDED_BESIDE = {
+NEEDED_BESIDE: dict[str, dict[str, Any]] = {
     "eva_config": {"init_lora_weights": "eva"},
     "corda_config": {"init_lora_weights": "corda"},
     "layers_to_transform": {"target_modules": ("q_proj",)},
@@ -155,7 +155,14 @@ def test_a_lora_key_changes_the_lora_config(key: str, model: Any) -> None:
     assert ("ensure_weight_tying" if key == "extra" else key) in changed
 
 
-ADALORA_FLIPS = {"target_r": 3, "init_r": 20, "tinit": 9, "tfinal": 9, "delta_t": 3, "orth_reg_weight": 0.25}
+ADALORA_FLIPS: dict[str, Any] = {
+    "target_r": 3,
+    "init_r": 20,
+    "tinit": 9,
+    "tfinal": 9,
+    "delta_t": 3,
+    "orth_reg_weight": 0.25,
+}
 
 
 @pytest.mark.parametrize("key", ADALORA_FLIPS)

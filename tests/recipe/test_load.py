@@ -4,6 +4,7 @@ import copy
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 from pydantic import ValidationError
@@ -52,9 +53,10 @@ def test_a_loaded_recipe_cannot_be_changed(full: Path) -> None:
     recipe = load(full).recipe
     with pytest.raises(ValidationError):
         recipe.lora.r = 4  # type: ignore[misc]
-    for mapping in (recipe.lora.rank_pattern, recipe.model.extra, recipe.data.train[1].columns):
+    frozen: tuple[Any, ...] = (recipe.lora.rank_pattern, recipe.model.extra, recipe.data.train[1].columns)
+    for mapping in frozen:
         with pytest.raises(TypeError):
-            mapping["r"] = 4  # type: ignore[index]
+            mapping["r"] = 4
     assert pickle.loads(pickle.dumps(recipe)) == recipe == copy.deepcopy(recipe)
 
 
@@ -255,10 +257,12 @@ def test_every_key_of_the_schema_has_a_docstring() -> None:
     from lorafit.recipe.schema_walk import places, section_at, section_in
 
     values = [
-        place for place in places() if section_in(section_at(place[:-1]).model_fields[place[-1]].annotation) is None
+        (place, str(place[-1]))
+        for place in places()
+        if section_in(section_at(place[:-1]).model_fields[str(place[-1])].annotation) is None
     ]
     assert len(values) > 80
-    bare = [place for place in values if len(field_docstrings(section_at(place[:-1])).get(place[-1], "")) < 10]
+    bare = [place for place, key in values if len(field_docstrings(section_at(place[:-1])).get(key, "")) < 10]
     assert bare == []
 
 

@@ -300,7 +300,7 @@ def mutations(recipe: Any, random_: random.Random) -> Iterator[Case]:
         homes = [
             home
             for home, entry in written_fields
-            if isinstance(entry, Mapping) and section_in(field_at(home).annotation)
+            if isinstance(entry, Mapping) and (field := field_at(home)) and section_in(field.annotation)
         ]
         homes = [
             home

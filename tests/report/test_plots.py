@@ -24,7 +24,7 @@ SVG = "{http://www.w3.org/2000/svg}"
 def test_every_plot_is_drawn_with_its_name_its_axes_and_its_last_values(tmp_path: Path) -> None:
     write_run(tmp_path / "run", steps=50)
     write_sweep(tmp_path / "sweep")
-    drawings = {}
+    drawings: dict[str, ElementTree.Element] = {}
     for directory in (tmp_path / "run", tmp_path / "sweep"):
         write_report(directory, out=None, rows=0)
         drawings |= {file.stem: ElementTree.parse(file).getroot() for file in directory.glob("plots/*.svg")}
@@ -32,9 +32,8 @@ def test_every_plot_is_drawn_with_its_name_its_axes_and_its_last_values(tmp_path
     assert set(drawings) == {*curves, *of_sweep, "spectrum"}
     for name, drawing in drawings.items():
         texts = ["".join(text.itertext()) for text in drawing.iter(f"{SVG}text")]
-        about = {
-            drawing.find(f"{SVG}{part}").get("id"): drawing.find(f"{SVG}{part}").text for part in ("title", "desc")
-        }  # type: ignore[union-attr]
+        about = {one.get("id"): one.text for part in ("title", "desc") for one in drawing.findall(f"{SVG}{part}")}
+        assert len(about) == 2
         assert drawing.get("aria-labelledby") == " ".join(map(str, about)) and all(about.values())
         assert any("step" in text or "rank" in text for text in texts), name
         assert len([text for text in texts if re.fullmatch(r"[\d.e-]+( [kMG])?", text)]) >= 5, name

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
     Gemma2Config,
@@ -21,15 +21,17 @@ from transformers import (
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from trl.trainer.utils import add_fused_lm_head
 
+from lorafit.builders.adapter import base_of
 from lorafit.speed.last_layer import parts_of_last_layer, use_last_layer, why_not
 from support.models import HEADS, SMALL, built
 from support.runs import run, small_recipe
 from support.tiny import llama_config
 
+EAGER: dict[str, Any] = {"attn_implementation": "eager"}
 CONFIGS = {
     "llama": llama_config(),
     "qwen3": Qwen3Config(**SMALL, **HEADS),
-    "gemma2": Gemma2Config(**SMALL, **HEADS, attn_implementation="eager"),
+    "gemma2": Gemma2Config(**SMALL, **HEADS, **EAGER),
     "sliding window": MistralConfig(**SMALL, **HEADS, sliding_window=6),
     "gpt2": GPT2Config(vocab_size=264, n_embd=64, n_layer=2, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
     "experts": Qwen3MoeConfig(**SMALL, **HEADS, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2),
@@ -53,7 +55,7 @@ def batch(*, packed: bool) -> dict[str, Any]:
     return dict(DataCollatorForLanguageModeling(pad_token_id=0, padding_free=packed)(rows))
 
 
-def step(model: PreTrainedModel, rows: dict[str, Any]) -> dict[str, torch.Tensor]:
+def step(model: PreTrainedModel | PeftModel, rows: dict[str, Any]) -> dict[str, torch.Tensor]:
     """The loss, and the gradient of everything by its name."""
     model.zero_grad()
     loss = model(**rows, use_cache=False, fused_lm_head=True).loss
@@ -105,6 +107,7 @@ def test_it_is_put_on_again_by_each_trainer_of_a_model_without_harm() -> None:
 def test_evaluation_other_calls_and_generation_see_every_position() -> None:
     model, rows = with_head(llama_config()), batch(packed=True)
     prompt = rows["input_ids"][:, :9]
+    writer: Any = model
     settings = {"max_new_tokens": 5, "do_sample": False, "attention_mask": torch.ones_like(prompt), "pad_token_id": 0}
 
     def others() -> list[torch.Tensor]:
@@ -112,7 +115,7 @@ def test_evaluation_other_calls_and_generation_see_every_position() -> None:
             logits = model.train()(**rows, use_cache=False).logits
             model.eval()
             losses = model(**rows, use_cache=False, fused_lm_head=True).log_probs
-            return [logits, losses, model.generate(prompt, **settings)]
+            return [logits, losses, writer.generate(prompt, **settings)]
 
     before = others()
     use_last_layer(model)
@@ -123,7 +126,7 @@ def test_evaluation_other_calls_and_generation_see_every_position() -> None:
 
 def test_a_batch_without_a_trained_position_gives_zero_gradients() -> None:
     model = get_peft_model(with_head(llama_config()), LoraConfig(target_modules="all-linear"))
-    use_last_layer(model.get_base_model())
+    use_last_layer(base_of(model))
     rows = batch(packed=True)
     rows["labels"] = torch.full_like(rows["labels"], -100)
     got = step(model, rows)

@@ -26,6 +26,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from lorafit.builders.adapter import attach_adapter
 from lorafit.builders.lora_config import lora_config
+from lorafit.builders.model_modules import weight_of
 from lorafit.errors import Problem
 from lorafit.recipe.sections import LoraSection
 from lorafit.speed.answer_head import AnswerLoss, use_answer_head
@@ -56,7 +57,8 @@ def test_the_answer_loss_is_cross_entropy_with_its_gradient() -> None:
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
 def test_the_answer_head_answers_as_trl_does(bf16: bool) -> None:
-    outputs, gradients = [], []
+    outputs: list[Any] = []
+    gradients: list[Any] = []
     for ours in (False, True):
         model = built(llama_config())
         model.get_output_embeddings().weight.requires_grad_(False)
@@ -68,8 +70,8 @@ def test_the_answer_head_answers_as_trl_does(bf16: bool) -> None:
             output = model(**packed(9, 30, 4), fused_lm_head=True)
         (-output.log_probs.sum()).backward()
         outputs.append(output)
-        gradients.append(model.get_input_embeddings().weight.grad)
-    close = {"rtol": 2e-2, "atol": 2e-2} if bf16 else {}
+        gradients.append(weight_of(model.get_input_embeddings()).grad)
+    close: dict[str, Any] = {"rtol": 2e-2, "atol": 2e-2} if bf16 else {}
     for name in ("log_probs", "entropy", "loss"):
         torch.testing.assert_close(outputs[1][name], outputs[0][name], **close)
     assert torch.equal(outputs[1].is_top1.bool(), outputs[0].is_top1.bool())
@@ -80,7 +82,8 @@ def test_the_answer_head_answers_as_trl_does(bf16: bool) -> None:
 @pytest.mark.parametrize("is_off", [False, True], ids=["adapter on", "adapter off"])
 @pytest.mark.parametrize("tied", [False, True], ids=["own head", "tied head"])
 def test_the_answer_head_trains_rows_of_tokens_as_trl_does(tied: bool, is_off: bool) -> None:
-    losses, gradients = [], []
+    losses: list[torch.Tensor] = []
+    gradients: list[dict[str, Any]] = []
     for ours in (False, True):
         base = built(llama_config(tie_word_embeddings=tied))
         config = lora_config(LoraSection(), adalora=None, model=base, where=Problem, token_ids=(5, 77))
@@ -125,7 +128,8 @@ def test_a_batch_without_a_trained_position_gives_a_zero_that_goes_backward() ->
     loss = model(**batch, fused_lm_head=True).loss
     loss.backward()
     assert loss.item() == 0.0
-    assert not model.get_input_embeddings().weight.grad.any()
+    gradient = weight_of(model.get_input_embeddings()).grad
+    assert gradient is not None and not gradient.any()
 
 
 def test_generation_goes_on_as_before_under_the_answer_head() -> None:
@@ -149,8 +153,8 @@ def test_heads_that_do_more_than_a_product_stay_with_trl() -> None:
 def adapted(base: PreTrainedModel, **lora: Any) -> PeftModel:
     """With B filled, so that the adapter matters."""
     torch.manual_seed(2)
-    settings = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
-    model = get_peft_model(base, LoraConfig(**settings))
+    settings: dict[str, Any] = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, LoraConfig(**(settings | lora)))
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.05)
@@ -180,7 +184,8 @@ def gradients_of(model: PeftModel, *, bf16: bool) -> dict[str, torch.Tensor]:
     ids=["float32", "bias", "Conv1D", "autocast", "bfloat16"],
 )
 def test_fused_lora_has_the_gradients_of_peft(config: Any, dtype: torch.dtype, bf16: bool, allowed: float) -> None:
-    model = adapted(built(config).to(dtype), fan_in_fan_out=isinstance(config, GPT2Config))
+    base: Any = built(config)
+    model = adapted(base.to(dtype), fan_in_fan_out=isinstance(config, GPT2Config))
     expected = gradients_of(model, bf16=bf16)
     assert fuse(model) == (sum(isinstance(layer, FusedLinear) for layer in model.modules()), {})
     got = gradients_of(model, bf16=bf16)
@@ -218,7 +223,7 @@ def test_evaluation_saving_and_unloading_stay_those_of_peft(tmp_path: Path) -> N
         with model.disable_adapter():
             torch.testing.assert_close(model(**batch, use_cache=False).logits, without)
         model.eval()
-        model.save_pretrained(tmp_path)
+        model.save_pretrained(str(tmp_path))
         merged = model.merge_and_unload()
         torch.testing.assert_close(merged(**batch, use_cache=False).logits, before)
     assert len(load_file(tmp_path / "adapter_model.safetensors")) == 28
@@ -300,10 +305,11 @@ def test_under_autocast_documents_of_any_length_are_as_near_as_bfloat16_is(lengt
     torch.manual_seed(0)
     states = [torch.randn(1, heads, sum(lengths), 16, requires_grad=True) for heads in (4, 2, 2)]
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    named = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
-    exact, _ = packed_attention(nn.Identity(), *states, None, **named)
+    query, key, value = states
+    named: dict[str, Any] = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths)}
+    exact, _ = packed_attention(nn.Identity(), query, key, value, None, **named)
     with torch.autocast("cpu", torch.bfloat16):
-        rounded, _ = packed_attention(nn.Identity(), *states, None, **named)
+        rounded, _ = packed_attention(nn.Identity(), query, key, value, None, **named)
     assert (exact.dtype, rounded.dtype) == (torch.float32, torch.bfloat16)
     direction = torch.randn_like(exact)
     gradients = [torch.autograd.grad((out * direction).sum(), states) for out in (exact, rounded)]
@@ -371,6 +377,7 @@ def test_a_run_says_which_levers_it_uses_and_ends_where_the_plain_run_ends(tmp_p
         result, said = run(loaded)
         assert [line in said for line in LEVERS.values()] == [value] * 3
         weights.append(load_file(Path(result.adapter) / "adapter_model.safetensors"))
+        assert result.eval_loss_after is not None
         losses.append(result.eval_loss_after)
     assert abs(losses[0] - losses[1]) < 1e-4
     for key, tensor in weights[1].items():

@@ -72,7 +72,7 @@ def plain_adapter(base: Path, directory: Path, *, size: float) -> Path:
         if "lora_B" in name:
             parameter.data = size * torch.randn_like(parameter)
     assert isinstance(adapted, PeftModel)
-    adapted.save_pretrained(directory, save_embedding_layers=False)
+    adapted.save_pretrained(str(directory), save_embedding_layers=False)
     return directory
 
 

@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerFast
 
 from lorafit.data.rows import Message
 from support import ROOT
-from support.sources import prepare_problems, prepared, section, trained_texts
+from support.sources import ids_of, prepare_problems, prepared, section, trained_texts
 from support.tiny import write_jsonl
 
 FILES = ROOT / "tests/data/chat_templates"
-TOOL = {
+TOOL: dict[str, Any] = {
     "type": "function",
     "function": {
         "name": "weather",
@@ -67,7 +67,7 @@ class Family:
 
     def stop_token_ids(self, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
         """The ids of `stops`."""
-        return frozenset(tokenizer.convert_tokens_to_ids(list(self.stops)))
+        return ids_of(tokenizer, *self.stops)
 
 
 LLAMA3 = (

@@ -203,7 +203,7 @@ def session(loaded: LoadedRecipe, begin: Begin, *, arm: Callable[[], Any] | None
 
     count = loaded.recipe.launch.num_processes
     log = loaded.path.parent / "session.log"
-    if count in ("auto", 1):
+    if count == "auto" or count == 1:
         return [Child(work, log=log)]
     port = str(20000 + os.getpid() % 20000)
     together = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

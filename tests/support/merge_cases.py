@@ -24,8 +24,8 @@ from lorafit.merging.verify_written import compare
 from lorafit.recipe.sections import ModelSection
 from support.tiny import build_base, llama_config
 
-SMALL = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
-MIXTRAL = {
+SMALL: dict[str, Any] = {"vocab_size": 264, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
+MIXTRAL: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 64,
     "num_hidden_layers": 1,
@@ -75,8 +75,8 @@ class Case:
 def random_adapter(base: Path, directory: Path, *, size: float = 1.0, **settings: Any) -> Path:
     """A plain PEFT adapter that changes its weights by `size` times some tenths of what they are."""
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    keys = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False} | settings
-    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **keys))
+    keys: dict[str, Any] = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "init_lora_weights": False}
+    adapted = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **(keys | settings)))
     torch.manual_seed(1)
     for name, parameter in adapted.named_parameters():
         if parameter.requires_grad and ("lora_B" in name or "embedding_A" in name):
@@ -85,7 +85,7 @@ def random_adapter(base: Path, directory: Path, *, size: float = 1.0, **settings
             parameter.data = 0.1 * torch.randn_like(parameter)
         elif parameter.requires_grad:
             parameter.data *= 1 + 0.1 * size * torch.randn_like(parameter)
-    adapted.save_pretrained(directory, save_embedding_layers=False)
+    adapted.save_pretrained(str(directory), save_embedding_layers=False)
     return directory
 
 

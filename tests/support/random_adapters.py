@@ -20,7 +20,8 @@ def random_adapter(directory: Path, base: Path, *, auto_class: Any = AutoModelFo
     """A plain PEFT adapter whose every trained tensor is random and large enough to see."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(**({"r": 4, "lora_alpha": 6, "target_modules": "all-linear"} | settings))
+        keys: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}
+        config = LoraConfig(**(keys | settings))
         config.task_type = config.task_type or "CAUSAL_LM"
         model = get_peft_model(auto_class.from_pretrained(base, dtype=torch.float32), config)
         generator = torch.Generator().manual_seed(1)
@@ -33,7 +34,7 @@ def random_adapter(directory: Path, base: Path, *, auto_class: Any = AutoModelFo
     return directory
 
 
-def merged(adapter: Path, out: Path, **keys: Any) -> MergeResult:
+def merged(adapter: Path, out: Path | None, **keys: Any) -> MergeResult:
     """Merge without verification, in silence."""
     arguments: dict[str, Any] = {"dtype": None, "max_shard_size": None, "base": None, "onto": None, "verify": False}
     return merge(

@@ -108,7 +108,8 @@ def own_classes() -> tuple[OwnClass, ...]:
 
 
 def _lines(kind: type) -> list[tuple[type, ...]]:
-    below = [one for one in kind.__subclasses__() if one.__module__.startswith("lorafit.")]
+    known: list[type] = kind.__subclasses__()
+    below = [one for one in known if one.__module__.startswith("lorafit.")]
     return [line for one in below for line in _lines(one)] or [kind.__mro__]
 
 
@@ -195,10 +196,8 @@ def values_set() -> dict[str, list[str]]:
     """Seam -> where a class of ours sets a value that a library's class sets, too."""
     found = defaultdict(list)
     for own in own_classes():
-        lines = [
-            line for line in own.node.body if not (isinstance(line, ast.AnnAssign) and line.value is None)
-        ]  # a type
-        in_class = [one for line in lines for one in _targets(line) if isinstance(one, ast.Name)]
+        values = [line for line in own.node.body if not (isinstance(line, ast.AnnAssign) and line.value is None)]
+        in_class = [one for line in values for one in _targets(line) if isinstance(one, ast.Name)]
         names = [(one.id, one.lineno) for one in in_class] + [(one.attr, one.lineno) for one in _set_on_self(own.node)]
         for name, line in names:
             if holders := [one for one in own.above if name in instance_names(one)]:
@@ -223,8 +222,9 @@ def names_read_on_self() -> Iterator[str]:
 def _unknown(kind: type, variable: str, within: ast.AST, source: Source) -> Iterator[str]:
     known = [frozenset().union(*map(instance_names, line)) for line in _lines(kind)]
     for node in nodes(within):
-        is_read = isinstance(node, ast.Attribute) and is_name(node.value, variable)
-        if is_read and not all(node.attr in names for names in known):
+        if not isinstance(node, ast.Attribute) or not is_name(node.value, variable):
+            continue
+        if not all(node.attr in names for names in known):
             yield f"{source.place(node.lineno)}: {kind.__name__}.{node.attr}"
 
 
@@ -336,7 +336,7 @@ def refused_calls() -> Iterator[str]:
 
 def refusal(called: Any, call: ast.Call, *, of_method: bool = False) -> str:
     """What is wrong with the arguments; empty where they fit or no signature is known."""
-    if isinstance(called, type) and called.__init__ is object.__init__:
+    if isinstance(called, type) and called.__init__ is object.__init__:  # type: ignore[misc]  # asked for just that
         return ""  # written in another language, which says `self` among the parameters
     try:
         # transformers copies class methods so that they seem to lose their first parameter twice.

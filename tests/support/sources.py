@@ -91,6 +91,21 @@ def prepared(
     )
 
 
+def ids_of(tokenizer: PreTrainedTokenizerBase, *tokens: str) -> frozenset[int]:
+    """One for each of these tokens."""
+    ids: Any = tokenizer.convert_tokens_to_ids(list(tokens))
+    return frozenset(ids)
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Any], tools: Any = None, *, add_generation_prompt: bool = True
+) -> list[int]:
+    """By the tokenizer's own template."""
+    made: Any = tokenizer.apply_chat_template(messages, tools, add_generation_prompt=add_generation_prompt)
+    ids: list[int] = made["input_ids"]
+    return ids
+
+
 def trained_texts(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
     """For each training sequence the text of every stretch of trained tokens."""
     found = []
@@ -101,7 +116,7 @@ def trained_texts(data: PreparedData, tokenizer: PreTrainedTokenizerBase) -> lis
                 stretches[-1].append(label)
             elif stretches[-1]:
                 stretches.append([])
-        found.append([tokenizer.decode(ids) for ids in stretches if ids])
+        found.append([str(tokenizer.decode(ids)) for ids in stretches if ids])
     return found
 
 

@@ -32,7 +32,7 @@ from support.runs import small_recipe
 from support.tiny import byte_tokenizer
 
 PACKED = {"packing": True, "max_length": 96}
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "padded": {"training": {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 3}},
     "packed": {
         "training": {
@@ -44,12 +44,12 @@ VARIANTS = {
     },
 }
 """8 held-out rows in batches of 3 do not divide evenly among two processes, or one."""
-SPREAD = {
+SPREAD: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "training": {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True},
 }
 """A rank that does not divide among two processes, and a checkpoint that is loaded again."""
-SPREAD_QLORA = {
+SPREAD_QLORA: dict[str, dict[str, Any]] = {
     "lora": {"r": 3},
     "quantization": {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
     "model": {"dtype": "bfloat16"},
@@ -142,19 +142,21 @@ def main(directory: Path, base: Path) -> None:
 
     sharded = lora_model(base)
     before = remember(sharded)
-    for layer in sharded.get_base_model().model.layers:
+    layers: Any = sharded.get_base_model().get_submodule("model.layers")
+    for layer in layers:
         fully_shard(layer)
     fully_shard(sharded)
     step_by_hand(sharded, process=process, processes=2)
     gathered = gathered_adapter(sharded)
-    planned = {"steps_done": STEPS, "steps_planned": STEPS, "stopped_early": False, "updates": STEPS}
+    planned: dict[str, Any] = {"steps_done": STEPS, "steps_planned": STEPS, "stopped_early": False, "updates": STEPS}
     verify_result(sharded, before=before, gathered=gathered, **planned)
     if state.is_main_process:
         target = directory / "sharded"
         write_adapter(
             sharded, byte_tokenizer(), target=target, base_name=None, state_dict=gathered, initial=None, card=""
         )
-    own_part = {name: p.to_local() for name, p in sharded.named_parameters() if p.requires_grad}
+    trained: list[tuple[str, Any]] = [(name, p) for name, p in sharded.named_parameters() if p.requires_grad]
+    own_part = {name: p.to_local() for name, p in trained}
     if state.is_main_process:
         gathered = own_part
     seen["own part"] = refusal(lambda: verify_result(sharded, before=before, gathered=gathered, **planned))
@@ -163,7 +165,8 @@ def main(directory: Path, base: Path) -> None:
     seen["asked three"] = refusal(lambda: join_processes(asks_three, device="cpu", gpus=0))
     os.environ |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     accelerator = Accelerator(cpu=True, fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
-    for name, sections in {"file": {}, "recipe": {"launch": {"strategy": "fsdp2"}}}.items():
+    asked_by: dict[str, dict[str, Any]] = {"file": {}, "recipe": {"launch": {"strategy": "fsdp2"}}}
+    for name, sections in asked_by.items():
         asks_fsdp = small_recipe(place, base, **sections)
         seen[f"asked fsdp2 by {name}"] = refusal(
             lambda asked=asks_fsdp: refuse_other_distribution(asked, accelerator, mixed_precision="no")

@@ -235,7 +235,7 @@ def _worlds() -> list[Callable[[], World]]:
         return World(end, third=third, cut={rank: loss + gain for rank, loss in end.items() if rank < 32})
 
     choices = product(RANKS, (0.0, 0.02, 0.2), (0.001, 0.02, 0.5))
-    return [lambda choice=choice: world(*choice) for choice in choices]
+    return [partial(world, *choice) for choice in choices]
 
 
 def test_in_every_world_the_answer_is_the_exhaustive_one_or_the_budget_says_so() -> None:

@@ -208,7 +208,7 @@ def _killed_at(point: str) -> Callable[[], None]:
                 if state.global_step == 5:
                     die()
 
-            trials._Marks.on_step_end = on_step_end  # type: ignore[method-assign]
+            trials._Marks.on_step_end = on_step_end  # type: ignore[method-assign, assignment]
         elif point == "asked to stop in a step":
             begun = trials._Marks.on_step_begin
 
@@ -221,7 +221,7 @@ def _killed_at(point: str) -> Callable[[], None]:
         elif point == "before the pause is noted":
             trials._Marks._pause = die  # type: ignore[method-assign]
         elif point == "before a commit":
-            Claim.commit = die  # type: ignore[method-assign]
+            Claim.commit = die  # type: ignore[method-assign, assignment]
         elif point == "after a commit":
             commit = Claim.commit
 
@@ -230,7 +230,7 @@ def _killed_at(point: str) -> Callable[[], None]:
                 die()
                 return True
 
-            Claim.commit = then_die  # type: ignore[method-assign]
+            Claim.commit = then_die  # type: ignore[method-assign, assignment]
         else:
             sweeps.write_sweep = die  # type: ignore[assignment]
 

@@ -18,9 +18,9 @@ RANK = 6
 def trained_adapter(base: Path, directory: Path, **keys: Any) -> PeftModel:
     """An adapter whose every tensor is random, saved in `directory`."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_pretrained(base)
-    config = LoraConfig(task_type="CAUSAL_LM", **({"r": RANK, "lora_alpha": 9, "target_modules": "all-linear"} | keys))
-    model = get_peft_model(model, config)
+    base_model = AutoModelForCausalLM.from_pretrained(base)
+    settings: dict[str, Any] = {"r": RANK, "lora_alpha": 9, "target_modules": "all-linear"}
+    model = get_peft_model(base_model, LoraConfig(task_type="CAUSAL_LM", **(settings | keys)))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
@@ -30,7 +30,10 @@ def trained_adapter(base: Path, directory: Path, **keys: Any) -> PeftModel:
 
 
 def updates(model: PeftModel) -> dict[str, torch.Tensor]:
-    return {name: layer.get_delta_weight("default").double() for name, layer in lora_layers(model)}
+    return {
+        name: layer.get_delta_weight("default").double()  # type: ignore[attr-defined]  # each kind of layer has its own
+        for name, layer in lora_layers(model)
+    }
 
 
 def nearest(update: torch.Tensor, rank: int) -> torch.Tensor:
@@ -78,9 +81,8 @@ def test_what_is_no_factor_stays_as_it_was(keys: dict[str, Any], tiny_base: Path
     with torch.no_grad():
         before = model(input_ids=ids).logits
         trained, _ = read_trained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path)
-        config = LoraConfig(
-            task_type="CAUSAL_LM", **({"r": RANK, "lora_alpha": 12, "target_modules": "all-linear"} | keys)
-        )
+        settings: dict[str, Any] = {"r": RANK, "lora_alpha": 12, "target_modules": "all-linear"}
+        config = LoraConfig(task_type="CAUSAL_LM", **(settings | keys))
         after = with_rank(trained, AutoModelForCausalLM.from_pretrained(tiny_base), config, seed=0)(input_ids=ids)
     torch.testing.assert_close(after.logits, before, atol=2e-5, rtol=1e-4)
 

@@ -81,7 +81,7 @@ def decides_by_task(node: ast.AST) -> bool:
 
 @pytest.fixture(scope="module")
 def trees() -> dict[Path, ast.AST]:
-    found = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
+    found: dict[Path, ast.AST] = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sources()}
     assert len(found) > 250
     return found
 

@@ -109,7 +109,8 @@ def test_checkpoints_that_are_there_need_no_more_space(
 def test_a_write_that_fails_in_a_checkpoint_keeps_the_one_before(
     number: int, tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, done = checkpoints.commit, []
+    commit = checkpoints.commit
+    done: list[Any] = []
 
     def failing(*rest: Any, **named: Any) -> None:
         if done:

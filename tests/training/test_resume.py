@@ -19,6 +19,7 @@ from lorafit.errors import LorafitError, RecipeError, RunDirError
 from lorafit.lines import heard
 from lorafit.recipe import LoadedRecipe, load
 from lorafit.recipe.schema_walk import field_at, places, section_in
+from lorafit.recipe.yaml_reader import KeyPath
 from lorafit.training.must_match import MAY_CHANGE, changes, kept_keys
 from lorafit.training.train import run_training, train
 from support.forked import EVALUATED, Crash, CrashAfter, adapter_hash, base_model, recipe
@@ -117,8 +118,13 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(f"{free}.") for free in MAY_CHANGE)
 
 
+def _is_value(place: KeyPath) -> bool:
+    field = field_at(place)
+    return field is not None and section_in(field.annotation) is None
+
+
 def test_every_key_is_either_kept_or_free_and_flipping_it_says_so() -> None:
-    keys = {".".join(map(str, place)) for place in places() if section_in(field_at(place).annotation) is None}
+    keys = {".".join(map(str, place)) for place in places() if _is_value(place)}
     assert keys - STAYS == {key for key in keys if _is_free(key)}
     assert keys >= STAYS
     assert {free for free in MAY_CHANGE if not any(key == free or key.startswith(f"{free}.") for key in keys)} == {
@@ -277,7 +283,7 @@ def test_a_template_that_writes_the_date_writes_that_of_the_day_the_run_began(
     base = base_model(room / "dated base")
     template = base / "chat_template.jinja"
     template.write_text("{{ strftime_now('%d') }}" + template.read_text())
-    sections = {"data": {"train": [{"path": "train.jsonl"}]}, "training": {"max_length": 96}}
+    sections: dict[str, Any] = {"data": {"train": [{"path": "train.jsonl"}]}, "training": {"max_length": 96}}
     whole = recipe(room / "dated/whole", base, **sections)
     resume(whole, "new")
     loaded = crash(recipe(room / "dated/crashed", base, **sections), after=7)

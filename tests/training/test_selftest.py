@@ -203,16 +203,16 @@ def test_the_model_is_what_it_was(
 
 
 def test_what_fails_leaves_the_model_as_it_was_too(tiny_base: Path) -> None:
-    model = nn.ModuleDict({"base": small_model(tiny_base)})
-    weight = model["base"].lm_head.weight
+    base = small_model(tiny_base)
+    model, weight = nn.ModuleDict({"base": base}), base.lm_head.weight
     with pytest.raises(ZeroDivisionError), unchanged(model):
         weight.data = weight.data + 1
-        model["base"].lm_head = nn.Identity()
-        model["base"].forward = print
+        base.lm_head = nn.Identity()
+        base.forward = print
         torch.rand(3)
         raise ZeroDivisionError
-    assert model["base"].lm_head.weight is weight
-    assert "forward" not in vars(model["base"])
+    assert base.lm_head.weight is weight
+    assert "forward" not in vars(base)
 
 
 def small_model(base: Path) -> Any:
@@ -256,15 +256,14 @@ def test_a_run_tests_itself_once_and_comes_to_the_same_adapter(
 
 def test_another_attention_is_another_combination(tmp_path: Path, tiny_base: Path) -> None:
     keys = set()
-    for number, sections in enumerate(
-        [
-            {},
-            {"training": PACKED},
-            {"model": {"model_name_or_path": str(tiny_base), "attn_implementation": "eager"}},
-            {"lora": {"r": 4, "use_dora": True}},
-            {"training": {"bf16": True}},
-        ]
-    ):
+    kinds: list[dict[str, Any]] = [
+        {},
+        {"training": PACKED},
+        {"model": {"model_name_or_path": str(tiny_base), "attn_implementation": "eager"}},
+        {"lora": {"r": 4, "use_dora": True}},
+        {"training": {"bf16": True}},
+    ]
+    for number, sections in enumerate(kinds):
         (tmp_path / str(number)).mkdir()
         loaded = small_recipe(tmp_path / str(number), tiny_base, **sections)
         keys.add(json.dumps(self_tested(loaded).combination, sort_keys=True))

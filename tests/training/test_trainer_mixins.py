@@ -38,6 +38,8 @@ def test_no_mixin_knows_trl_or_a_task() -> None:
 class PlainTrainer(Stoppable, FiniteSteps, Committed, SplitOnOom, PeftSteps, Trainer):
     """Transformers' own trainer and its own loss."""
 
+    model: PeftModel
+
 
 class Health:
     """Finds nothing, and counts what it was asked."""

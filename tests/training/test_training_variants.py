@@ -39,7 +39,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "packed": {"training": {"packing": True, "max_length": 128}},
     "checkpointing": {"training": {"gradient_checkpointing": True}},
 }
-CONVERTED = {
+CONVERTED: dict[str, dict[str, Any]] = {
     "pissa": {"lora": {"init_lora_weights": "pissa"}},
     "olora": {"lora": {"init_lora_weights": "olora"}},
     "corda": {"lora": {"init_lora_weights": "corda", "corda_config": {"corda_method": "kpm"}}},
@@ -178,7 +178,7 @@ def test_without_bfloat16_autocast_the_adapter_of_a_quantised_base_is_trained_in
     class WithPeft(PeftSteps, SFTTrainer):
         """And nothing else of ours."""
 
-    switches = {"use_cpu": True, CHECKPOINTING: False, "report_to": "none", "bf16": bf16}
+    switches: dict[str, Any] = {"use_cpu": True, CHECKPOINTING: False, "report_to": "none", "bf16": bf16}
     arguments = SFTConfig(output_dir=str(tmp_path), **switches)
     base = AutoModelForCausalLM.from_pretrained(tiny_base, quantization_config=BitsAndBytesConfig(load_in_4bit=True))
     trainer = WithPeft(
