@@ -291,7 +291,7 @@ def test_a_resumed_run_goes_on_in_halves(tmp_path: Path, tiny_base: Path, memory
 
 
 LIMITED = """
-import json, resource, sys
+import logging, resource, sys
 from pathlib import Path
 from lorafit.errors import LorafitError
 from lorafit.recipe import load
@@ -300,6 +300,7 @@ from lorafit.training.train import train
 pages = int(Path("/proc/self/statm").read_text().split()[0])
 limit = pages * resource.getpagesize() + 160 * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+logging.basicConfig(stream=sys.stdout, level="INFO")
 try:
     train(load(Path(sys.argv[1])), cache_dir=Path(sys.argv[2]))
 except LorafitError as error:
