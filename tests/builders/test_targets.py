@@ -127,7 +127,8 @@ def test_all_linear_on_a_mixture_counts_what_peft_takes_along(name: str) -> None
 
 def test_the_mixtures_that_peft_takes_along_are_those_we_say() -> None:
     mapped = {kind for kind, like in _MODEL_TO_CONVERSION_PATTERN.items() if like in _MOE_FUSED_TARGETS}
-    assert mapped == TAKEN_ALONG
+    newer = {"Dots3NoteTextModel"}  # than transformers 5.21
+    assert mapped | newer == TAKEN_ALONG
 
 
 def test_experts_stored_the_other_way_round_are_shown_as_out_by_in() -> None:
