@@ -7,8 +7,8 @@ import importlib.util
 
 from lorafit.report.page.plot import Plot, svg_file
 
-PNG_SCALE = 2.0
-"""Pixels of the PNG per CSS pixel: sharp on the screens of today."""
+PNG_SCALE = 2
+"""Pixels of the PNG per CSS pixel: sharp on the screens of today. resvg_py 0.3 takes whole ones only."""
 
 
 def can_write_png() -> bool:
