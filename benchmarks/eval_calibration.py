@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 
 from lorafit.evaluation.eval_result import LEVEL, comparison
 from lorafit.evaluation.eval_rows import Rows
@@ -83,7 +83,9 @@ def _adapted() -> PeftModel:
 
 @torch.no_grad()
 def _texts(model: PeftModel, *, count: int) -> datasets.Dataset:
-    model.get_base_model().generation_config = GenerationConfig(do_sample=True, top_k=0, pad_token_id=0)
+    base = model.get_base_model()
+    assert isinstance(base, PreTrainedModel)
+    base.generation_config = GenerationConfig(do_sample=True, top_k=0, pad_token_id=0)
     first = torch.ones(count, 1, dtype=torch.long)
     ids = model.generate(input_ids=first, attention_mask=torch.ones_like(first), max_new_tokens=LENGTH).tolist()
     return datasets.Dataset.from_dict({"input_ids": ids, "labels": [[-100, *row[1:]] for row in ids]})

@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import subprocess
-import sys
 import tempfile
 import time
 import venv
@@ -212,4 +211,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

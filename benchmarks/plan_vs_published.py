@@ -92,7 +92,8 @@ class TheirRun(FakeRun):
     def step(self, indices: Sequence[int], *rest: Any, **named: Any) -> Measured:
         """With a cache, which has a place for each layer that runs."""
         for place, index in enumerate(indices):
-            self.layers.all[index].self_attn.layer_idx = place
+            attention: Any = self.layers.all[index].self_attn
+            attention.layer_idx = place
         return super().step(indices, *rest, **named)
 
     def _loss(self, inputs: dict[str, Any], count: torch.Tensor) -> torch.Tensor:

@@ -60,7 +60,7 @@ TINY_SIDES = ("trl-padded", "lorafit-padded", "trl-packed", "lorafit")
 TINY_STEPS = 200
 MAX_LENGTH = 512
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
-TRAINING = {
+TRAINING: dict[str, Any] = {
     "gradient_accumulation_steps": 1,
     "learning_rate": 1e-3,
     "lr_scheduler_type": "constant",
@@ -197,14 +197,14 @@ def bare_loop(work: Path, *, steps: int, bf16: bool) -> dict[str, Any]:
     for line in (work / "rows.jsonl").read_text().splitlines():
         row = json.loads(line)
         turns = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
-        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
-        whole = tokenizer.apply_chat_template(turns, return_dict=False)
+        prompt: Any = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True, return_dict=False)
+        whole: Any = tokenizer.apply_chat_template(turns, return_dict=False)
         encoded.append({"input_ids": whole, "labels": [-100] * len(prompt) + whole[len(prompt) :]})
     packed = pack_dataset(Dataset.from_list(encoded), MAX_LENGTH, "bfd")
     collate = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=True)
     torch.manual_seed(42)
-    model = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
-    model = get_peft_model(model, LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
+    base = AutoModelForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(**LORA, task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-3, fused=True)
     losses, tokens, seconds, cpu_seconds, total = [], [], [], [], 0
     size = rows_per_step(work, packed=True)
@@ -271,7 +271,7 @@ def train_with_lorafit(recipe: dict[str, Any], *, cache: Path) -> dict[str, Any]
 
 def measured_steps(
     losses: list[float],
-    tokens: list[int],
+    tokens: list[float],
     seconds: list[float],
     *,
     cpu_seconds: list[float] | None = None,
@@ -332,7 +332,7 @@ def in_its_own_process(
         in_float32 = ["--float32"] if name != side or not bf16 else []
         command = [sys.executable, __file__, "--side", name, "--work", work, "--steps", str(steps), *in_float32]
     ours = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-    environment = os.environ | ours | cpu
+    environment = {**os.environ, **ours, **cpu}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         sys.exit(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
