@@ -30,7 +30,8 @@ def hub_snapshot(section: ModelSection, *, files: tuple[str, ...] = SMALL_FILES)
             revision=section.revision,
             allow_patterns=patterns,
             cache_dir=section.extra.get("cache_dir"),
-            local_files_only=section.extra.get("local_files_only", False),
+            # huggingface_hub 1.31 asks the Hub for the files of a commit although it is told to stay offline
+            local_files_only=section.extra.get("local_files_only", constants.HF_HUB_OFFLINE),
         )
     except huggingface_hub.errors.HFValidationError:
         message = f"{name!r} is neither a directory nor a Hub id (`name` or `organisation/name`)"

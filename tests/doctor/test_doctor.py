@@ -123,8 +123,8 @@ def test_a_library_outside_its_range_is_named_with_what_installs_it(
 
 
 def test_a_version_that_was_not_tested_is_said_and_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    line = installed_as(tmp_path, monkeypatch, "peft", "0.21.9")["peft"]
-    assert line.found == "0.21.9 (tested with 0.21.0 and 0.21.2)" and not line.mend
+    line = installed_as(tmp_path, monkeypatch, "accelerate", "1.14.9")["accelerate"]
+    assert line.found == "1.14.9 (tested with 1.13.0 and 1.15.0)" and not line.mend
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
