@@ -125,10 +125,12 @@ def freed_memory_kept() -> Iterator[None]:
     Else glibc unmaps it, and every page of the next step is cleared by the kernel first: 6 % of a step of the speed
     benchmark. The most memory that a process takes at once stays what it is.
     """
+    library = ctypes.CDLL(None)
     try:
-        library = ctypes.CDLL(None)
         mallopt, trim = library.mallopt, library.malloc_trim
     except AttributeError:
+        mallopt = None
+    if mallopt is None:  # not glibc
         yield
         return
     # glibc before 2.35 refuses more than the most that it comes to by itself.

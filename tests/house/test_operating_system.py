@@ -32,6 +32,8 @@ ONLY_LINUX = '''
 for name in ONLY_LINUX:
     if hasattr(os, name):
         delattr(os, name)
+if hasattr(os, "process_cpu_count"):  # of Python 3.13: where there is no affinity it is the other
+    os.process_cpu_count = os.cpu_count
 for name in ("sigtimedwait", "sigwaitinfo", "SIGPWR", "SIGSTKFLT", "SIGRTMIN", "SIGRTMAX"):
     delattr(signal, name)
 
